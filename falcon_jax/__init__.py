@@ -1,0 +1,32 @@
+"""falcon_jax: trained convolutional networks made smaller and faster, in JAX and Flax."""
+
+from falcon_jax import models as models
+from falcon_jax import ops as ops
+from falcon_jax.compression import Plan as Plan
+from falcon_jax.compression import PlanRow as PlanRow
+from falcon_jax.compression import Profile as Profile
+from falcon_jax.compression import ProfileRow as ProfileRow
+from falcon_jax.compression import Rule as Rule
+from falcon_jax.compression import compress as compress
+from falcon_jax.compression import make_plan as make_plan
+from falcon_jax.compression import profile as profile
+from falcon_jax.compression import reestimate_batchnorm as reestimate_batchnorm
+from falcon_jax.fitting import AdamWSettings as AdamWSettings
+from falcon_jax.gep import falcon_kernel as falcon_kernel
+from falcon_jax.gep import gep as gep
+from falcon_jax.gep import separable_kernel as separable_kernel
+from falcon_jax.methods import ConvSpec as ConvSpec
+from falcon_jax.methods import Cost as Cost
+from falcon_jax.methods import DepthwiseSeparable as DepthwiseSeparable
+from falcon_jax.methods import Falcon as Falcon
+from falcon_jax.methods import Method as Method
+from falcon_jax.methods import fit as fit
+from falcon_jax.methods import get_method as get_method
+from falcon_jax.methods import method_names as method_names
+from falcon_jax.methods import relative_error as relative_error
+from falcon_jax.methods import standard_cost as standard_cost
+from falcon_jax.nn import linen as linen
+from falcon_jax.nn.method_conv import MethodConv as MethodConv
+from falcon_jax.nn.nnx import DepthwiseSeparableConv as DepthwiseSeparableConv
+from falcon_jax.nn.nnx import FalconConv as FalconConv
+from falcon_jax.ops import depthwise_conv as depthwise_conv

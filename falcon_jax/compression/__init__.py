@@ -1,0 +1,12 @@
+"""Whole models: rules, plans, and carrying them out."""
+
+from falcon_jax.compression.batchnorm import reestimate_batchnorm as reestimate_batchnorm
+from falcon_jax.compression.compress import compress as compress
+from falcon_jax.compression.latency import measure_latency as measure_latency
+from falcon_jax.compression.plan import Plan as Plan
+from falcon_jax.compression.plan import PlanRow as PlanRow
+from falcon_jax.compression.planning import make_plan as make_plan
+from falcon_jax.compression.profile import Profile as Profile
+from falcon_jax.compression.profile import ProfileRow as ProfileRow
+from falcon_jax.compression.profile import profile as profile
+from falcon_jax.compression.rules import Rule as Rule

@@ -1,0 +1,124 @@
+"""`profile`: parameters, mult-adds and latency of a model, layer by layer."""
+
+import dataclasses
+from typing import Any
+
+from flax import nnx
+
+from falcon_jax.compression.latency import measure_latency
+from falcon_jax.compression.layers import Layer, batch_size
+from falcon_jax.compression.nnx_layers import find_layers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProfileRow:
+    """One layer's cost.
+
+    Attributes:
+        path: where the layer is.
+        kind: ``conv``, ``conv_transpose``, ``linear`` or ``other``.
+        method: what carries a compressed convolution out; empty for others.
+        params: trainable parameters.
+        mult_adds: for one example; 0 for BatchNorm, activations and pooling, which count nothing.
+    """
+
+    path: str
+    kind: str
+    method: str
+    params: int
+    mult_adds: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Profile:
+    """A model's cost.
+
+    Attributes:
+        rows: one for every layer with parameters, in the order of use.
+        latency_ms: milliseconds of a forward pass of the sample; None if not measured.
+        as_paper_counts: totals ``(params, mult_adds)`` under the conventions of the paper's tables:
+            a replaced layer has no bias, and one BatchNorm (2 N parameters) that is never used.
+    """
+
+    rows: tuple[ProfileRow, ...]
+    latency_ms: float | None
+    as_paper_counts: tuple[int, int]
+
+    @property
+    def params(self) -> int:
+        """Trainable parameters of the model."""
+        return sum(row.params for row in self.rows)
+
+    @property
+    def mult_adds(self) -> int:
+        """Mult-adds for one example."""
+        return sum(row.mult_adds for row in self.rows)
+
+    def __str__(self) -> str:
+        lines = [("layer", "kind", "params", "mult-adds")]
+        lines += [
+            (r.path or "(model)", r.method or r.kind, f"{r.params:,}", f"{r.mult_adds:,}")
+            for r in self.rows
+        ]
+        lines.append(("total", "", f"{self.params:,}", f"{self.mult_adds:,}"))
+        widths = [max(len(line[i]) for line in lines) for i in range(4)]
+        left, right = str.ljust, str.rjust
+        sides = (left, left, right, right)
+        text = [
+            "  ".join(
+                pad(cell, width) for pad, cell, width in zip(sides, line, widths, strict=True)
+            )
+            for line in lines
+        ]
+        if self.latency_ms is not None:
+            text.append(f"latency {self.latency_ms:.2f} ms")
+        return "\n".join(text)
+
+
+def profile(model: nnx.Module, sample: Any, *, latency: bool = False) -> Profile:
+    """Count a model's parameters and mult-adds, and measure its latency if asked.
+
+    Counted analytically, as the paper does: multiply-adds of convolutions and fully connected
+    layers, plus one per output element for a bias; nothing for BatchNorm, activations and pooling.
+
+    Args:
+        model: any NNX model; it is not changed.
+        sample: example input with a leading batch axis; a tuple is spread over the arguments.
+        latency: whether to run the model on the sample and measure the time.
+
+    Returns:
+        The rows and totals.
+
+    Raises:
+        ValueError: if the sample does not fit the model.
+    """
+    batch = batch_size(sample)
+    layers = find_layers(model, sample)
+    rows = tuple(
+        ProfileRow(
+            path=layer.path,
+            kind=layer.kind,
+            method="" if layer.method is None else str(layer.method),
+            params=layer.params,
+            mult_adds=layer.mult_adds(batch),
+        )
+        for layer in layers
+    )
+    adjust = [_paper_adjustment(layer, batch) for layer in layers if layer.method is not None]
+    return Profile(
+        rows=rows,
+        latency_ms=measure_latency(model, sample) if latency else None,
+        as_paper_counts=(
+            sum(r.params for r in rows) + sum(a for a, _ in adjust),
+            sum(r.mult_adds for r in rows) + sum(b for _, b in adjust),
+        ),
+    )
+
+
+def _paper_adjustment(layer: Layer, batch: int) -> tuple[int, int]:
+    assert layer.spec is not None
+    n = layer.spec.out_features
+    if not layer.spec.use_bias:
+        return 2 * n, 0
+    unbiased = dataclasses.replace(layer, spec=dataclasses.replace(layer.spec, use_bias=False))
+    return 2 * n - n, unbiased.mult_adds(batch) - layer.mult_adds(batch)

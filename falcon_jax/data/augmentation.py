@@ -1,0 +1,139 @@
+"""Random crops, flips and normalisation on the device, inside the jitted training step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """How training images are varied.
+
+    Args:
+        crop_padding: zero pixels put around an image before a crop of its own size is taken at
+            random; 0 for no crop.
+        flip: whether to mirror half of the images left to right.
+
+    Raises:
+        ValueError: if crop_padding is negative.
+    """
+
+    crop_padding: int = 0
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        if self.crop_padding < 0:
+            raise ValueError(f"crop_padding must be 0 or more, but is {self.crop_padding}")
+
+
+def augment(
+    key: PRNGKeyArray, images: UInt8[Array, "batch h w c"], augmentation: Augmentation
+) -> UInt8[Array, "batch h w c"]:
+    """Crops and flips each image at random, as the augmentation says.
+
+    Args:
+        key: key of this batch.
+        images: images, 0 to 255, (batch, h, w, c).
+        augmentation: what to do.
+
+    Returns:
+        the varied images, same shape.
+    """
+    crop_key, flip_key = jax.random.split(key)
+    if augmentation.crop_padding:
+        images = random_crop(crop_key, images, augmentation.crop_padding)
+    if augmentation.flip:
+        images = random_flip(flip_key, images)
+    return images
+
+
+def random_crop(
+    key: PRNGKeyArray, images: UInt8[Array, "batch h w c"], padding: int
+) -> UInt8[Array, "batch h w c"]:
+    """Puts zeros around each image and takes a crop of the original size at random.
+
+    Args:
+        key: key of this batch.
+        images: images, (batch, h, w, c).
+        padding: zero pixels on each side.
+
+    Returns:
+        the crops, same shape; each image has its own offset, uniform in [0, 2 * padding].
+    """
+    offsets = jax.random.randint(key, (len(images), 2), 0, 2 * padding + 1)
+    return crop(images, offsets, padding)
+
+
+def crop(
+    images: UInt8[Array, "batch h w c"], offsets: Int[Array, "batch 2"], padding: int
+) -> UInt8[Array, "batch h w c"]:
+    """Puts zeros around each image and takes a crop of the original size at a given offset.
+
+    Args:
+        images: images, (batch, h, w, c).
+        offsets: row and column of the upper left pixel in the padded image, in
+            [0, 2 * padding], (batch, 2).
+        padding: zero pixels on each side.
+
+    Returns:
+        the crops, same shape.
+    """
+    size = images.shape[1:]
+    padded = jnp.pad(images, [(0, 0), (padding, padding), (padding, padding), (0, 0)])
+    # Slices under vmap: twice as fast on CPU as one gather by row and column indices.
+    return jax.vmap(lambda image, at: jax.lax.dynamic_slice(image, (at[0], at[1], 0), size))(
+        padded, offsets
+    )
+
+
+def random_flip(
+    key: PRNGKeyArray, images: UInt8[Array, "batch h w c"]
+) -> UInt8[Array, "batch h w c"]:
+    """Mirrors each image left to right with probability one half.
+
+    Args:
+        key: key of this batch.
+        images: images, (batch, h, w, c).
+
+    Returns:
+        the images, same shape.
+    """
+    mirrored = jax.random.bernoulli(key, shape=(len(images), 1, 1, 1))
+    return jnp.where(mirrored, images[:, :, ::-1], images)
+
+
+def normalize(
+    images: UInt8[Array, "batch h w c"],
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: DTypeLike = jnp.float32,
+) -> Float[Array, "batch h w c"]:
+    """Normalises each channel: (images / 255 - mean) / std, computed in float32.
+
+    Args:
+        images: images, 0 to 255, (batch, h, w, c).
+        mean: mean of each channel, in units of [0, 1].
+        std: standard deviation of each channel, likewise.
+        dtype: type of the result.
+
+    Returns:
+        the normalised images, same shape.
+
+    Raises:
+        ValueError: if mean or std has not one value a channel.
+    """
+    channels = images.shape[-1]
+    if not len(mean) == len(std) == channels:
+        raise ValueError(
+            f"mean and std need one value for each of {channels} channels, but have {len(mean)} "
+            f"and {len(std)}"
+        )
+    shift = jnp.asarray(mean, jnp.float32).reshape(1, 1, 1, channels)
+    scale = jnp.asarray(std, jnp.float32).reshape(1, 1, 1, channels)
+    return ((images.astype(jnp.float32) / 255.0 - shift) / scale).astype(dtype)

@@ -1,0 +1,200 @@
+"""Image data sets in memory: splits of uint8 images, held-out splits, channel statistics."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Float64, Int32, Int64, UInt8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Split:
+    """One split of a data set, held in memory.
+
+    Args:
+        images: images, 0 to 255, (n, h, w, c).
+        labels: class of each image, from 0, (n,).
+
+    Raises:
+        ValueError: if the arrays have the wrong type or shape, differ in length, or are empty.
+    """
+
+    images: UInt8[np.ndarray, "n h w c"]
+    labels: Int32[np.ndarray, "n"]
+
+    def __post_init__(self) -> None:
+        images, labels = self.images, self.labels
+        if images.ndim != 4 or images.dtype != np.uint8:
+            raise ValueError(
+                f"images must be uint8 of shape (n, h, w, c), but are {images.dtype} of shape "
+                f"{images.shape}"
+            )
+        if labels.ndim != 1 or labels.dtype != np.int32:
+            raise ValueError(
+                f"labels must be int32 of shape (n,), but are {labels.dtype} of shape "
+                f"{labels.shape}"
+            )
+        if len(images) != len(labels):
+            raise ValueError(f"a split has {len(images)} images but {len(labels)} labels")
+        if images.size == 0:
+            raise ValueError(f"a split must hold images, but its shape is {images.shape}")
+        if labels.min() < 0:
+            raise ValueError(f"labels must be 0 or more, but the smallest is {labels.min()}")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Dataset:
+    """A data set ready for training.
+
+    Args:
+        name: what to call it in logs and reports.
+        num_classes: number of classes; labels lie in [0, num_classes).
+        train: training split.
+        validation: split for choosing the best epoch, or None.
+        test: test split.
+        mean: mean of each channel over the training split, in units of [0, 1].
+        std: standard deviation of each channel, likewise.
+
+    Raises:
+        ValueError: if image shapes differ between splits, a label is out of range, or the
+            statistics do not fit the channels.
+    """
+
+    name: str
+    num_classes: int
+    train: Split
+    validation: Split | None
+    test: Split
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        shape = self.train.images.shape[1:]
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        for split_name, split in splits.items():
+            if split is None:
+                continue
+            if split.images.shape[1:] != shape:
+                raise ValueError(
+                    f"{self.name}: images of split {split_name} are {split.images.shape[1:]} "
+                    f"(h, w, c) but those of split train are {shape}"
+                )
+            if split.labels.max() >= self.num_classes:
+                raise ValueError(
+                    f"{self.name}: split {split_name} has label {split.labels.max()}, but with "
+                    f"{self.num_classes} classes labels run from 0 to {self.num_classes - 1}"
+                )
+        if not len(self.mean) == len(self.std) == shape[-1]:
+            raise ValueError(
+                f"{self.name}: mean and std need one value for each of {shape[-1]} channels, "
+                f"but have {len(self.mean)} and {len(self.std)}"
+            )
+        if not min(self.std) > 0:
+            raise ValueError(
+                f"{self.name}: std is {self.std}, so a channel of the training images is "
+                "constant and cannot be normalised"
+            )
+
+
+def channel_statistics(
+    images: UInt8[np.ndarray, "n h w c"],
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel, exact: sums are taken in integers.
+
+    Args:
+        images: images, 0 to 255, (n, h, w, c).
+
+    Returns:
+        mean and std, one value a channel, in units of [0, 1].
+    """
+    channels = images.shape[-1]
+    total = np.zeros(channels, np.int64)
+    total_squares = np.zeros(channels, np.int64)
+    for start in range(0, len(images), 1024):
+        pixels = images[start : start + 1024].reshape(-1, channels).astype(np.int64)
+        total += pixels.sum(axis=0)
+        total_squares += (pixels * pixels).sum(axis=0)
+    count = images.size // channels
+    mean: Float64[np.ndarray, " c"] = total / count
+    variance = total_squares / count - mean * mean
+    std = np.sqrt(np.maximum(variance, 0.0))
+    return tuple((mean / 255.0).tolist()), tuple((std / 255.0).tolist())
+
+
+def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split | None]:
+    """Takes a stratified part out of a split, or nothing.
+
+    Args:
+        split: the split to divide.
+        fraction: share to take out, in [0, 1).
+        seed: the same seed takes out the same images.
+
+    Returns:
+        what remains, and what was taken out (None if fraction is 0).
+
+    Raises:
+        ValueError: if fraction is not in [0, 1), or no class can spare an image.
+    """
+    if fraction == 0.0:
+        return split, None
+    return stratified_split(split, fraction, seed)
+
+
+def stratified_split(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
+    """Divides a split in two, taking the same fraction of every class.
+
+    Each class gives round(fraction * count) images, at least one if it has two or more, and
+    keeps at least one. Both parts keep the order of the images.
+
+    Args:
+        split: the split to divide.
+        fraction: share of the second part, in (0, 1).
+        seed: the same seed takes out the same images.
+
+    Returns:
+        what remains, and what was taken out.
+
+    Raises:
+        ValueError: if fraction is not in (0, 1), or no class can spare an image.
+    """
+    if not 0.0 < fraction < 1.0:
+        raise ValueError(f"the held-out fraction must lie in [0, 1), but is {fraction}")
+    chosen = []
+    for label in np.unique(split.labels):
+        members = np.flatnonzero(split.labels == label)
+        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        chosen.append(members[shuffled(len(members), seed, int(label))[:count]])
+    taken = np.zeros(len(split), bool)
+    taken[np.concatenate(chosen)] = True
+    if not taken.any():
+        raise ValueError(
+            f"cannot hold out {fraction} of {len(split)} images: every class has only one; "
+            "use fraction 0"
+        )
+    rest = Split(images=split.images[~taken], labels=split.labels[~taken])
+    return rest, Split(images=split.images[taken], labels=split.labels[taken])
+
+
+def shuffled(n: int, *entropy: int) -> Int64[np.ndarray, " n"]:
+    """A permutation of range(n) that depends on nothing but n and the numbers given.
+
+    Sorts raw 64-bit draws of PCG64, whose stream NumPy keeps fixed; the order of
+    `Generator.permutation` may change with NumPy's version.
+
+    Args:
+        n: length.
+        entropy: non-negative numbers, for example a seed and an epoch.
+
+    Returns:
+        the permutation, (n,).
+
+    Raises:
+        ValueError: if a number is negative.
+    """
+    if min(entropy) < 0:
+        raise ValueError(f"a seed or epoch must be 0 or more, but got {entropy}")
+    return np.argsort(np.random.PCG64(list(entropy)).random_raw(n), kind="stable")

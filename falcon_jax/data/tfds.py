@@ -1,0 +1,185 @@
+"""TensorFlow Datasets prepared as array_record, read without TensorFlow and without the net."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from falcon_jax.data.dataset import Split
+from falcon_jax.data.source import SourceOptions, SourceSplits
+
+_NAME = re.compile(r"(?P<path>\w+(/[\w.-]+)?)(:(?P<version>\d+\.\d+\.\d+))?")
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
+
+
+def load_tfds(options: SourceOptions) -> SourceSplits:
+    """Loads a prepared data set that has the features "image" and "label" (a class label).
+
+    Reads the splits "train" and "test", and "validation" where there is one. All images must
+    have one size, since they are held in memory as one array.
+
+    Args:
+        options: name as TFDS has it ("cifar10", "name/config", "name:1.0.0"); data_dir as TFDS
+            has it, by default TFDS_DATA_DIR or ~/tensorflow_datasets.
+
+    Returns:
+        the splits.
+
+    Raises:
+        FileNotFoundError: if the data set has not been prepared; says how to.
+        ImportError: if tensorflow-datasets is not installed.
+        ValueError: if the name or the data set is not as it should be.
+    """
+    directory = prepared_directory(options.name, options.data_dir)
+    tfds = import_tfds()
+    # From the directory and not by name: looked up by name, an unprepared data set goes to the net.
+    builder = tfds.builder_from_directory(directory)
+    features = dict(builder.info.features)
+    num_classes = getattr(features.get("label"), "num_classes", None)
+    if "image" not in features or num_classes is None:
+        raise ValueError(
+            f'{directory} has the features {", ".join(sorted(features))}; needed are "image" and '
+            '"label" (a class label)'
+        )
+    absent = [split for split in ("train", "test") if split not in builder.info.splits]
+    if absent:
+        raise ValueError(
+            f"{directory} has no split {absent[0]!r}, only {', '.join(sorted(builder.info.splits))}"
+        )
+    has_validation = "validation" in builder.info.splits
+    return SourceSplits(
+        name=options.name,
+        num_classes=num_classes,
+        train=_read_split(builder, "train", directory),
+        test=_read_split(builder, "test", directory),
+        validation=_read_split(builder, "validation", directory) if has_validation else None,
+    )
+
+
+def import_tfds() -> ModuleType:
+    """Imports tensorflow_datasets.
+
+    Returns:
+        the package.
+
+    Raises:
+        ImportError: if it, or something it needs, is not installed.
+    """
+    try:
+        import tensorflow_datasets
+    except ImportError as error:
+        raise ImportError(
+            f'the source "tfds" needs tensorflow-datasets ({error}): '
+            'pip install "falcon-jax[train]"'
+        ) from error
+    return tensorflow_datasets
+
+
+def tfds_directory(data_dir: str) -> Path:
+    """The directory that holds all prepared data sets.
+
+    Args:
+        data_dir: the directory, or "" for TFDS's default: TFDS_DATA_DIR or ~/tensorflow_datasets.
+
+    Returns:
+        the directory.
+    """
+    default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    return Path(data_dir or default).expanduser()
+
+
+def prepared_directory(name: str, data_dir: str) -> Path:
+    """Finds the directory of a prepared data set, looking at the disk only.
+
+    Args:
+        name: name as TFDS has it: "name", "name/config", either with ":1.0.0" for a version.
+        data_dir: as for tfds_directory.
+
+    Returns:
+        the directory of the version asked for, else of the newest.
+
+    Raises:
+        ValueError: if the name is malformed, or the files are of another format.
+        FileNotFoundError: if there is no such directory; says how to prepare it.
+    """
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise ValueError(
+            f"{name!r} cannot be the name of a TFDS data set; give for example cifar10, or "
+            "name/config:1.0.0"
+        )
+    root = tfds_directory(data_dir) / match["path"]
+    prepared = {
+        info.parent.name: info.parent
+        for info in root.glob("*/dataset_info.json")
+        if _VERSION.fullmatch(info.parent.name)
+    }
+    version = match["version"] or max(
+        prepared, key=lambda v: tuple(map(int, v.split("."))), default=""
+    )
+    if version not in prepared:
+        configs = sorted({info.parts[-3] for info in root.glob("*/*/dataset_info.json")})
+        found = f" (prepared there: {', '.join(f'{name}/{c}' for c in configs)})" if configs else ""
+        raise FileNotFoundError(
+            f"the TFDS data set {name} is not prepared in {tfds_directory(data_dir)}{found}; run "
+            f"`{prepare_command(name, data_dir)}`"
+        )
+    _require_array_record(prepared[version], name, data_dir)
+    return prepared[version]
+
+
+def prepare_command(name: str, data_dir: str) -> str:
+    """The command line that prepares a data set.
+
+    Args:
+        name: name as TFDS has it.
+        data_dir: as for tfds_directory.
+
+    Returns:
+        the command line.
+    """
+    return f"python -m falcon_jax prepare --name {name} --data-dir {tfds_directory(data_dir)}"
+
+
+def _require_array_record(directory: Path, name: str, data_dir: str) -> None:
+    info_path = directory / "dataset_info.json"
+    try:
+        file_format = json.loads(info_path.read_text()).get("fileFormat", "tfrecord")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{info_path} is damaged: {error}") from error
+    if file_format != "array_record":
+        raise ValueError(
+            f"{directory} is prepared as {file_format}, which cannot be read in any order without "
+            f"TensorFlow; move it away and run `{prepare_command(name, data_dir)}`"
+        )
+
+
+def _read_split(builder: Any, split: str, directory: Path) -> Split:
+    index = 0
+    try:
+        records = builder.as_data_source(split=split)
+        shape = np.shape(records[0]["image"])
+        images = np.empty((len(records), *shape), np.uint8)
+        labels = np.empty(len(records), np.int32)
+        for index in range(len(records)):
+            record = records[index]
+            image = np.asarray(record["image"])
+            if image.shape != shape or image.dtype != np.uint8:
+                raise ValueError(
+                    f"it is {image.dtype} of shape {image.shape}, but the first image is of shape "
+                    f"{shape}, and all must be uint8 of one shape"
+                )
+            images[index] = image
+            labels[index] = record["label"]
+    except Exception as error:  # a damaged file or image raises anything, from several libraries
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"{directory}: image {index} of split {split} cannot be read: {reason}"
+        ) from error
+    return Split(images=images, labels=labels)

@@ -1,0 +1,6 @@
+"""Solvers: trained kernels in, parameters of a method out."""
+
+from falcon_jax.fitting.adamw import AdamWSettings as AdamWSettings
+from falcon_jax.fitting.adamw import fit_adamw as fit_adamw
+from falcon_jax.fitting.low_rank import best_low_rank as best_low_rank
+from falcon_jax.fitting.low_rank import singular_basis as singular_basis

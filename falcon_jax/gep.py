@@ -1,0 +1,84 @@
+"""The generalized elementwise product (GEP) and the convolution kernels built from it."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def gep(d: Float[Array, "..."], p: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Multiply two tensors along one shared axis and keep every other axis.
+
+    ``K[i1, ..., m, j1, ...] = d[i1, ..., m] * p[m, j1, ...]``
+
+    Args:
+        d: tensor of order p, shape ``(I1, ..., I(p-1), M)``.
+        p: tensor of order q, shape ``(M, J1, ..., J(q-1))``.
+
+    Returns:
+        Tensor of order p + q - 1, shape ``(I1, ..., I(p-1), M, J1, ..., J(q-1))``.
+
+    Raises:
+        ValueError: if an operand is a scalar or the shared axes differ in length.
+
+    Reference:
+        FALCON, Section 3.2, Definitions 1 and 2.
+
+    >>> gep(jnp.ones((3, 3, 4)), jnp.ones((4, 8))).shape
+    (3, 3, 4, 8)
+    """
+    if d.ndim == 0 or p.ndim == 0 or d.shape[-1] != p.shape[0]:
+        raise ValueError(
+            f"gep multiplies along the last axis of d and the first axis of p, which must have "
+            f"equal length; got shapes {d.shape} and {p.shape}. Transpose or reshape one of them."
+        )
+    m = d.shape[-1]
+    product = jnp.einsum("im,mj->imj", d.reshape(-1, m), p.reshape(m, -1))
+    return product.reshape(d.shape[:-1] + p.shape)
+
+
+def falcon_kernel(
+    depthwise: Float[Array, "*kernel_size k n"], pointwise: Float[Array, "m k n"]
+) -> Float[Array, "*kernel_size m n"]:
+    """Build the standard kernel that a rank-k FALCON convolution applies.
+
+    ``K[i, j, m, n] = sum_r depthwise[i, j, r, n] * pointwise[m, r, n]``
+
+    Args:
+        depthwise: shape ``(*kernel_size, k, N)``.
+        pointwise: shape ``(M, k, N)``; M counts the input channels of one feature group.
+
+    Returns:
+        Kernel of shape ``(*kernel_size, M, N)``, the layout of ``flax`` convolutions.
+
+    Reference:
+        FALCON, Theorem 1 (k = 1) and Definition 3.
+    """
+    return jnp.einsum("...rn,mrn->...mn", depthwise, pointwise)
+
+
+def separable_kernel(
+    depthwise: Float[Array, "*kernel_size m k"],
+    pointwise: Float[Array, "m_group k n"],
+    *,
+    feature_group_count: int = 1,
+) -> Float[Array, "*kernel_size m_group n"]:
+    """Build the standard kernel that a depthwise-then-pointwise convolution applies.
+
+    ``K[i, j, m, n] = sum_r depthwise[i, j, m, r] * pointwise[m, r, n]``
+
+    Args:
+        depthwise: shape ``(*kernel_size, M, k)``, M counting all input channels.
+        pointwise: shape ``(M / groups, k, N)``.
+        feature_group_count: number of groups that channels are split into.
+
+    Returns:
+        Kernel of shape ``(*kernel_size, M / groups, N)``.
+
+    Reference:
+        FALCON, Theorem 2.
+    """
+    m_group, k, n = pointwise.shape
+    groups = feature_group_count
+    d = depthwise.reshape(*depthwise.shape[:-2], groups, m_group, k)
+    p = pointwise.reshape(m_group, k, groups, n // groups)
+    kernel = jnp.einsum("...gmr,mrgn->...mgn", d, p)
+    return kernel.reshape(*depthwise.shape[:-2], m_group, n)

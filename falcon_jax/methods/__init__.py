@@ -1,0 +1,15 @@
+"""Compression methods: values with pure functions, one file each."""
+
+from falcon_jax.methods.base import Cost as Cost
+from falcon_jax.methods.base import Method as Method
+from falcon_jax.methods.base import Params as Params
+from falcon_jax.methods.base import standard_cost as standard_cost
+from falcon_jax.methods.depthwise_separable import DepthwiseSeparable as DepthwiseSeparable
+from falcon_jax.methods.falcon import Falcon as Falcon
+from falcon_jax.methods.fitting import Solver as Solver
+from falcon_jax.methods.fitting import check_kernel as check_kernel
+from falcon_jax.methods.fitting import fit as fit
+from falcon_jax.methods.fitting import relative_error as relative_error
+from falcon_jax.methods.registry import get_method as get_method
+from falcon_jax.methods.registry import method_names as method_names
+from falcon_jax.methods.spec import ConvSpec as ConvSpec

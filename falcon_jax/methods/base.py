@@ -1,0 +1,153 @@
+"""What every compression method is: a frozen value with a few pure functions."""
+
+import abc
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax
+from jax import lax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from falcon_jax.methods.spec import ConvSpec
+
+Params = dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What one convolution costs.
+
+    Attributes:
+        params: trainable parameters, the bias included.
+        mult_adds: multiply-adds for one example, plus one per output element for a bias.
+    """
+
+    params: int
+    mult_adds: int
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(params=self.params + other.params, mult_adds=self.mult_adds + other.mult_adds)
+
+
+class Method(abc.ABC):
+    """A way to replace a standard convolution.
+
+    Subclasses are frozen keyword-only dataclasses. The bias is not theirs: whoever applies the
+    method adds it.
+    """
+
+    name: ClassVar[str]
+
+    @abc.abstractmethod
+    def supports(self, spec: ConvSpec) -> str | None:
+        """Return None, or the reason why the method cannot replace such a convolution."""
+
+    @abc.abstractmethod
+    def init(self, key: PRNGKeyArray, spec: ConvSpec) -> Params:
+        """Return random float32 parameters that keep the variance of activations, He uniform."""
+
+    @abc.abstractmethod
+    def fit(self, kernel: Float[Array, "*kernel_shape"], spec: ConvSpec) -> Params:
+        """Return the parameters whose kernel is nearest to a trained one, in closed form."""
+
+    @abc.abstractmethod
+    def kernel(self, params: Params, spec: ConvSpec) -> Float[Array, "*kernel_shape"]:
+        """Return the equivalent standard kernel, ``(*kernel_size, M / groups, N)``."""
+
+    @abc.abstractmethod
+    def apply(
+        self,
+        params: Params,
+        x: Float[Array, "*batch m"],
+        spec: ConvSpec,
+        *,
+        precision: lax.PrecisionLike = None,
+    ) -> Float[Array, "*batch_out n"]:
+        """Convolve ``x`` of shape ``(..., *spatial, M)`` without adding a bias."""
+
+    @abc.abstractmethod
+    def cost(self, spec: ConvSpec, input_shape: Sequence[int]) -> Cost:
+        """Return the cost for one example of shape ``(*spatial, M)`` (batch axes are ignored)."""
+
+    def options(self) -> dict[str, Any]:
+        """Return the settings as plain data, such that ``get_method(name, **options)`` is equal."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)  # type: ignore[arg-type]
+        }
+
+    def require(self, spec: ConvSpec) -> None:
+        """Raise ValueError with the reason if the method cannot replace such a convolution."""
+        reason = self.supports(spec)
+        if reason is not None:
+            raise ValueError(f"{self} cannot replace {spec}: {reason}.")
+
+
+def standard_cost(spec: ConvSpec, input_shape: Sequence[int]) -> Cost:
+    """Return the cost of the standard convolution.
+
+    ``D^2 M N / g`` parameters and ``H' W' D^2 M N / g`` mult-adds, plus the bias.
+
+    Args:
+        spec: the convolution.
+        input_shape: ``(..., *spatial, M)``; batch axes are ignored.
+
+    Returns:
+        Cost for one example.
+
+    Reference:
+        FALCON, Table 2.
+
+    >>> spec = ConvSpec(kernel_size=(3, 3), in_features=4, out_features=8, use_bias=False)
+    >>> standard_cost(spec, (32, 32, 4))
+    Cost(params=288, mult_adds=294912)
+    """
+    kernel = math.prod(spec.kernel_shape)
+    points = math.prod(spec.output_shape(spatial_shape(spec, input_shape)))
+    return Cost(params=kernel, mult_adds=points * kernel) + bias_cost(spec, points)
+
+
+def bias_cost(spec: ConvSpec, points: int) -> Cost:
+    """Return the cost of adding the bias to ``points`` output points; nothing without a bias."""
+    n = spec.out_features if spec.use_bias else 0
+    return Cost(params=n, mult_adds=points * n)
+
+
+def spatial_shape(spec: ConvSpec, input_shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the spatial sizes of an input of shape ``(..., *spatial, M)``.
+
+    Raises:
+        ValueError: if the input has too few axes or another number of channels.
+    """
+    axes = len(spec.kernel_size)
+    if len(input_shape) <= axes or input_shape[-1] != spec.in_features:
+        raise ValueError(
+            f"the convolution takes inputs of shape (..., {axes} spatial axes, "
+            f"{spec.in_features} channels); got {tuple(input_shape)}."
+        )
+    return tuple(input_shape[-1 - axes : -1])
+
+
+def unit_gain(key: PRNGKeyArray, shape: Sequence[int], terms: int) -> Float[Array, "*shape"]:
+    """Return uniform weights such that a sum over ``terms`` of them keeps the variance."""
+    bound = math.sqrt(3 / terms)
+    return jax.random.uniform(key, tuple(shape), minval=-bound, maxval=bound)
+
+
+def flatten_batch(
+    x: Float[Array, "*batch m"], spec: ConvSpec
+) -> tuple[Float[Array, "b *spatial m"], tuple[int, ...]]:
+    """Merge any number of batch axes (none, too) into one.
+
+    Args:
+        x: input of shape ``(..., *spatial, M)``.
+        spec: the convolution that ``x`` goes to.
+
+    Returns:
+        Input with one batch axis, and the shape of the batch axes to restore.
+    """
+    spatial = spatial_shape(spec, x.shape)
+    batch = x.shape[: x.ndim - len(spatial) - 1]
+    return x.reshape(math.prod(batch), *spatial, x.shape[-1]), batch

@@ -1,0 +1,122 @@
+"""Depthwise first, then pointwise: DPConv, and GEP-in when fitted to a trained kernel."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import ClassVar
+
+import jax
+from jax import lax
+from jax.nn import initializers
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from falcon_jax import ops
+from falcon_jax.fitting import best_low_rank
+from falcon_jax.gep import separable_kernel
+from falcon_jax.methods.base import (
+    Cost,
+    Method,
+    Params,
+    bias_cost,
+    flatten_batch,
+    spatial_shape,
+    unit_gain,
+)
+from falcon_jax.methods.ranks import check_rank, rank_reason
+from falcon_jax.methods.registry import register
+from falcon_jax.methods.spec import ConvSpec
+
+
+@register
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DepthwiseSeparable(Method):
+    """Rank-k depthwise separable convolution.
+
+    ``K[i, j, m, n] = sum_r depthwise[i, j, m, r] pointwise[m, r, n]``
+
+    Parameters: ``depthwise`` of shape ``(*kernel_size, M, k)`` and ``pointwise`` of shape
+    ``(M / groups, k, N)``. The pointwise step runs at the output's resolution.
+
+    Attributes:
+        rank: number k of depthwise kernels per input channel; D^2 of them reproduce any kernel.
+
+    Reference:
+        FALCON, Section 3.6.1, Theorem 2 and Table 2; fitted, it is the paper's GEP-in.
+    """
+
+    rank: int = 1
+    name: ClassVar[str] = "depthwise_separable"
+
+    def __post_init__(self):
+        check_rank(self.rank)
+
+    def supports(self, spec: ConvSpec) -> str | None:
+        """Return None, or the reason why the method cannot replace such a convolution."""
+        return rank_reason(self.rank, spec)
+
+    def init(self, key: PRNGKeyArray, spec: ConvSpec) -> Params:
+        """Return random parameters: unit-gain depthwise, He pointwise over all terms."""
+        self.require(spec)
+        k, m = self.rank, spec.group_in_features
+        depthwise_key, pointwise_key = jax.random.split(key)
+        gain = initializers.variance_scaling(2.0, "fan_in", "uniform", in_axis=(0, 1), out_axis=2)
+        return {
+            "depthwise": unit_gain(
+                depthwise_key, (*spec.kernel_size, spec.in_features, k), spec.taps
+            ),
+            "pointwise": gain(pointwise_key, (m, k, spec.out_features)),
+        }
+
+    def fit(self, kernel: Float[Array, "*kernel_shape"], spec: ConvSpec) -> Params:
+        """Return the best rank-k approximation of the D^2 x N / g matrix of each input channel."""
+        self.require(spec)
+        groups, m, n = spec.feature_group_count, spec.group_in_features, spec.out_features
+        matrices = kernel.reshape(spec.taps, m, groups, n // groups).transpose(2, 1, 0, 3)
+        left, right = best_low_rank(
+            matrices.reshape(groups * m, spec.taps, n // groups), rank=self.rank
+        )
+        depthwise = left.transpose(1, 0, 2)
+        pointwise = right.reshape(groups, m, self.rank, n // groups).transpose(1, 2, 0, 3)
+        return {
+            "depthwise": depthwise.reshape(*spec.kernel_size, groups * m, self.rank),
+            "pointwise": pointwise.reshape(m, self.rank, n),
+        }
+
+    def kernel(self, params: Params, spec: ConvSpec) -> Float[Array, "*kernel_shape"]:
+        """Return the equivalent standard kernel (Theorem 2)."""
+        return separable_kernel(
+            params["depthwise"],
+            params["pointwise"],
+            feature_group_count=spec.feature_group_count,
+        )
+
+    def apply(
+        self,
+        params: Params,
+        x: Float[Array, "*batch m"],
+        spec: ConvSpec,
+        *,
+        precision: lax.PrecisionLike = None,
+    ) -> Float[Array, "*batch_out n"]:
+        """Convolve ``x`` of shape ``(..., *spatial, M)`` without adding a bias."""
+        x, batch = flatten_batch(x, spec)
+        y = ops.depthwise_then_pointwise(
+            x,
+            params["depthwise"],
+            params["pointwise"],
+            **spec.geometry,
+            feature_group_count=spec.feature_group_count,
+            precision=precision,
+        )
+        return y.reshape(*batch, *y.shape[1:])
+
+    def cost(self, spec: ConvSpec, input_shape: Sequence[int]) -> Cost:
+        """Return ``k M (D^2 + N / g)`` parameters and ``H' W'`` times as many mult-adds.
+
+        Table 2 prints H W for the depthwise step; it runs at the output's resolution, as the
+        counts in Tables 4 and 5 have it.
+        """
+        points = math.prod(spec.output_shape(spatial_shape(spec, input_shape)))
+        group_out = spec.out_features // spec.feature_group_count
+        params = self.rank * spec.in_features * (spec.taps + group_out)
+        return Cost(params=params, mult_adds=points * params) + bias_cost(spec, points)

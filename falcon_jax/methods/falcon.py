@@ -1,0 +1,166 @@
+"""FALCON: pointwise first, then depthwise, fitted to the trained kernel."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import ClassVar, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.nn import initializers
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from falcon_jax import ops
+from falcon_jax.fitting import best_low_rank
+from falcon_jax.gep import falcon_kernel
+from falcon_jax.methods.base import (
+    Cost,
+    Method,
+    Params,
+    bias_cost,
+    flatten_batch,
+    spatial_shape,
+    unit_gain,
+)
+from falcon_jax.methods.ranks import check_rank, rank_reason
+from falcon_jax.methods.registry import register
+from falcon_jax.methods.spec import ConvSpec
+
+Impl = Literal["separable", "grouped", "gep"]
+
+
+@register
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Falcon(Method):
+    """Rank-k FALCON.
+
+    ``K[i, j, m, n] = sum_r depthwise[i, j, r, n] pointwise[m, r, n]``
+
+    Parameters: ``pointwise`` of shape ``(M / groups, k, N)`` and ``depthwise`` of shape
+    ``(*kernel_size, k, N)``. With feature groups, FALCON stands inside each group. The pointwise
+    step runs at the input's resolution, the depthwise step carries strides and dilations.
+
+    Attributes:
+        rank: number k of terms; D^2 of them, or M / groups if that is less, reproduce any kernel.
+        impl: how it is computed, with the same result: ``separable`` (matrix products and one
+            fused depthwise pass; the fast one), ``grouped`` (1x1 and feature-grouped ``lax``
+            convolutions) or ``gep`` (build the kernel by einsum, then one standard convolution).
+
+    Reference:
+        FALCON, Sections 3.3 and 3.4, Equation 5, Theorems 1 and 3 to 5, Definition 3.
+    """
+
+    rank: int = 1
+    impl: Impl = "separable"
+    name: ClassVar[str] = "falcon"
+
+    def __post_init__(self):
+        check_rank(self.rank)
+        if self.impl not in get_args(Impl):
+            raise ValueError(f"impl is one of {', '.join(get_args(Impl))}; got {self.impl!r}.")
+
+    def supports(self, spec: ConvSpec) -> str | None:
+        """Return None, or the reason why FALCON cannot replace such a convolution."""
+        return rank_reason(self.rank, spec)
+
+    def init(self, key: PRNGKeyArray, spec: ConvSpec) -> Params:
+        """Return random parameters: He pointwise, depthwise of unit gain over all terms."""
+        self.require(spec)
+        k, n = self.rank, spec.out_features
+        pointwise_key, depthwise_key = jax.random.split(key)
+        gain = initializers.variance_scaling(2.0, "fan_in", "uniform", in_axis=0, out_axis=(1, 2))
+        return {
+            "pointwise": gain(pointwise_key, (spec.group_in_features, k, n)),
+            "depthwise": unit_gain(depthwise_key, (*spec.kernel_size, k, n), spec.taps * k),
+        }
+
+    def fit(self, kernel: Float[Array, "*kernel_shape"], spec: ConvSpec) -> Params:
+        """Return the best rank-k approximation of the D^2 x M matrix of each output channel."""
+        self.require(spec)
+        matrices = kernel.reshape(spec.taps, spec.group_in_features, spec.out_features)
+        left, right = best_low_rank(matrices.transpose(2, 0, 1), rank=self.rank)
+        depthwise = left.transpose(1, 2, 0)
+        return {
+            "pointwise": right.transpose(2, 1, 0),
+            "depthwise": depthwise.reshape(*spec.kernel_size, *depthwise.shape[1:]),
+        }
+
+    def kernel(self, params: Params, spec: ConvSpec) -> Float[Array, "*kernel_shape"]:
+        """Return the equivalent standard kernel (Theorem 1)."""
+        return falcon_kernel(params["depthwise"], params["pointwise"])
+
+    def apply(
+        self,
+        params: Params,
+        x: Float[Array, "*batch m"],
+        spec: ConvSpec,
+        *,
+        precision: lax.PrecisionLike = None,
+    ) -> Float[Array, "*batch_out n"]:
+        """Convolve ``x`` of shape ``(..., *spatial, M)`` without adding a bias."""
+        x, batch = flatten_batch(x, spec)
+        geometry = spec.geometry
+        groups = spec.feature_group_count
+        depthwise, pointwise = params["depthwise"], params["pointwise"]
+        if self.impl == "separable":
+            y = ops.pointwise_then_depthwise(
+                x,
+                depthwise,
+                pointwise,
+                **geometry,
+                feature_group_count=groups,
+                precision=precision,
+            )
+        elif self.impl == "gep":
+            y = ops.conv(
+                x,
+                falcon_kernel(depthwise, pointwise),
+                **geometry,
+                feature_group_count=groups,
+                precision=precision,
+            )
+        else:
+            terms = (
+                self._grouped_term(x, depthwise[..., r, :], pointwise[:, r], spec, precision)
+                for r in range(self.rank)
+            )
+            y = functools.reduce(jnp.add, terms)
+        return y.reshape(*batch, *y.shape[1:])
+
+    def _grouped_term(
+        self, x: Array, depthwise: Array, pointwise: Array, spec: ConvSpec, precision
+    ) -> Array:
+        axes = len(spec.kernel_size)
+        ones = (1,) * axes
+        z = ops.conv(
+            x,
+            pointwise.reshape(*ones, *pointwise.shape),
+            strides=ones,
+            padding="VALID",
+            input_dilation=ones,
+            kernel_dilation=ones,
+            feature_group_count=spec.feature_group_count,
+            precision=precision,
+        )
+        return ops.conv(
+            z,
+            depthwise[..., None, :],
+            **spec.geometry,
+            feature_group_count=spec.out_features,
+            precision=precision,
+        )
+
+    def cost(self, spec: ConvSpec, input_shape: Sequence[int]) -> Cost:
+        """Return ``k N (M / g + D^2)`` parameters, ``k N (H W M / g + H' W' D^2)`` mult-adds.
+
+        Reference: FALCON, Table 2, Theorems 3 to 5.
+        """
+        spatial = spatial_shape(spec, input_shape)
+        points_in, points_out = math.prod(spatial), math.prod(spec.output_shape(spatial))
+        m, n, k = spec.group_in_features, spec.out_features, self.rank
+        return Cost(
+            params=k * n * (m + spec.taps),
+            mult_adds=k * n * (points_in * m + points_out * spec.taps),
+        ) + bias_cost(spec, points_out)

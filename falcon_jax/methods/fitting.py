@@ -1,0 +1,125 @@
+"""`fit`: one trained kernel in, the parameters of a method out, by a solver of one's choice."""
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from falcon_jax.fitting import AdamWSettings, fit_adamw
+from falcon_jax.methods.base import Method, Params
+from falcon_jax.methods.spec import ConvSpec
+
+Solver = Literal["exact", "adamw", "random"]
+
+
+def fit(
+    kernel: Float[ArrayLike, "*kernel_shape"],
+    method: Method,
+    solver: Solver = "exact",
+    *,
+    spec: ConvSpec | None = None,
+    key: PRNGKeyArray | None = None,
+    settings: AdamWSettings | None = None,
+) -> Params:
+    """Fit a method to a trained kernel.
+
+    ``min_params || kernel - method.kernel(params) ||_F``
+
+    A pure function of ``kernel``: works under jit, vmap and grad.
+
+    Args:
+        kernel: trained kernel of shape ``(*kernel_size, M / groups, N)``.
+        method: what to fit, e.g. ``Falcon(rank=2)``.
+        solver: ``exact`` (closed form, the optimum), ``adamw`` (the paper's iteration) or
+            ``random`` (no fit: initial parameters, the paper's "without fitting").
+        spec: the convolution that the kernel belongs to; only its feature groups matter here. A
+            plain one if not given.
+        key: where ``adamw`` and ``random`` start from; ``jax.random.key(0)`` if not given.
+        settings: of ``adamw``.
+
+    Returns:
+        The method's parameters, in the type of ``kernel``.
+
+    Raises:
+        ValueError: if the method cannot replace the convolution, the kernel does not belong to
+            ``spec`` or holds a value that is not finite, or there is no such solver.
+
+    Reference:
+        FALCON, Algorithm 1, stage 1.
+
+    >>> from falcon_jax.methods.falcon import Falcon
+    >>> sorted((k, v.shape) for k, v in fit(jnp.ones((3, 3, 4, 8)), Falcon(rank=2)).items())
+    [('depthwise', (3, 3, 2, 8)), ('pointwise', (4, 2, 8))]
+    """
+    kernel = jnp.asarray(kernel)
+    if spec is None:
+        spec = ConvSpec.of_kernel(kernel.shape)
+    method.require(spec)
+    check_kernel(kernel, spec)
+    if settings is not None and solver != "adamw":
+        raise ValueError(f"settings are for solver='adamw'; solver={solver!r} has none.")
+    check_solver(solver)
+    if solver == "exact":
+        return method.fit(kernel, spec)
+    initial = method.init(jax.random.key(0) if key is None else key, spec)
+    if solver == "random":
+        return {name: value.astype(kernel.dtype) for name, value in initial.items()}
+    return fit_adamw(kernel, initial, lambda params: method.kernel(params, spec), settings)[0]
+
+
+def check_solver(solver: str) -> None:
+    """Raise ValueError unless there is a solver of this name."""
+    if solver not in get_args(Solver):
+        raise ValueError(f"solver is one of {', '.join(get_args(Solver))}; got {solver!r}.")
+
+
+def check_kernel(kernel: Float[Array, "*kernel_shape"], spec: ConvSpec) -> None:
+    """Raise unless a kernel belongs to ``spec`` and is finite (where that can be seen).
+
+    Raises:
+        ValueError: saying what is wrong.
+    """
+    if kernel.shape != spec.kernel_shape:
+        raise ValueError(
+            f"the kernel has shape {kernel.shape}, but the convolution's kernels have shape "
+            f"{spec.kernel_shape}: (*kernel_size, in_features / groups, out_features)."
+        )
+    check_finite(kernel, "the kernel")
+
+
+def check_finite(values: Float[Array, "*shape"], name: str) -> None:
+    """Raise if an array holds a value that is not finite; under a trace, nothing is checked.
+
+    Raises:
+        ValueError: naming the array.
+    """
+    if not isinstance(values, Tracer) and not bool(jnp.isfinite(values).all()):
+        raise ValueError(
+            f"{name} holds values that are not finite; the weights are damaged or training "
+            "diverged. Load or train the model again."
+        )
+
+
+def relative_error(
+    kernel: Float[Array, "*kernel_shape"], approximation: Float[Array, "*kernel_shape"]
+) -> Float[Array, ""]:
+    """Return ``|| kernel - approximation ||_F / || kernel ||_F``, 0 for two zero kernels.
+
+    Args:
+        kernel: the trained kernel.
+        approximation: of the same shape.
+
+    Returns:
+        A scalar; the energy kept is 1 minus its square.
+    """
+    dtype = jnp.promote_types(kernel.dtype, jnp.float32)
+    k, a = kernel.astype(dtype), approximation.astype(dtype)
+    # Dividing by the largest entry first keeps the squares of tiny and huge kernels in range.
+    scale = jnp.maximum(jnp.max(jnp.abs(k), initial=0), jnp.max(jnp.abs(a), initial=0))
+    k, a = k / jnp.where(scale > 0, scale, 1), a / jnp.where(scale > 0, scale, 1)
+    norm = jnp.sqrt(jnp.sum(k * k))
+    error = jnp.sqrt(jnp.sum((k - a) ** 2))
+    return jnp.where(norm > 0, error / jnp.where(norm > 0, norm, 1), error)

@@ -1,0 +1,53 @@
+"""Methods by name, for configs, plans and the command line."""
+
+import difflib
+from typing import Any, TypeVar
+
+from falcon_jax.methods.base import Method
+
+_METHODS: dict[str, type[Method]] = {}
+
+M = TypeVar("M", bound=type[Method])
+
+
+def register(cls: M) -> M:
+    """Enter a method class under its ``name``. Use as a decorator."""
+    _METHODS[cls.name] = cls
+    return cls
+
+
+def method_names() -> tuple[str, ...]:
+    """Return the names that `get_method` knows."""
+    return tuple(sorted(_METHODS))
+
+
+def get_method(name: str, **options: Any) -> Method:
+    """Return a method by its name.
+
+    Args:
+        name: as in ``Falcon.name``.
+        **options: the method's settings, e.g. ``rank=2``.
+
+    Returns:
+        The method.
+
+    Raises:
+        ValueError: if there is no such method, or it has no such setting.
+
+    >>> get_method("falcon", rank=2)
+    Falcon(rank=2, impl='separable')
+    """
+    if name not in _METHODS:
+        near = difflib.get_close_matches(name, _METHODS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"no method is called {name!r}; there are {', '.join(method_names())}.{hint}"
+        )
+    cls = _METHODS[name]
+    known = list(cls.__dataclass_fields__)  # type: ignore[attr-defined]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(
+            f"method {name!r} has no setting {', '.join(unknown)}; it has {', '.join(known)}."
+        )
+    return cls(**options)

@@ -1,0 +1,151 @@
+"""Linen modules that apply a compression method in place of a convolution."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.typing import Dtype, Initializer
+from jax import lax
+from jaxtyping import Array, Float
+
+from falcon_jax.methods import ConvSpec, DepthwiseSeparable, Falcon, Method
+from falcon_jax.methods.falcon import Impl
+from falcon_jax.methods.spec import PaddingLike, PerAxis
+from falcon_jax.nn.method_conv import apply_method
+
+
+def method_conv(
+    module: nn.Module,
+    method: Method,
+    spec: ConvSpec,
+    inputs: Float[Array, "*batch m"],
+    *,
+    dtype: Dtype | None,
+    param_dtype: Dtype,
+    precision: lax.PrecisionLike,
+    bias_init: Initializer,
+) -> Float[Array, "*batch_out n"]:
+    """Convolve by a method whose parameters are those of a Linen module.
+
+    To be called in a compact method of ``module``; the parameters get the names that the method
+    gives them, beside ``bias``.
+
+    Args:
+        module: holds the parameters.
+        method: how the convolution is carried out.
+        spec: its geometry.
+        inputs: shape ``(..., *spatial, M)``.
+        dtype: of the computation; as inputs and parameters if None.
+        param_dtype: of the parameters.
+        precision: of products on accelerators.
+        bias_init: makes the bias.
+
+    Returns:
+        Output of shape ``(..., *spatial_out, N)``.
+    """
+    names = sorted(jax.eval_shape(lambda key: method.init(key, spec), jax.random.key(0)))
+    params = {
+        name: module.param(
+            name, lambda key, name=name: method.init(key, spec)[name].astype(param_dtype)
+        )
+        for name in names
+    }
+    bias = None
+    if spec.use_bias:
+        bias = module.param("bias", bias_init, (spec.out_features,), param_dtype)
+    return apply_method(method, spec, params, bias, inputs, dtype=dtype, precision=precision)
+
+
+class _ConvLike(nn.Module):
+    """Arguments of ``linen.Conv``; a subclass says which method carries the convolution out."""
+
+    features: int
+    kernel_size: int | Sequence[int]
+    rank: int = 1
+    strides: PerAxis = 1
+    padding: PaddingLike = "SAME"
+    input_dilation: PerAxis = 1
+    kernel_dilation: PerAxis = 1
+    feature_group_count: int = 1
+    use_bias: bool = True
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    precision: lax.PrecisionLike = None
+    bias_init: Initializer = nn.initializers.zeros_init()
+
+    def method(self) -> Method:
+        raise TypeError(f"{type(self).__name__} names no method.")
+
+    @nn.compact
+    def __call__(self, inputs: Float[Array, "*batch m"]) -> Float[Array, "*batch_out n"]:
+        """Convolve inputs of shape ``(..., *spatial, M)``, any number of batch axes."""
+        spec = ConvSpec(
+            kernel_size=self.kernel_size,
+            in_features=inputs.shape[-1],
+            out_features=self.features,
+            strides=self.strides,
+            padding=self.padding,
+            kernel_dilation=self.kernel_dilation,
+            input_dilation=self.input_dilation,
+            feature_group_count=self.feature_group_count,
+            use_bias=self.use_bias,
+        )
+        return method_conv(
+            self,
+            self.method(),
+            spec,
+            inputs,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+            bias_init=self.bias_init,
+        )
+
+
+class FalconConv(_ConvLike):
+    """A rank-k FALCON convolution, to be used like ``linen.Conv``.
+
+    Parameters: ``pointwise`` of shape ``(M / groups, k, N)``, ``depthwise`` of shape
+    ``(*kernel_size, k, N)`` and ``bias`` of shape ``(N,)``.
+
+    Attributes:
+        features: output channels N.
+        kernel_size: taps per spatial axis; a number for one axis.
+        rank: number k of terms.
+        strides: step between outputs.
+        padding: as in ``linen.Conv``.
+        input_dilation: distance between input points.
+        kernel_dilation: distance between taps.
+        feature_group_count: groups that the channels are split into.
+        use_bias: whether a bias is added.
+        dtype: of the computation; as inputs and parameters if None.
+        param_dtype: of the parameters.
+        precision: of products on accelerators, as in ``jax.lax``.
+        bias_init: makes the bias.
+        impl: ``separable``, ``grouped`` or ``gep``; see `Falcon`.
+
+    Reference:
+        FALCON, Sections 3.3 and 3.4.
+    """
+
+    impl: Impl = "separable"
+
+    def method(self) -> Method:
+        """Return FALCON of this module's rank."""
+        return Falcon(rank=self.rank, impl=self.impl)
+
+
+class DepthwiseSeparableConv(_ConvLike):
+    """A depthwise-then-pointwise convolution of rank k, to be used like ``linen.Conv``.
+
+    Parameters: ``depthwise`` of shape ``(*kernel_size, M, k)``, ``pointwise`` of shape
+    ``(M / groups, k, N)`` and ``bias`` of shape ``(N,)``. Attributes as in `FalconConv`.
+
+    Reference:
+        FALCON, Section 3.6.1.
+    """
+
+    def method(self) -> Method:
+        """Return the depthwise separable method of this module's rank."""
+        return DepthwiseSeparable(rank=self.rank)

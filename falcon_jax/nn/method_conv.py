@@ -1,0 +1,115 @@
+"""The one NNX module that every method can use, and how a method is applied in any framework."""
+
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
+from flax.typing import Dtype, Initializer
+from jax import lax
+from jaxtyping import Array, Float
+
+from falcon_jax.methods import ConvSpec, Method, Params
+
+
+class MethodConv(nnx.Module):
+    """A convolution carried out by a compression method.
+
+    The method's parameters are attributes of the module, each an ``nnx.Param`` under the name that
+    the method gives it, beside ``bias`` (None without one).
+
+    Args:
+        method: how the convolution is carried out.
+        spec: its geometry.
+        params: the method's parameters; random ones if not given.
+        bias: N entries; made by ``bias_init`` if not given and ``spec.use_bias``.
+        dtype: of the computation; as input and parameters if None.
+        param_dtype: of random parameters.
+        precision: of products on accelerators, as in ``jax.lax``.
+        bias_init: makes the bias.
+        rngs: for random parameters, stream ``params``.
+
+    Raises:
+        ValueError: if the method cannot replace such a convolution, or ``rngs`` is missing.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        spec: ConvSpec,
+        *,
+        params: Params | None = None,
+        bias: Array | None = None,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        precision: lax.PrecisionLike = None,
+        bias_init: Initializer = nnx.initializers.zeros_init(),  # noqa: B008  # a pure function
+        rngs: nnx.Rngs | None = None,
+    ):
+        method.require(spec)
+        if rngs is None and (params is None or (bias is None and spec.use_bias)):
+            raise ValueError("random parameters need rngs, e.g. rngs=nnx.Rngs(0).")
+        if params is None:
+            assert rngs is not None
+            params = {
+                name: value.astype(param_dtype)
+                for name, value in method.init(rngs.params(), spec).items()
+            }
+        if bias is None and spec.use_bias:
+            assert rngs is not None
+            bias = bias_init(rngs.params(), (spec.out_features,), param_dtype)
+        self.method = method
+        self.spec = spec
+        self.param_names = tuple(sorted(params))
+        for name in self.param_names:
+            setattr(self, name, nnx.Param(params[name]))
+        self.bias = nnx.data(None) if bias is None else nnx.Param(bias)
+        self.dtype = dtype
+        self.precision = precision
+
+    @property
+    def params(self) -> Params:
+        """The method's parameters as arrays."""
+        return {name: getattr(self, name)[...] for name in self.param_names}
+
+    def __call__(self, inputs: Float[Array, "*batch m"]) -> Float[Array, "*batch_out n"]:
+        """Convolve inputs of shape ``(..., *spatial, M)``, any number of batch axes."""
+        bias = None if self.bias is None else self.bias[...]
+        return apply_method(
+            self.method,
+            self.spec,
+            self.params,
+            bias,
+            inputs,
+            dtype=self.dtype,
+            precision=self.precision,
+        )
+
+
+def apply_method(
+    method: Method,
+    spec: ConvSpec,
+    params: Params,
+    bias: Float[Array, "n"] | None,
+    inputs: Float[Array, "*batch m"],
+    *,
+    dtype: Dtype | None,
+    precision: lax.PrecisionLike,
+) -> Float[Array, "*batch_out n"]:
+    """Convolve by a method and add the bias, promoting types as Flax's convolutions do.
+
+    Args:
+        method: how the convolution is carried out.
+        spec: its geometry.
+        params: the method's parameters.
+        bias: N entries, or None.
+        inputs: shape ``(..., *spatial, M)``.
+        dtype: of the computation; as inputs and parameters if None.
+        precision: of products on accelerators.
+
+    Returns:
+        Output of shape ``(..., *spatial_out, N)``.
+    """
+    names = tuple(params)
+    x, bias, *values = promote_dtype((inputs, bias, *(params[name] for name in names)), dtype=dtype)
+    promoted = dict(zip(names, values, strict=True))
+    y = method.apply(promoted, x, spec, precision=precision)
+    return y if bias is None else y + jnp.broadcast_to(bias, y.shape)

@@ -1,0 +1,144 @@
+"""Where the taps of a convolution fall: padding, dilation and output sizes."""
+
+import math
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Pairs = tuple[tuple[int, int], ...]
+Padding = str | Pairs
+
+BOUNDARY_MODES = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
+PADDING_NAMES = ("SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", "CAUSAL")
+
+
+def dilated(size: int, dilation: int) -> int:
+    """Return the extent of ``size`` points that lie ``dilation`` apart.
+
+    >>> dilated(3, 2)
+    5
+    """
+    return (size - 1) * dilation + 1 if size > 0 else 0
+
+
+def padding_pairs(
+    padding: Padding,
+    spatial: Sequence[int],
+    kernel_size: Sequence[int],
+    *,
+    strides: Sequence[int],
+    input_dilation: Sequence[int],
+    kernel_dilation: Sequence[int],
+) -> Pairs:
+    """Return how many points a padding adds before and after each spatial axis.
+
+    SAME gives ``ceil(n / stride)`` outputs for a (dilated) input of n points, the odd point at the
+    end (at the start for SAME_LOWER); CIRCULAR and REFLECT add ``(D - 1) // 2`` before and
+    ``D // 2`` after; CAUSAL adds ``D - 1`` before, with D the dilated kernel size.
+
+    Args:
+        padding: a name out of ``PADDING_NAMES`` or explicit ``(low, high)`` pairs.
+        spatial: sizes of the input's spatial axes, before input dilation.
+        kernel_size: taps per axis.
+        strides: step between outputs, per axis.
+        input_dilation: distance between input points, per axis.
+        kernel_dilation: distance between taps, per axis.
+
+    Returns:
+        One ``(low, high)`` pair per axis, in points of the dilated input.
+    """
+    if not isinstance(padding, str):
+        return padding
+    pairs = []
+    for n, k, s, di, dk in zip(
+        spatial, kernel_size, strides, input_dilation, kernel_dilation, strict=True
+    ):
+        extent = dilated(k, dk)
+        if padding == "VALID":
+            pairs.append((0, 0))
+        elif padding == "CAUSAL":
+            pairs.append((extent - 1, 0))
+        elif padding in BOUNDARY_MODES:
+            pairs.append(((extent - 1) // 2, extent // 2))
+        else:
+            points = dilated(n, di)
+            total = max((math.ceil(points / s) - 1) * s + extent - points, 0)
+            low = total // 2 if padding == "SAME" else total - total // 2
+            pairs.append((low, total - low))
+    return tuple(pairs)
+
+
+def pad_boundary(
+    x: Float[Array, "b *spatial c"],
+    padding: Padding,
+    kernel_size: Sequence[int],
+    *,
+    kernel_dilation: Sequence[int],
+) -> tuple[Float[Array, "b *padded c"], Padding]:
+    """Carry out the paddings that copy input values; leave zero padding to the convolution.
+
+    Args:
+        x: input of shape ``(batch, *spatial, channels)``.
+        padding: any padding.
+        kernel_size: taps per axis.
+        kernel_dilation: distance between taps, per axis.
+
+    Returns:
+        The input, wrapped or reflected if so asked, and the padding that remains to be done.
+    """
+    if padding not in BOUNDARY_MODES:
+        return x, padding
+    ones = (1,) * len(kernel_size)
+    pairs = padding_pairs(
+        padding,
+        x.shape[1:-1],
+        kernel_size,
+        strides=ones,
+        input_dilation=ones,
+        kernel_dilation=kernel_dilation,
+    )
+    return jnp.pad(x, ((0, 0), *pairs, (0, 0)), mode=BOUNDARY_MODES[str(padding)]), "VALID"
+
+
+def output_shape(
+    spatial: Sequence[int],
+    kernel_size: Sequence[int],
+    *,
+    strides: Sequence[int],
+    padding: Padding,
+    input_dilation: Sequence[int],
+    kernel_dilation: Sequence[int],
+) -> tuple[int, ...]:
+    """Return the spatial output sizes of a convolution.
+
+    ``H' = (dilated(H) + low + high - dilated(D)) // stride + 1``, at least 0.
+
+    Args:
+        spatial: sizes of the input's spatial axes.
+        kernel_size: taps per axis.
+        strides: step between outputs, per axis.
+        padding: a name or explicit pairs.
+        input_dilation: distance between input points, per axis.
+        kernel_dilation: distance between taps, per axis.
+
+    Returns:
+        One size per axis.
+    """
+    pairs = padding_pairs(
+        padding,
+        spatial,
+        kernel_size,
+        strides=strides,
+        input_dilation=input_dilation,
+        kernel_dilation=kernel_dilation,
+    )
+    wrapped = padding in BOUNDARY_MODES
+    sizes = []
+    for n, k, s, di, dk, (low, high) in zip(
+        spatial, kernel_size, strides, input_dilation, kernel_dilation, pairs, strict=True
+    ):
+        # Flax wraps or reflects first and dilates the longer input afterwards.
+        points = dilated(n + low + high, di) if wrapped else dilated(n, di) + low + high
+        sizes.append(max((points - dilated(k, dk)) // s + 1, 0))
+    return tuple(sizes)

@@ -1,0 +1,132 @@
+"""Tables of rows as text, Markdown, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import numbers
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from falcon_jax.report.writing import write_whole
+
+Row = Mapping[str, Any]
+
+_MISSING = "-"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Column:
+    """One column of a table.
+
+    Args:
+        name: key of the value in a row, and the column's name in CSV.
+        header: what stands above the column in text.
+        format: from a value to its text; a value that is absent or None is shown as "-".
+    """
+
+    name: str
+    header: str
+    format: Callable[[Any], str] = str
+
+
+def format_table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
+    """Aligned text: numbers to the right, text to the left.
+
+    Args:
+        rows: one mapping a line, from column names to values.
+        columns: the columns, in order; keys of a row that no column names are left out.
+
+    Returns:
+        header, rule and rows, without a line break at the end.
+    """
+    cells, widths = _cells(rows, columns)
+    lines = [cells[0], ["-" * width for width in widths], *cells[1:]]
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def markdown_table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
+    """A Markdown table, readable as text too.
+
+    Args:
+        rows: one mapping a line, from column names to values.
+        columns: the columns, in order.
+
+    Returns:
+        header, rule and rows, without a line break at the end.
+    """
+    escaped = [
+        dataclasses.replace(
+            column,
+            header=column.header.replace("|", r"\|"),
+            format=lambda value, column=column: column.format(value).replace("|", r"\|"),
+        )
+        for column in columns
+    ]
+    cells, widths = _cells(rows, escaped)
+    rule = [
+        "-" * (width - 1) + ":" if _is_numeric(rows, column) else "-" * width
+        for width, column in zip(widths, columns, strict=True)
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [cells[0], rule, *cells[1:]])
+
+
+def write_csv(path: str | os.PathLike[str], rows: Sequence[Row], columns: Sequence[Column]) -> None:
+    """Writes the values themselves, unformatted, under the columns' names.
+
+    Args:
+        path: the file.
+        rows: one mapping a line; a value that is absent or None is left empty.
+        columns: the columns, in order.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([column.name for column in columns])
+    writer.writerows([[row.get(column.name) for column in columns] for row in rows])
+    write_whole(path, text.getvalue().encode())
+
+
+def write_json(path: str | os.PathLike[str], payload: Any) -> None:
+    """Writes JSON, indented; the same payload gives the same bytes.
+
+    Args:
+        path: the file.
+        payload: dicts, lists, strings, numbers and None; NumPy and JAX scalars are written as
+            numbers.
+
+    Raises:
+        ValueError: if a number is not finite, since JSON has no such numbers.
+        TypeError: if a value has no form in JSON.
+        OSError: if the file cannot be written.
+    """
+    text = json.dumps(payload, indent=2, ensure_ascii=False, allow_nan=False, default=_as_number)
+    write_whole(path, (text + "\n").encode())
+
+
+def _cells(rows: Sequence[Row], columns: Sequence[Column]) -> tuple[list[list[str]], list[int]]:
+    padded, widths = [], []
+    for column in columns:
+        values = [row.get(column.name) for row in rows]
+        texts = [_MISSING if value is None else column.format(value) for value in values]
+        width = max(3, *map(len, [column.header, *texts]))
+        align = str.rjust if _is_numeric(rows, column) else str.ljust
+        padded.append([align(text, width) for text in [column.header, *texts]])
+        widths.append(width)
+    return [list(line) for line in zip(*padded, strict=True)], widths
+
+
+def _is_numeric(rows: Sequence[Row], column: Column) -> bool:
+    values = [row.get(column.name) for row in rows]
+    return all(value is None or isinstance(value, numbers.Number) for value in values)
+
+
+def _as_number(value: Any) -> Any:
+    if getattr(value, "shape", None) == ():
+        return value.item()
+    raise TypeError(f"{type(value).__name__} has no form in JSON")

@@ -1,0 +1,1 @@
+"""Training: one config in, a trained and compressed network and a report out."""

@@ -1,0 +1,212 @@
+"""The config of an experiment: its fields, their defaults, and what they may be."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from falcon_jax.compression import Rule
+from falcon_jax.data.augmentation import Augmentation
+from falcon_jax.data.loading import SOURCES
+from falcon_jax.methods import Method, Solver, get_method
+from falcon_jax.methods.fitting import check_solver
+from falcon_jax.models import MODELS
+from falcon_jax.training.loop import LogSettings
+from falcon_jax.training.settings import TrainSettings, defaults
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way to compress the standard model.
+
+    Attributes:
+        name: also the name of its folder.
+        method: replaces the convolutions that no rule speaks of.
+        rules: in order; the last one is the method's own.
+        solver: how kernels are fitted; ``random`` starts from a network that was never trained.
+    """
+
+    name: str
+    method: Method
+    rules: tuple[Rule, ...]
+    solver: Solver
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A config, checked.
+
+    Attributes:
+        seed: of everything random.
+        model: name of the model.
+        data: arguments of ``load_dataset``.
+        augmentation: of training images.
+        train: of the standard model.
+        finetune: of the compressed ones.
+        start: ``train``, ``scratch`` or the folder of a trained standard model.
+        variants: in the order of the report.
+        batchnorm_batches: training batches for BatchNorm statistics after the fit; 0 for none.
+        keep: latest checkpoints kept beside the best.
+        log: what is shown and kept.
+    """
+
+    seed: int
+    model: str
+    data: dict[str, Any]
+    augmentation: Augmentation
+    train: TrainSettings
+    finetune: TrainSettings
+    start: str
+    variants: tuple[Variant, ...]
+    batchnorm_batches: int
+    keep: int
+    log: LogSettings
+
+
+def default_config() -> ConfigDict:
+    """Return a config with every field there is, to be changed by a config file."""
+    config = ConfigDict(
+        {
+            "seed": 0,
+            "model": {"name": "vgg19_cifar"},
+            "data": {
+                "source": "digits",
+                "name": "",
+                "data_dir": "",
+                "image_size": 32,
+                "resize": "auto",
+                "validation_fraction": 0.1,
+                "augmentation": {"crop_padding": 0, "flip": False},
+            },
+            "train": defaults(),
+            "finetune": defaults(),
+            "compression": {
+                "start": "train",
+                "solver": "exact",
+                "batchnorm_batches": 8,
+                "rules": (),
+                "variants": {},
+                "only": "",
+            },
+            "checkpoint": {"keep": 1},
+            "log": dataclasses.asdict(LogSettings()),
+        }
+    )
+    config.lock()
+    config.compression.variants.unlock()
+    return config
+
+
+def check_config(config: ConfigDict) -> Experiment:
+    """Check every field of a config.
+
+    Args:
+        config: made from `default_config`.
+
+    Returns:
+        The experiment that it describes.
+
+    Raises:
+        ValueError: with the dotted name of the field, what it is and what it may be.
+    """
+    fields: dict[str, Any] = config.to_dict()
+    _check_fields(fields, default_config().to_dict(), "config")
+    model, data, compression = fields["model"], fields["data"], fields["compression"]
+    if model["name"] not in MODELS:
+        raise ValueError(_unknown("config.model.name", model["name"], MODELS))
+    if data["source"] not in SOURCES:
+        raise ValueError(_unknown("config.data.source", data["source"], SOURCES))
+    if compression["batchnorm_batches"] < 0:
+        raise ValueError("config.compression.batchnorm_batches must be 0 or more")
+    if fields["checkpoint"]["keep"] < 1:
+        raise ValueError("config.checkpoint.keep must be 1 or more")
+    return Experiment(
+        seed=fields["seed"],
+        model=model["name"],
+        augmentation=_built("config.data.augmentation", Augmentation, data.pop("augmentation")),
+        data=data | {"seed": fields["seed"]},
+        train=_built("config.train", TrainSettings, fields["train"]),
+        finetune=_built("config.finetune", TrainSettings, fields["finetune"]),
+        start=compression["start"],
+        variants=_variants(compression),
+        batchnorm_batches=compression["batchnorm_batches"],
+        keep=fields["checkpoint"]["keep"],
+        log=_built("config.log", LogSettings, fields["log"]),
+    )
+
+
+def _check_fields(given: Mapping[str, Any], known: Mapping[str, Any], name: str) -> None:
+    for field, value in given.items():
+        dotted = f"{name}.{field}"
+        if field not in known:
+            raise ValueError(_unknown(dotted, field, known))
+        default = known[field]
+        if dotted == "config.compression.variants":
+            continue
+        if isinstance(default, dict):
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{dotted} is a group of fields, but is {value!r}")
+            _check_fields(value, default, dotted)
+        elif not _same_type(value, default):
+            raise ValueError(f"{dotted} must be a {type(default).__name__}, but is {value!r}")
+
+
+def _same_type(value: Any, default: Any) -> bool:
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(value, bool) and isinstance(default, bool)
+    if isinstance(default, float):
+        return isinstance(value, (int, float))
+    if isinstance(default, tuple):
+        return isinstance(value, (tuple, list))
+    return isinstance(value, type(default))
+
+
+def _built(name: str, cls: Any, fields: Mapping[str, Any]) -> Any:
+    types = {field.name: field.type for field in dataclasses.fields(cls)}
+    values = {
+        field: float(value) if types[field] in (float, "float") else value
+        for field, value in fields.items()
+    }
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ValueError(f"{name}.{error}") from None
+
+
+def _variants(compression: Mapping[str, Any]) -> tuple[Variant, ...]:
+    chosen = [name.strip() for name in compression["only"].split(",") if name.strip()]
+    names = list(compression["variants"])
+    for name in chosen:
+        if name not in names:
+            raise ValueError(_unknown("config.compression.only", name, names))
+    return tuple(_variant(name, compression) for name in names if not chosen or name in chosen)
+
+
+def _variant(name: str, compression: Mapping[str, Any]) -> Variant:
+    dotted = f"config.compression.variants.{name}"
+    given = compression["variants"][name]
+    if not isinstance(given, Mapping) or "method" not in given:
+        raise ValueError(
+            f"{dotted} must be a group with a method, such as "
+            f"{{'method': 'falcon', 'rank': 2}}, but is {given!r}"
+        )
+    options = dict(given)
+    solver = options.pop("solver", compression["solver"])
+    try:
+        check_solver(solver)
+        method = get_method(options.pop("method"), **options)
+        rules = [
+            Rule(path=path, method=None if other is None else get_method(other))
+            for path, other in compression["rules"]
+        ]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{dotted}: {error}") from None
+    return Variant(name=name, method=method, rules=(*rules, Rule(method=method)), solver=solver)
+
+
+def _unknown(dotted: str, value: str, known: Any) -> str:
+    near = difflib.get_close_matches(value, list(known), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{dotted}: there is no {value!r}; there are {', '.join(map(str, known))}{hint}"

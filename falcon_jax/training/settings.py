@@ -1,0 +1,74 @@
+"""Typed settings of one training run."""
+
+import dataclasses
+from typing import Any
+
+OPTIMIZERS = ("sgd", "adamw")
+SCHEDULES = ("step", "cosine", "constant")
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How a network is trained or fine-tuned. The defaults are the paper's (Section 4.1.3).
+
+    Attributes:
+        epochs: passes over the training split.
+        batch_size: images a step, over all devices.
+        eval_batch_size: images a step of evaluation, over all devices.
+        optimizer: ``sgd`` or ``adamw``.
+        learning_rate: at its highest.
+        momentum: of sgd.
+        nesterov: whether sgd looks ahead.
+        weight_decay: of every parameter; added to the gradient for sgd, decoupled for adamw.
+        schedule: ``step``, ``cosine`` or ``constant``.
+        boundaries: epochs at which ``step`` multiplies the learning rate by ``factor``.
+        factor: see ``boundaries``.
+        warmup_epochs: epochs of linear warm-up, before the schedule proper.
+        label_smoothing: share of the target spread evenly over all classes.
+        dtype: of the computation, ``float32`` or ``bfloat16``; parameters and statistics stay
+            float32.
+    """
+
+    epochs: int = 350
+    batch_size: int = 128
+    eval_batch_size: int = 256
+    optimizer: str = "sgd"
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+    schedule: str = "step"
+    boundaries: tuple[float, ...] = (150.0, 250.0)
+    factor: float = 0.1
+    warmup_epochs: float = 0.0
+    label_smoothing: float = 0.0
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        for name, good, need in self._checks():
+            if not good:
+                raise ValueError(f"{name} must be {need}, but is {getattr(self, name)!r}")
+
+    def _checks(self) -> list[tuple[str, bool, str]]:
+        rising = list(self.boundaries) == sorted(set(self.boundaries))
+        return [
+            ("epochs", self.epochs >= 0, "0 or more"),
+            ("batch_size", self.batch_size >= 1, "1 or more"),
+            ("eval_batch_size", self.eval_batch_size >= 1, "1 or more"),
+            ("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
+            ("learning_rate", self.learning_rate > 0, "positive"),
+            ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
+            ("weight_decay", self.weight_decay >= 0, "0 or more"),
+            ("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+            ("boundaries", rising, "rising epochs"),
+            ("factor", 0 < self.factor <= 1, "in (0, 1]"),
+            ("warmup_epochs", 0 <= self.warmup_epochs <= self.epochs, "in [0, epochs]"),
+            ("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)"),
+            ("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
+        ]
+
+
+def defaults() -> dict[str, Any]:
+    """Return the fields of `TrainSettings` and their defaults, for a config."""
+    return dataclasses.asdict(TrainSettings())

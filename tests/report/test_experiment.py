@@ -1,0 +1,63 @@
+import csv
+import json
+
+import pytest
+
+from falcon_jax.report.experiment import COLUMNS, write_report
+
+ROWS = [
+    {
+        "label": "StConv",
+        "method": "standard",
+        "rank": None,
+        "params": 20_300_000,
+        "mult_adds": 398_750_000,
+        "params_ratio": 1.0,
+        "mult_adds_ratio": 1.0,
+        "accuracy_before": 0.9861,
+        "accuracy_after": None,
+        "latency_ms": 12.345,
+    },
+    {
+        "label": "FALCON k=1",
+        "method": "falcon",
+        "rank": 1,
+        "params": 2_610_000,
+        "mult_adds": 47_230_000,
+        "params_ratio": 7.78,
+        "mult_adds_ratio": 8.44,
+        "accuracy_before": 0.8911,
+        "accuracy_after": 0.975,
+        "latency_ms": None,
+    },
+]
+
+
+def test_writes_all_files_and_returns_the_table(tmp_path):
+    text = write_report(ROWS, tmp_path / "report")
+    names = sorted(path.name for path in (tmp_path / "report").iterdir())
+    assert names == [
+        "accuracy_vs_mult_adds.png",
+        "accuracy_vs_params.png",
+        "report.csv",
+        "report.json",
+        "report.txt",
+    ]
+    assert (tmp_path / "report" / "report.txt").read_text() == text + "\n"
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert lines[2] == "StConv standard - 20.30M 398.75M 1.0x 1.0x 98.61% - 12.35 ms"
+    assert lines[3] == "FALCON k=1 falcon 1 2.61M 47.23M 7.8x 8.4x 89.11% 97.50% -"
+
+
+def test_files_hold_the_values(tmp_path):
+    write_report(ROWS, tmp_path)
+    assert json.loads((tmp_path / "report.json").read_text()) == ROWS
+    with (tmp_path / "report.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["params"] for row in rows] == ["20300000", "2610000"]
+    assert list(rows[0]) == [column.name for column in COLUMNS]
+
+
+def test_no_accuracy_at_all_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no row has an accuracy"):
+        write_report([{**ROWS[0], "accuracy_before": None}], tmp_path)
