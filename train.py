@@ -4,17 +4,19 @@ python train.py --config=configs/demo.py --workdir=runs/demo [--config.some.fiel
 """
 
 import pathlib
+import re
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
-from falcon_jax.training.config import check_config
+from falcon_jax.training.config import Experiment, check_config, check_override
 from falcon_jax.training.experiment import run_experiment
-from falcon_jax.training.workdir import claim_workdir
 
 BAD_INPUT = 2
+BAD_NUMBERS = 4
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -24,7 +26,31 @@ def main(arguments: Sequence[str]) -> int:
         arguments: the program's name and its flags.
 
     Returns:
-        The exit status: 0, or 2 after bad input, told in one line on stderr.
+        The exit status: 0; 2 after bad input and 4 after numbers that went bad, told in one line
+        on stderr.
+    """
+    try:
+        experiment, workdir, config = read_flags(arguments)
+        _, table = run_experiment(experiment, workdir, config)
+    except FloatingPointError as error:
+        return fail(error, BAD_NUMBERS)
+    except (ValueError, OSError, ImportError) as error:
+        return fail(error, BAD_INPUT)
+    print(table)
+    return 0
+
+
+def read_flags(arguments: Sequence[str]) -> tuple[Experiment, pathlib.Path, dict[str, Any]]:
+    """Read the command line and the config file that it names.
+
+    Args:
+        arguments: the program's name and its flags.
+
+    Returns:
+        The experiment, the folder to work in and the config as plain data.
+
+    Raises:
+        ValueError: if something about them is wrong.
     """
     values = flags.FlagValues()
     workdir = flags.DEFINE_string(
@@ -33,30 +59,30 @@ def main(arguments: Sequence[str]) -> int:
     config = config_flags.DEFINE_config_file(
         "config", None, "config file, e.g. configs/demo.py", flag_values=values
     )
-    app.define_help_flags()
+    if {"--help", "-h", "-help"} & set(arguments):
+        print(__doc__, values.main_module_help(), sep="\n")
+        sys.exit(0)
+    for argument in arguments:
+        path = re.match(r"--?config=([^:]+)", argument)
+        if path and not pathlib.Path(path[1]).is_file():
+            raise ValueError(f"there is no config file {path[1]}; configs/ holds those that ship")
+        if override := re.match(r"--?(config\.[\w.]+)", argument):
+            check_override(override[1])
     try:
         unknown = values(list(arguments))[1:]
-        if unknown:
-            raise ValueError(f"unexpected argument {unknown[0]!r}")
-        if config.value is None or workdir.value is None:
-            raise ValueError("give --config=FILE and --workdir=FOLDER")
-        experiment = check_config(config.value)
-        folder = pathlib.Path(workdir.value)
-        claim_workdir(folder, config.value.to_dict())
-        _, table = run_experiment(experiment, folder)
-    except (
-        flags.Error,
-        ValueError,
-        TypeError,
-        AttributeError,
-        KeyError,
-        OSError,
-        ImportError,
-    ) as e:
-        print(f"train.py: error: {' '.join(str(e).split())}", file=sys.stderr)
-        return BAD_INPUT
-    print(table)
-    return 0
+    except (flags.Error, TypeError, AttributeError, KeyError, SyntaxError) as error:
+        raise ValueError(str(error)) from None
+    if unknown:
+        raise ValueError(f"unexpected argument {unknown[0]!r}")
+    if config.value is None or workdir.value is None:
+        raise ValueError("give --config=FILE and --workdir=FOLDER")
+    return check_config(config.value), pathlib.Path(workdir.value), config.value.to_dict()
+
+
+def fail(error: Exception, status: int) -> int:
+    """Tell an error in one line on stderr and return the exit status."""
+    print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 Command: python train.py --config=configs/demo.py --workdir=runs/demo
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from falcon_jax.training.config import default_config
@@ -10,7 +12,7 @@ from falcon_jax.training.config import default_config
 
 def get_config() -> ConfigDict:
     """Return the demo's config."""
-    config = default_config()
+    config: Any = default_config()
     config.model.name = "vgg8_cifar"
     config.data.source = "digits"
     config.data.augmentation.crop_padding = 2

@@ -5,7 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 
-from falcon_jax.data.dataset import Dataset, Split, channel_statistics, hold_out
+from falcon_jax.data.dataset import (
+    Dataset,
+    Split,
+    channel_statistics,
+    hold_out,
+    stratified_split,
+)
 from falcon_jax.data.digits import load_digits
 from falcon_jax.data.fake import load_fake
 from falcon_jax.data.idx import load_idx
@@ -28,6 +34,7 @@ def load_dataset(
     data_dir: str = "",
     image_size: int = 32,
     resize: str = "auto",
+    train_fraction: float = 1.0,
     validation_fraction: float = 0.1,
     seed: int = 0,
 ) -> Dataset:
@@ -44,6 +51,8 @@ def load_dataset(
         data_dir: directory of the files, or "" for the source's default.
         image_size: height and width of the images, pixels.
         resize: how to get there, one of resizing.RESIZE_MODES.
+        train_fraction: share of the training split to use at all, the same of every class, in
+            (0, 1].
         validation_fraction: share of the training split to hold out, in [0, 1).
         seed: seed of the held-out split and of fake images.
 
@@ -64,7 +73,11 @@ def load_dataset(
     splits = SOURCES[source](
         SourceOptions(name=name, data_dir=data_dir, image_size=image_size, seed=seed)
     )
+    if not 0.0 < train_fraction <= 1.0:
+        raise ValueError(f"train_fraction must lie in (0, 1], but is {train_fraction}")
     train, validation = splits.train, splits.validation
+    if train_fraction < 1.0:
+        _, train = stratified_split(train, train_fraction, seed)
     if validation is None:
         train, validation = hold_out(train, validation_fraction, seed)
     elif validation_fraction == 0.0:

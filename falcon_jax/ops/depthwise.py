@@ -77,7 +77,7 @@ def depthwise_conv(
         input_dilation=input_dilation,
         kernel_dilation=kernel_dilation,
     )
-    y = _depthwise((strides, pairs, input_dilation, kernel_dilation), x, kernel)
+    y: Array = _depthwise((strides, pairs, input_dilation, kernel_dilation), x, kernel)
     return y.reshape(*batch, *y.shape[1:])
 
 

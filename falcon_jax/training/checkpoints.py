@@ -8,14 +8,15 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from falcon_jax.training.network import Arrays
 from falcon_jax.training.step import TrainState
 
 
 class Checkpoints:
     """The checkpoints of one run: the latest and the best.
 
-    Each holds the `TrainState` and a dictionary of plain data (``meta``). Saving goes on in the
-    background; `close` waits for it.
+    Each holds the model's arrays, the optimizer's state and a dictionary of plain data (``meta``).
+    Saving goes on in the background; `close` waits for it.
 
     Args:
         directory: where they are; made if missing.
@@ -23,80 +24,102 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, keep: int = 1):
-        best = preservation_policy.BestN(get_metric_fn=_accuracy, n=1)
+        best = preservation_policy.BestN(get_metric_fn=_score, n=1)
         latest = preservation_policy.LatestN(n=keep)
         self._manager = ocp.CheckpointManager(
             pathlib.Path(directory).absolute(),
             options=ocp.CheckpointManagerOptions(
-                best_fn=_accuracy,
+                best_fn=_score,
                 best_mode="max",
                 preservation_policy=preservation_policy.AnyPreservationPolicy([latest, best]),
             ),
         )
 
-    def save(self, state: TrainState, meta: dict[str, Any], *, accuracy: float) -> None:
+    def save(self, state: TrainState, meta: dict[str, Any], *, score: float) -> None:
         """Save the state after an epoch.
 
         Args:
             state: after ``state.step`` steps.
             meta: plain data, JSON.
-            accuracy: on the validation split; the highest is the best checkpoint.
+            score: the checkpoint with the highest one is the best.
         """
+        model, optimizer = _items(state)
         self._manager.save(
             int(state.step),
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_tree(state)),  # type: ignore[call-arg]
+                model=ocp.args.StandardSave(model),  # type: ignore[call-arg]
+                optimizer=ocp.args.StandardSave(optimizer),  # type: ignore[call-arg]
                 meta=ocp.args.JsonSave(meta),  # type: ignore[call-arg]
             ),
-            metrics={"accuracy": accuracy},
+            metrics={"score": score},
         )
 
-    def restore_latest(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """Return the latest state and its meta, or None if there is none yet.
+    def restore_latest(self, like: TrainState) -> TrainState | None:
+        """Return the latest state, or None if there is none yet.
 
         Args:
             like: a state of the same structure, on the devices where the restored one should be.
         """
-        return self._restore(self._manager.latest_step(), like)
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        model, optimizer = _items(like)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(model=_restore_like(model), optimizer=_restore_like(optimizer)),
+        )
+        names, _ = jax.tree.flatten_with_path(like)
+        arrays = restored["model"] | restored["optimizer"]
+        leaves = [arrays[_name(path)] for path, _ in names]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
-    def restore_best(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """Return the state of the highest accuracy (the latest of equals) and its meta."""
-        return self._restore(self._manager.best_step(), like)
+    def restore_best_model(self, params: Arrays, statistics: Arrays) -> tuple[Arrays, Arrays]:
+        """Return the parameters and statistics of the highest score (the latest of equals).
+
+        Args:
+            params: parameters of the same structure, on the devices where they should be.
+            statistics: likewise.
+
+        Raises:
+            FileNotFoundError: if there is no checkpoint.
+        """
+        self._manager.wait_until_finished()
+        step = self._manager.best_step()
+        if step is None:
+            raise FileNotFoundError(f"{self._manager.directory} holds no checkpoint")
+        like = {"params": params, "statistics": statistics}
+        leaves, structure = jax.tree.flatten_with_path(like)
+        named = {_name(path): leaf for path, leaf in leaves}
+        restored = self._manager.restore(step, args=ocp.args.Composite(model=_restore_like(named)))
+        found = jax.tree.unflatten(structure, [restored["model"][name] for name in named])
+        return found["params"], found["statistics"]
 
     def close(self) -> None:
         """Wait until everything is saved."""
         self._manager.wait_until_finished()
         self._manager.close()
 
-    def _restore(
-        self, step: int | None, like: TrainState
-    ) -> tuple[TrainState, dict[str, Any]] | None:
-        if step is None:
-            return None
-        self._manager.wait_until_finished()
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(jax.tree.map(_abstract, _tree(like))),  # type: ignore[call-arg]
-                meta=ocp.args.JsonRestore(),
-            ),
-        )
-        leaves = [restored["state"][name] for name in _tree(like)]
-        return jax.tree.unflatten(jax.tree.structure(like), leaves), restored["meta"]
+
+def _score(metrics: Any) -> float:
+    return metrics["score"]
 
 
-def _accuracy(metrics: Any) -> float:
-    return metrics["accuracy"]
-
-
-def _tree(state: TrainState) -> dict[str, Any]:
+def _items(state: TrainState) -> tuple[Arrays, Arrays]:
+    """Return the model's arrays and the rest, by names that survive in plain containers."""
     leaves, _ = jax.tree.flatten_with_path(state)
-    return {_name(path): leaf for path, leaf in leaves}
+    named = {_name(path): leaf for path, leaf in leaves}
+    model = {n: leaf for n, leaf in named.items() if n.startswith(("params.", "statistics."))}
+    return model, {n: leaf for n, leaf in named.items() if n not in model}
 
 
 def _name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".").replace("/", ".")
 
 
-def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+def _restore_like(arrays: Arrays) -> Any:
+    return ocp.args.StandardRestore(  # type: ignore[call-arg]
+        {
+            name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+            for name, leaf in arrays.items()
+        }
+    )

@@ -67,7 +67,7 @@ class Experiment:
 
 def default_config() -> ConfigDict:
     """Return a config with every field there is, to be changed by a config file."""
-    config = ConfigDict(
+    config: Any = ConfigDict(
         {
             "seed": 0,
             "model": {"name": "vgg19_cifar"},
@@ -77,6 +77,7 @@ def default_config() -> ConfigDict:
                 "data_dir": "",
                 "image_size": 32,
                 "resize": "auto",
+                "train_fraction": 1.0,
                 "validation_fraction": 0.1,
                 "augmentation": {"crop_padding": 0, "flip": False},
             },
@@ -95,7 +96,6 @@ def default_config() -> ConfigDict:
         }
     )
     config.lock()
-    config.compression.variants.unlock()
     return config
 
 
@@ -135,6 +135,27 @@ def check_config(config: ConfigDict) -> Experiment:
         keep=fields["checkpoint"]["keep"],
         log=_built("config.log", LogSettings, fields["log"]),
     )
+
+
+def check_override(dotted: str) -> None:
+    """Raise unless a config has such a field.
+
+    Args:
+        dotted: name of the field, such as ``config.train.epochs``.
+
+    Raises:
+        ValueError: naming the fields there are, and the nearest.
+    """
+    known: Any = default_config().to_dict()
+    for field in dotted.split(".")[1:]:
+        if known is _FREE_FORM:
+            return
+        if not isinstance(known, dict) or field not in known:
+            raise ValueError(_unknown(dotted, field, known if isinstance(known, dict) else ()))
+        known = _FREE_FORM if field == "variants" else known[field]
+
+
+_FREE_FORM = object()
 
 
 def _check_fields(given: Mapping[str, Any], known: Mapping[str, Any], name: str) -> None:
@@ -194,12 +215,13 @@ def _variant(name: str, compression: Mapping[str, Any]) -> Variant:
         )
     options = dict(given)
     solver = options.pop("solver", compression["solver"])
+    pairs = options.pop("rules", compression["rules"])
     try:
         check_solver(solver)
         method = get_method(options.pop("method"), **options)
         rules = [
             Rule(path=path, method=None if other is None else get_method(other))
-            for path, other in compression["rules"]
+            for path, other in pairs
         ]
     except (TypeError, ValueError) as error:
         raise ValueError(f"{dotted}: {error}") from None
@@ -209,4 +231,5 @@ def _variant(name: str, compression: Mapping[str, Any]) -> Variant:
 def _unknown(dotted: str, value: str, known: Any) -> str:
     near = difflib.get_close_matches(value, list(known), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"{dotted}: there is no {value!r}; there are {', '.join(map(str, known))}{hint}"
+    listed = ", ".join(map(str, known)) or "no fields below it"
+    return f"{dotted}: there is no {value!r}; there are {listed}{hint}"

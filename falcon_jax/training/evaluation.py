@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from falcon_jax.data.batching import eval_batches
 from falcon_jax.data.dataset import Split
 from falcon_jax.training.network import Arrays
-from falcon_jax.training.parallel import shard_batches
+from falcon_jax.training.parallel import shard_batches, shared_batch_size
 from falcon_jax.training.step import Batch, Metrics
 
 
@@ -46,14 +46,16 @@ def evaluate(
         params: parameters by path.
         statistics: BatchNorm statistics by path.
         split: images and labels.
-        batch_size: images a step; the last batch is padded and masked.
+        batch_size: images a step, rounded up to what the devices can share; the last batch is
+            padded and masked.
         mesh: the devices.
 
     Returns:
         Means over the split.
     """
     total = None
-    for batch in shard_batches(eval_batches(split, batch_size), mesh):
+    batches = eval_batches(split, shared_batch_size(batch_size, mesh))
+    for batch in shard_batches(batches, mesh):
         sums = eval_step(params, statistics, batch)
         total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
     assert total is not None

@@ -4,7 +4,8 @@ import dataclasses
 import itertools
 import json
 import pathlib
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from flax import nnx
 from jax import ShapeDtypeStruct
 from jax.sharding import Mesh
 
-from falcon_jax.compression import Profile, compress, make_plan, profile, reestimate_batchnorm
+from falcon_jax.compression import compress, make_plan, profile, reestimate_batchnorm
 from falcon_jax.data.augmentation import normalize
 from falcon_jax.data.batching import train_batches
 from falcon_jax.data.dataset import Dataset
@@ -26,10 +27,10 @@ from falcon_jax.training.config import Experiment, Variant
 from falcon_jax.training.evaluation import evaluate
 from falcon_jax.training.loop import Run, train
 from falcon_jax.training.network import Arrays, Network
-from falcon_jax.training.optimizers import make_optimizer
 from falcon_jax.training.parallel import data_mesh, replicate
 from falcon_jax.training.settings import TrainSettings
-from falcon_jax.training.step import Preprocessing, init_state, make_eval_step
+from falcon_jax.training.step import Preprocessing, make_eval_step
+from falcon_jax.training.workdir import claim_workdir
 
 STANDARD = "standard"
 LATENCY_BATCH = 32
@@ -77,16 +78,20 @@ class _Setting:
     def test_accuracy(
         self, network: Network, params: Arrays, statistics: Arrays, settings: TrainSettings
     ) -> float:
+        params, statistics = replicate((params, statistics), self.mesh)
         return evaluate(
             make_eval_step(network, self.preprocessing),
-            *replicate((params, statistics), self.mesh),
+            params,
+            statistics,
             self.dataset.test,
             batch_size=settings.eval_batch_size,
             mesh=self.mesh,
         ).top1
 
 
-def run_experiment(experiment: Experiment, workdir: pathlib.Path) -> tuple[list[Row], str]:
+def run_experiment(
+    experiment: Experiment, workdir: pathlib.Path, config: Mapping[str, Any]
+) -> tuple[list[Row], str]:
     """Run an experiment, or what is left of it.
 
     The standard model is trained (or loaded), then every variant is planned, compressed, evaluated
@@ -96,15 +101,19 @@ def run_experiment(experiment: Experiment, workdir: pathlib.Path) -> tuple[list[
     Args:
         experiment: what to do.
         workdir: where everything goes; made if missing.
+        config: the config that ``experiment`` was made from, to be kept in ``workdir``.
 
     Returns:
         The rows of the report, and the table as text. Its files are in ``workdir``.
 
     Raises:
-        ValueError: if the data, the devices or the folder to start from do not fit.
+        ValueError: if the data, the devices or the folder to start from do not fit, or ``workdir``
+            holds another experiment.
         OSError: if files are missing or cannot be written.
+        FloatingPointError: if a loss is not finite.
     """
     dataset = load_dataset(**experiment.data)
+    claim_workdir(workdir, config)
     setting = _Setting(
         experiment=experiment,
         workdir=workdir,
@@ -114,57 +123,49 @@ def run_experiment(experiment: Experiment, workdir: pathlib.Path) -> tuple[list[
         ),
         mesh=data_mesh(),
     )
-    standard, row = _standard(setting)
-    rows = [row] if row is not None else []
+    trained, row = _standard(setting)
+    rows = [] if row is None else [row]
     for variant in experiment.variants:
-        rows.append(_stage(setting, variant.name) or _compressed(setting, variant, standard))
-    before = standard_cost_of(setting)
+        row = _finished(setting, setting.workdir / variant.name)
+        rows.append(_compressed(setting, variant, *trained) if row is None else row)
+    standard = profile(setting.model(experiment.train, seed=0), setting.sample(1))
     for row in rows:
-        row["params_ratio"] = before.params / row["params"]
-        row["mult_adds_ratio"] = before.mult_adds / row["mult_adds"]
+        row["params_ratio"] = standard.params / row["params"]
+        row["mult_adds_ratio"] = standard.mult_adds / row["mult_adds"]
     return rows, write_report(rows, workdir)
 
 
-def standard_cost_of(setting: _Setting) -> Profile:
-    """Return the cost of the standard model."""
-    return profile(setting.model(setting.experiment.train, seed=0), setting.sample(1))
-
-
-def _standard(setting: _Setting) -> tuple[nnx.Module, Row | None]:
-    """Return the trained standard model and its row (None if it was not trained here)."""
+def _standard(setting: _Setting) -> tuple[tuple[Arrays, Arrays], Row | None]:
+    """Return the standard model's arrays, and its row unless it was never trained."""
     experiment = setting.experiment
-    model = setting.model(experiment.train, seed=experiment.seed)
+    network, *arrays = Network.split(setting.model(experiment.train, seed=experiment.seed))
+    params, statistics = arrays
     if experiment.start == "scratch":
-        return model, None
-    network, params, statistics = Network.split(model)
+        return (params, statistics), None
+    folder = setting.workdir / STANDARD
     if experiment.start != "train":
         folder = pathlib.Path(experiment.start)
         folder = folder / STANDARD if (folder / STANDARD).is_dir() else folder
+    row = _finished(setting, folder)
+    if row is not None or experiment.start != "train":
         params, statistics = _load(setting, folder, params, statistics)
-        row = _read_result(folder)
-        if row is None:
-            accuracy = setting.test_accuracy(network, params, statistics, experiment.train)
-            row = _row(setting, STANDARD, None, network.merge(params, statistics), None, accuracy)
-        return network.merge(params, statistics), row
-    row = _stage(setting, STANDARD)
-    if row is not None:
-        params, statistics = _load(setting, setting.workdir / STANDARD, params, statistics)
-        return network.merge(params, statistics), row
-    run = setting.run(STANDARD, experiment.train, {"model": experiment.model})
-    params, statistics = train(run, network, params, statistics)
-    accuracy = setting.test_accuracy(network, params, statistics, experiment.train)
-    model = network.merge(*jax.device_get((params, statistics)))
-    row = _row(setting, STANDARD, None, model, None, accuracy)
-    _write_result(setting, STANDARD, row)
-    return model, row
+    else:
+        run = setting.run(STANDARD, experiment.train, {"model": experiment.model})
+        params, statistics = train(run, network, params, statistics)
+    params, statistics = jax.device_get((params, statistics))
+    if row is None:
+        accuracy = setting.test_accuracy(network, params, statistics, experiment.train)
+        row = _row(setting, STANDARD, None, network.merge(params, statistics), None, accuracy)
+        _write_result(setting, STANDARD, row)
+    return (params, statistics), row
 
 
-def _compressed(setting: _Setting, variant: Variant, standard: nnx.Module) -> Row:
+def _compressed(setting: _Setting, variant: Variant, params: Arrays, statistics: Arrays) -> Row:
     experiment = setting.experiment
     settings = experiment.finetune
-    source = standard
-    if variant.solver == "random":  # nothing of the trained network is to be used
-        source = setting.model(settings, seed=experiment.seed + 1)
+    source = setting.model(settings, seed=experiment.seed + 1)
+    if variant.solver != "random":  # which uses nothing of the trained network
+        source = Network.split(source)[0].merge(params, statistics)
     plan = make_plan(source, variant.rules, setting.sample(1), solver=variant.solver)
     directory = setting.workdir / variant.name
     directory.mkdir(parents=True, exist_ok=True)
@@ -175,11 +176,11 @@ def _compressed(setting: _Setting, variant: Variant, standard: nnx.Module) -> Ro
         model = reestimate_batchnorm(model, _inputs(setting, settings))
     network, params, statistics = Network.split(model)
     before = setting.test_accuracy(network, params, statistics, settings)
-    run = setting.run(variant.name, settings, {"model": experiment.model, "plan": plan.to_json()})
-    params, statistics = train(run, network, params, statistics)
+    meta = {"model": experiment.model, "plan": plan.to_json()}
+    trained = train(setting.run(variant.name, settings, meta), network, params, statistics)
+    params, statistics = jax.device_get(trained)
     after = setting.test_accuracy(network, params, statistics, settings)
-    model = network.merge(*jax.device_get((params, statistics)))
-    row = _row(setting, variant.name, variant, model, before, after)
+    row = _row(setting, variant.name, variant, network.merge(params, statistics), before, after)
     _write_result(setting, variant.name, row)
     return row
 
@@ -226,25 +227,21 @@ def _load(
             f"{folder} holds no checkpoints; give config.compression.start the workdir of an "
             "experiment whose standard model was trained, or 'train' or 'scratch'"
         )
-    optimizer = make_optimizer(setting.experiment.train, 1)
-    like = replicate(init_state(params, statistics, optimizer), setting.mesh)
     checkpoints = Checkpoints(folder / "checkpoints")
     try:
-        restored = checkpoints.restore_best(like)
+        return checkpoints.restore_best_model(*replicate((params, statistics), setting.mesh))
     finally:
         checkpoints.close()
-    if restored is None:
-        raise FileNotFoundError(f"{folder / 'checkpoints'} is empty")
-    return jax.device_get((restored[0].params, restored[0].statistics))
 
 
-def _stage(setting: _Setting, label: str) -> Row | None:
-    return _read_result(setting.workdir / label)
-
-
-def _read_result(folder: pathlib.Path) -> Row | None:
+def _finished(setting: _Setting, folder: pathlib.Path) -> Row | None:
+    """Return the row of a stage that is finished, or None."""
     path = folder / "result.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    if setting.experiment.log.progress and jax.process_index() == 0:
+        print(f"{folder.name}: finished already", file=sys.stderr)
+    return json.loads(path.read_text())
 
 
 def _write_result(setting: _Setting, label: str, row: Row) -> None:

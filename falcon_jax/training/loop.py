@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import PRNGKeyArray
 
 from falcon_jax.data.batching import steps_per_epoch, train_batches
 from falcon_jax.data.dataset import Dataset
@@ -94,28 +93,25 @@ def train(run: Run, network: Network, params: Arrays, statistics: Arrays) -> tup
 
     Raises:
         ValueError: if the devices cannot share a batch, or a batch is larger than the split.
+        FloatingPointError: if the loss is not finite.
     """
     settings, mesh = run.settings, run.mesh
     check_divides("batch_size", settings.batch_size, mesh)
-    check_divides("eval_batch_size", settings.eval_batch_size, mesh)
     if settings.epochs == 0:
         return params, statistics
     steps = steps_per_epoch(len(run.dataset.train), settings.batch_size)
     optimizer = make_optimizer(settings, steps)
     # A copy, because the step donates its state.
-    copied = jax.tree.map(lambda a: jax.numpy.array(a, copy=True), (params, statistics))
-    state = replicate(init_state(*copied, optimizer), mesh)
+    params, statistics = jax.tree.map(lambda a: jax.numpy.array(a, copy=True), (params, statistics))
+    state = replicate(init_state(params, statistics, optimizer), mesh)
     checkpoints = Checkpoints(run.directory / "checkpoints", keep=run.keep)
     try:
         restored = checkpoints.restore_latest(state)
-        state = state if restored is None else restored[0]
+        state = state if restored is None else restored
         _train_epochs(run, network, optimizer, state, checkpoints, steps)
-        latest = run.dataset.validation is None
-        best = checkpoints.restore_latest(state) if latest else checkpoints.restore_best(state)
+        return checkpoints.restore_best_model(state.params, state.statistics)
     finally:
         checkpoints.close()
-    assert best is not None
-    return best[0].params, best[0].statistics
 
 
 def _train_epochs(
@@ -136,7 +132,7 @@ def _train_epochs(
         optimizer,
         run.preprocessing,
         label_smoothing=settings.label_smoothing,
-        key=_run_key(run.seed),
+        key=jax.random.key(run.seed),
     )
     eval_step = make_eval_step(network, run.preprocessing)
     log = MetricsLog(run.directory, tensorboard=run.log.tensorboard, from_step=step_number)
@@ -179,21 +175,20 @@ def _train_epochs(
                     mesh=run.mesh,
                 )
                 values |= {"val_loss": result.loss, "val_accuracy": result.top1}
-            checkpoints.save(
-                state,
-                {"epoch": epoch, **run.meta},
-                accuracy=values.get("val_accuracy", values["accuracy"]),
-            )
+            if not np.isfinite(values["loss"]):
+                raise FloatingPointError(
+                    f"{run.label}: the loss is not finite in epoch {epoch}; the checkpoint of the "
+                    "epoch before is kept. Try a lower learning rate or a warm-up"
+                )
+            # Without a validation split the epoch's number is the score: the last is the best.
+            score = values.get("val_accuracy", float(epoch))
+            checkpoints.save(state, {"epoch": epoch, **run.meta}, score=score)
             log.write(step_number, {"epoch": epoch, **values})
             progress.epoch(epoch, settings.epochs, values)
     finally:
         window.close()
         progress.close()
         log.close()
-
-
-def _run_key(seed: int) -> PRNGKeyArray:
-    return jax.random.key(seed)
 
 
 class _ProfilerWindow:

@@ -34,6 +34,11 @@ def shard_batches(
     return (shard_batch(batch, mesh) for batch in batches)
 
 
+def shared_batch_size(batch_size: int, mesh: Mesh) -> int:
+    """Return the next batch size that the devices can share evenly, for padded batches."""
+    return -(-batch_size // mesh.size) * mesh.size
+
+
 def check_divides(name: str, batch_size: int, mesh: Mesh) -> None:
     """Raise unless the devices can share a batch evenly.
 

@@ -150,8 +150,10 @@ def make_eval_step(
         better = (logits > own).sum(axis=1)
         earlier = jnp.arange(logits.shape[1])[None, :] < labels[:, None]
         rank = better + ((logits == own) & earlier).sum(axis=1)
+        # Comparisons with NaN are false; without this a diverged network would be perfect.
+        rank = jnp.where(jnp.isfinite(logits).all(axis=1), rank, logits.shape[1] + 5)
         return {
-            "loss": (cross_entropy(logits, labels) * mask).sum(),
+            "loss": jnp.where(mask > 0, cross_entropy(logits, labels), 0).sum(),
             "top1": ((rank < 1) * mask).sum(),
             "top5": ((rank < 5) * mask).sum(),
             "count": mask.sum(),

@@ -7,8 +7,8 @@ from typing import Any
 
 from falcon_jax.report.table import write_json
 
-# Fields that say what to run or show, and change no result.
-_FREE = ("log.", "compression.only")
+# Fields that say where the data is, what to run or what to show, and change no result.
+_FREE = ("log.", "compression.only", "data.data_dir")
 
 
 def claim_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
