@@ -1,10 +1,11 @@
 """The generalized elementwise product (GEP) and the convolution kernels built from it."""
 
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 
-def gep(d: Float[Array, "..."], p: Float[Array, "..."]) -> Float[Array, "..."]:
+def gep(d: Float[ArrayLike, "..."], p: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
     """Multiply two tensors along one shared axis and keep every other axis.
 
     ``K[i1, ..., m, j1, ...] = d[i1, ..., m] * p[m, j1, ...]``
@@ -25,6 +26,7 @@ def gep(d: Float[Array, "..."], p: Float[Array, "..."]) -> Float[Array, "..."]:
     >>> gep(jnp.ones((3, 3, 4)), jnp.ones((4, 8))).shape
     (3, 3, 4, 8)
     """
+    d, p = jnp.asarray(d), jnp.asarray(p)
     if d.ndim == 0 or p.ndim == 0 or d.shape[-1] != p.shape[0]:
         raise ValueError(
             f"gep multiplies along the last axis of d and the first axis of p, which must have "
@@ -36,7 +38,7 @@ def gep(d: Float[Array, "..."], p: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def falcon_kernel(
-    depthwise: Float[Array, "*kernel_size k n"], pointwise: Float[Array, "m k n"]
+    depthwise: Float[ArrayLike, "*kernel_size k n"], pointwise: Float[ArrayLike, "m k n"]
 ) -> Float[Array, "*kernel_size m n"]:
     """Build the standard kernel that a rank-k FALCON convolution applies.
 
@@ -56,8 +58,8 @@ def falcon_kernel(
 
 
 def separable_kernel(
-    depthwise: Float[Array, "*kernel_size m k"],
-    pointwise: Float[Array, "m_group k n"],
+    depthwise: Float[ArrayLike, "*kernel_size m k"],
+    pointwise: Float[ArrayLike, "m_group k n"],
     *,
     feature_group_count: int = 1,
 ) -> Float[Array, "*kernel_size m_group n"]:
@@ -76,6 +78,7 @@ def separable_kernel(
     Reference:
         FALCON, Theorem 2.
     """
+    depthwise, pointwise = jnp.asarray(depthwise), jnp.asarray(pointwise)
     m_group, k, n = pointwise.shape
     groups = feature_group_count
     d = depthwise.reshape(*depthwise.shape[:-2], groups, m_group, k)

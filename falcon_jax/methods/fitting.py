@@ -104,7 +104,7 @@ def check_finite(values: Float[Array, "*shape"], name: str) -> None:
 
 
 def relative_error(
-    kernel: Float[Array, "*kernel_shape"], approximation: Float[Array, "*kernel_shape"]
+    kernel: Float[ArrayLike, "*kernel_shape"], approximation: Float[ArrayLike, "*kernel_shape"]
 ) -> Float[Array, ""]:
     """Return ``|| kernel - approximation ||_F / || kernel ||_F``, 0 for two zero kernels.
 
@@ -115,8 +115,8 @@ def relative_error(
     Returns:
         A scalar; the energy kept is 1 minus its square.
     """
-    dtype = jnp.promote_types(kernel.dtype, jnp.float32)
-    k, a = kernel.astype(dtype), approximation.astype(dtype)
+    dtype = jnp.promote_types(jnp.result_type(kernel), jnp.float32)
+    k, a = jnp.asarray(kernel, dtype), jnp.asarray(approximation, dtype)
     # Dividing by the largest entry first keeps the squares of tiny and huge kernels in range.
     scale = jnp.maximum(jnp.max(jnp.abs(k), initial=0), jnp.max(jnp.abs(a), initial=0))
     k, a = k / jnp.where(scale > 0, scale, 1), a / jnp.where(scale > 0, scale, 1)

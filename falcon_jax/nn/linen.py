@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype, Initializer
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from falcon_jax.methods import ConvSpec, DepthwiseSeparable, Falcon, Method
@@ -19,7 +20,7 @@ def method_conv(
     module: nn.Module,
     method: Method,
     spec: ConvSpec,
-    inputs: Float[Array, "*batch m"],
+    inputs: Float[ArrayLike, "*batch m"],
     *,
     dtype: Dtype | None,
     param_dtype: Dtype,
@@ -78,11 +79,11 @@ class _ConvLike(nn.Module):
         raise TypeError(f"{type(self).__name__} names no method.")
 
     @nn.compact
-    def __call__(self, inputs: Float[Array, "*batch m"]) -> Float[Array, "*batch_out n"]:
+    def __call__(self, inputs: Float[ArrayLike, "*batch m"]) -> Float[Array, "*batch_out n"]:
         """Convolve inputs of shape ``(..., *spatial, M)``, any number of batch axes."""
         spec = ConvSpec(
             kernel_size=self.kernel_size,
-            in_features=inputs.shape[-1],
+            in_features=jnp.shape(inputs)[-1],
             out_features=self.features,
             strides=self.strides,
             padding=self.padding,

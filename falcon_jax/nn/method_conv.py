@@ -5,6 +5,7 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from falcon_jax.methods import ConvSpec, Method, Params
@@ -70,7 +71,7 @@ class MethodConv(nnx.Module):
         """The method's parameters as arrays."""
         return {name: getattr(self, name)[...] for name in self.param_names}
 
-    def __call__(self, inputs: Float[Array, "*batch m"]) -> Float[Array, "*batch_out n"]:
+    def __call__(self, inputs: Float[ArrayLike, "*batch m"]) -> Float[Array, "*batch_out n"]:
         """Convolve inputs of shape ``(..., *spatial, M)``, any number of batch axes."""
         bias = None if self.bias is None else self.bias[...]
         return apply_method(
@@ -89,7 +90,7 @@ def apply_method(
     spec: ConvSpec,
     params: Params,
     bias: Float[Array, "n"] | None,
-    inputs: Float[Array, "*batch m"],
+    inputs: Float[ArrayLike, "*batch m"],
     *,
     dtype: Dtype | None,
     precision: lax.PrecisionLike,
@@ -111,5 +112,5 @@ def apply_method(
     names = tuple(params)
     x, bias, *values = promote_dtype((inputs, bias, *(params[name] for name in names)), dtype=dtype)
     promoted = dict(zip(names, values, strict=True))
-    y = method.apply(promoted, x, spec, precision=precision)
+    y = method.apply(promoted, jnp.asarray(x), spec, precision=precision)
     return y if bias is None else y + jnp.broadcast_to(bias, y.shape)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from falcon_jax.ops.geometry import Padding, Pairs, dilated, pad_boundary, padding_pairs
@@ -25,8 +26,8 @@ _ELEMENTS_IN_CACHE = 2**19  # elements of input that one pass of the kernel grad
 
 
 def depthwise_conv(
-    x: Float[Array, "*batch c"],
-    kernel: Float[Array, "*kernel_size c"],
+    x: Float[ArrayLike, "*batch c"],
+    kernel: Float[ArrayLike, "*kernel_size kernel_c"],
     *,
     strides: tuple[int, ...] | int = 1,
     padding: Padding = "SAME",
@@ -57,6 +58,7 @@ def depthwise_conv(
     >>> depthwise_conv(jnp.ones((1, 8, 8, 4)), jnp.ones((3, 3, 4)), strides=2).shape
     (1, 4, 4, 4)
     """
+    x, kernel = jnp.asarray(x), jnp.asarray(kernel)
     axes = kernel.ndim - 1
     if x.ndim <= axes or x.shape[-1] != kernel.shape[-1]:
         raise ValueError(
@@ -134,8 +136,11 @@ def _forward(geometry: Geometry, x: Array, kernel: Array) -> tuple[Array, tuple[
     return _depthwise(geometry, x, kernel), (x, kernel)
 
 
-def _backward(geometry: Geometry, residual: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+def _backward(
+    geometry: Geometry, residual: tuple[Array, Array], dy: ArrayLike
+) -> tuple[Array, Array]:
     x, kernel = residual
+    dy = jnp.asarray(dy)  # outside of jit, JAX hands NumPy arrays on
     back = _transposed(geometry, kernel.shape[:-1], x.shape[1:-1], dy.shape[1:-1])
     dx: Array = _depthwise(back, dy, jnp.flip(kernel, axis=tuple(range(kernel.ndim - 1))))
     dkernel = _chunked_kernel_gradient(geometry, x, dy, kernel.shape[:-1])

@@ -1,0 +1,1 @@
+"""Studies of speed and accuracy: each prints a table and writes JSON."""

@@ -1,0 +1,1 @@
+"""Experiments, one file each; a package so that config files can share a recipe."""

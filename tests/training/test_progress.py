@@ -1,0 +1,47 @@
+import sys
+
+from falcon_jax.training.progress import Progress
+
+
+def run(**options):
+    progress = Progress("vgg", total=200, **options)
+    progress.advance(100)
+    progress.epoch(1, 2, {"loss": 0.123456, "accuracy": 0.5})
+    progress.advance(100)
+    progress.epoch(2, 2, {"loss": 0.1, "accuracy": 1.0})
+    progress.close()
+
+
+def test_without_a_terminal_one_line_an_epoch(capsys):
+    run()
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == (
+        "vgg: epoch 1/2  loss 0.1235  accuracy 0.5\nvgg: epoch 2/2  loss 0.1  accuracy 1\n"
+    )
+
+
+def test_nothing_is_shown_on_request(capsys, monkeypatch):
+    run(show=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    run(show=False)
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+
+
+def test_a_bar_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    run(done=0)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    last = captured.err.split("\r")[-1]
+    assert last.startswith("vgg: 100%") and "200/200" in last and "img/s" in last
+    assert "accuracy 1" in last
+    assert captured.err.count("\n") == 1
+    assert "epoch 1/2" not in captured.err
+
+
+def test_a_bar_that_goes_on_starts_where_it_was(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    Progress("vgg", total=200, done=100).close()
+    assert "50%" in capsys.readouterr().err
