@@ -10,7 +10,7 @@ demo: $(VENV)/.installed-train
 	$(TUNED) $(BIN)/python train.py --config=configs/demo.py --workdir=runs/demo
 
 test: $(VENV)/.installed-test lint
-	$(BIN)/python -m pytest --doctest-modules falcon_jax tests
+	$(BIN)/python -m pytest -n 2 --doctest-modules falcon_jax tests
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -82,6 +82,7 @@ class Checkpoints:
 
         Raises:
             FileNotFoundError: if there is no checkpoint.
+            ValueError: if the best checkpoint is that of another network.
         """
         self._manager.wait_until_finished()
         step = self._manager.best_step()
@@ -90,7 +91,15 @@ class Checkpoints:
         like = {"params": params, "statistics": statistics}
         leaves, structure = jax.tree.flatten_with_path(like)
         named = {_name(path): leaf for path, leaf in leaves}
-        restored = self._manager.restore(step, args=ocp.args.Composite(model=_restore_like(named)))
+        try:
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(model=_restore_like(named))
+            )
+        except (ValueError, KeyError):
+            raise ValueError(
+                f"the checkpoint in {self._manager.directory} is that of another network; model, "
+                "classes, channels and plan must be the same"
+            ) from None
         found = jax.tree.unflatten(structure, [restored["model"][name] for name in named])
         return found["params"], found["statistics"]
 

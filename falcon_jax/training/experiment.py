@@ -14,7 +14,7 @@ from flax import nnx
 from jax import ShapeDtypeStruct
 from jax.sharding import Mesh
 
-from falcon_jax.compression import compress, make_plan, profile, reestimate_batchnorm
+from falcon_jax.compression import Plan, compress, make_plan, profile, reestimate_batchnorm
 from falcon_jax.data.augmentation import normalize
 from falcon_jax.data.batching import train_batches
 from falcon_jax.data.dataset import Dataset
@@ -44,6 +44,7 @@ class _Setting:
 
     experiment: Experiment
     workdir: pathlib.Path
+    config: Mapping[str, Any]
     dataset: Dataset
     preprocessing: Preprocessing
     mesh: Mesh
@@ -61,7 +62,7 @@ class _Setting:
     def sample(self, batch: int) -> ShapeDtypeStruct:
         return ShapeDtypeStruct((batch, *self.dataset.train.images.shape[1:]), np.float32)
 
-    def run(self, label: str, settings: TrainSettings, meta: dict[str, Any]) -> Run:
+    def run(self, label: str, settings: TrainSettings, plan: Plan | None = None) -> Run:
         return Run(
             label=label,
             directory=self.workdir / label,
@@ -72,7 +73,10 @@ class _Setting:
             keep=self.experiment.keep,
             seed=self.experiment.seed,
             mesh=self.mesh,
-            meta=meta,
+            meta={
+                "config": json.loads(json.dumps(self.config)),
+                "plan": None if plan is None else plan.to_json(),
+            },
         )
 
     def test_accuracy(
@@ -117,6 +121,7 @@ def run_experiment(
     setting = _Setting(
         experiment=experiment,
         workdir=workdir,
+        config=config,
         dataset=dataset,
         preprocessing=Preprocessing(
             mean=dataset.mean, std=dataset.std, augmentation=experiment.augmentation
@@ -150,7 +155,7 @@ def _standard(setting: _Setting) -> tuple[tuple[Arrays, Arrays], Row | None]:
     if row is not None or experiment.start != "train":
         params, statistics = _load(setting, folder, params, statistics)
     else:
-        run = setting.run(STANDARD, experiment.train, {"model": experiment.model})
+        run = setting.run(STANDARD, experiment.train)
         params, statistics = train(run, network, params, statistics)
     params, statistics = jax.device_get((params, statistics))
     if row is None:
@@ -176,8 +181,7 @@ def _compressed(setting: _Setting, variant: Variant, params: Arrays, statistics:
         model = reestimate_batchnorm(model, _inputs(setting, settings))
     network, params, statistics = Network.split(model)
     before = setting.test_accuracy(network, params, statistics, settings)
-    meta = {"model": experiment.model, "plan": plan.to_json()}
-    trained = train(setting.run(variant.name, settings, meta), network, params, statistics)
+    trained = train(setting.run(variant.name, settings, plan), network, params, statistics)
     params, statistics = jax.device_get(trained)
     after = setting.test_accuracy(network, params, statistics, settings)
     row = _row(setting, variant.name, variant, network.merge(params, statistics), before, after)

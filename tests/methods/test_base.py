@@ -5,7 +5,12 @@ import pytest
 
 import falcon_jax as fj
 
-METHODS = [fj.Falcon(rank=1), fj.Falcon(rank=3), fj.DepthwiseSeparable(), fj.DepthwiseSeparable(rank=2)]
+METHODS = [
+    fj.Falcon(rank=1),
+    fj.Falcon(rank=3),
+    fj.DepthwiseSeparable(),
+    fj.DepthwiseSeparable(rank=2),
+]
 
 
 def spec_of(**changes):

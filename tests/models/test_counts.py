@@ -65,9 +65,7 @@ HEAD_INPUTS = 512
 
 def shapes_of(model, classes, **options):
     """A model whose arrays are shapes only, so that nothing is computed."""
-    return nnx.eval_shape(
-        lambda: BUILDERS[model](num_classes=classes, rngs=nnx.Rngs(0), **options)
-    )
+    return nnx.eval_shape(lambda: BUILDERS[model](num_classes=classes, rngs=nnx.Rngs(0), **options))
 
 
 @functools.cache

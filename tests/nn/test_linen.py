@@ -42,7 +42,9 @@ def test_the_same_parameters_give_the_same_result_as_in_nnx(layer, nnx_layer, op
     np.testing.assert_array_equal(y, expected)
 
 
-@pytest.mark.parametrize(("layer", "shape"), [(PAIRS[0][0], (3, 2, 5, 10)), (PAIRS[1][0], (3, 2, 4, 5))])
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(PAIRS[0][0], (3, 2, 5, 10)), (PAIRS[1][0], (3, 2, 4, 5))]
+)
 def test_initial_parameters(layer, shape):
     module = layer(10, (3, 2), rank=5, param_dtype=jnp.bfloat16)
     params = module.init(jax.random.key(0), X)["params"]
@@ -85,7 +87,10 @@ def test_training_steps_lower_the_loss():
     def step(params, statistics, state):
         def loss(params):
             logits, changed = network.apply(
-                {"params": params, "batch_stats": statistics}, X, train=True, mutable=["batch_stats"]
+                {"params": params, "batch_stats": statistics},
+                X,
+                train=True,
+                mutable=["batch_stats"],
             )
             target = jnp.arange(2)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, target)

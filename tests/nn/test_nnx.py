@@ -21,7 +21,9 @@ def test_shapes_of_the_parameters(groups):
         made = nnx.eval_shape(
             lambda: make(layer, 6, 10, (3, 2), rank=4, feature_group_count=groups)
         )
-        return {path[-1]: leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(made, nnx.Param))}
+        return {
+            path[-1]: leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(made, nnx.Param))
+        }
 
     assert shapes(fj.FalconConv) == {
         "pointwise": (6 // groups, 4, 10),

@@ -103,13 +103,17 @@ def test_any_number_of_spatial_axes_and_tall_maps(shape):
         x, kernel, strides=ones, pads=pads, input_dilation=ones, kernel_dilation=ones
     )
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
-    check_grads(lambda x, k: fj.depthwise_conv(x, k, padding=pads), (x, kernel), 1, ["rev"], 2e-2, 2e-2)
+    check_grads(
+        lambda x, k: fj.depthwise_conv(x, k, padding=pads), (x, kernel), 1, ["rev"], 2e-2, 2e-2
+    )
 
 
 def test_gradient_of_gradient():
     x = jax.random.normal(jax.random.key(0), (2, 4, 4, 2))
     kernel = jax.random.normal(jax.random.key(1), (3, 3, 2))
-    check_grads(lambda x, k: fj.depthwise_conv(x, k, strides=2) ** 2, (x, kernel), 2, ["rev"], 2e-2, 2e-2)
+    check_grads(
+        lambda x, k: fj.depthwise_conv(x, k, strides=2) ** 2, (x, kernel), 2, ["rev"], 2e-2, 2e-2
+    )
 
 
 def test_kernel_gradient_in_chunks_of_the_batch():

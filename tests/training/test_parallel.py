@@ -45,5 +45,5 @@ def test_batches_that_cannot_be_shared_name_the_nearest():
     assert str(caught.value) == (
         "batch_size 100 cannot be shared evenly by 8 devices; use 96 or 104"
     )
-    with pytest.raises(ValueError, match="batch_size 3 cannot be .*; use 8$"):
+    with pytest.raises(ValueError, match=r"batch_size 3 cannot be .*; use 8$"):
         check_divides("batch_size", 3, data_mesh())
