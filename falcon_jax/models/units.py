@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from falcon_jax.methods import ConvSpec, Method
 from falcon_jax.nn.nnx import method_conv
+from falcon_jax.ops import conv_on_small_maps
 
 PAD_ONE = ((1, 1), (1, 1))
 
@@ -109,6 +110,7 @@ def standard_unit(
         strides,
         padding=PAD_ONE,
         dtype=dtype,
+        conv_general_dilated=conv_on_small_maps,
         kernel_init=nnx.initializers.he_uniform(),
         rngs=rngs,
     )

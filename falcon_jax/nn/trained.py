@@ -7,6 +7,7 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from falcon_jax.methods import ConvSpec, Method, Params, Solver, fit
+from falcon_jax.ops import conv_on_small_maps
 
 
 def conv_spec(conv: nnx.Conv) -> ConvSpec:
@@ -28,7 +29,7 @@ def conv_obstacle(conv: nnx.Conv) -> str | None:
     """Return why a convolution must stay whatever the method, or None."""
     if conv.mask is not None:
         return "masked kernel"
-    if conv.conv_general_dilated is not lax.conv_general_dilated:
+    if conv.conv_general_dilated not in (lax.conv_general_dilated, conv_on_small_maps):
         return "own convolution function"
     if conv.promote_dtype is not promote_dtype:
         return "own type promotion"

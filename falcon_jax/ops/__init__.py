@@ -11,3 +11,4 @@ from falcon_jax.ops.separable import (
 from falcon_jax.ops.separable import (
     pointwise_then_depthwise as pointwise_then_depthwise,
 )
+from falcon_jax.ops.small_maps import conv_on_small_maps as conv_on_small_maps

@@ -7,9 +7,8 @@ such a sum, with the kernel flipped; the gradient of the kernel is one reduction
 """
 
 import functools
-import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +16,14 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from falcon_jax.ops.geometry import Padding, Pairs, dilated, pad_boundary, padding_pairs
-
-# (strides, padding, input_dilation, kernel_dilation), hashable: the static side of the custom VJP.
-Geometry = tuple[tuple[int, ...], Pairs, tuple[int, ...], tuple[int, ...]]
+from falcon_jax.ops.geometry import (
+    Geometry,
+    Padding,
+    dilated,
+    pad_boundary,
+    padding_pairs,
+    tap_slices,
+)
 
 _ELEMENTS_IN_CACHE = 2**19  # elements of input that one pass of the kernel gradient reads
 
@@ -87,28 +90,6 @@ def _per_axis(value: tuple[int, ...] | int, axes: int) -> tuple[int, ...]:
     return (value,) * axes if isinstance(value, int) else tuple(value)
 
 
-def _taps(geometry: Geometry, x: Array, kernel_size: tuple[int, ...]) -> Iterator[Array]:
-    """Yield, for every tap in row-major order, the padded input points that it multiplies."""
-    strides, pairs, input_dilation, kernel_dilation = geometry
-    config = [(low, high, d - 1) for (low, high), d in zip(pairs, input_dilation, strict=True)]
-    padded = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *config, (0, 0, 0)])
-    extents = [dilated(k, d) for k, d in zip(kernel_size, kernel_dilation, strict=True)]
-    outputs = [
-        max((n - extent) // s + 1, 0)
-        for n, extent, s in zip(padded.shape[1:-1], extents, strides, strict=True)
-    ]
-    for tap in itertools.product(*map(range, kernel_size)):
-        starts = [t * d for t, d in zip(tap, kernel_dilation, strict=True)]
-        # An axis without outputs gives an empty slice.
-        starts = [start if n else 0 for start, n in zip(starts, outputs, strict=True)]
-        stops = [
-            start + dilated(n, s) for start, n, s in zip(starts, outputs, strides, strict=True)
-        ]
-        yield lax.slice(
-            padded, (0, *starts, 0), (x.shape[0], *stops, x.shape[-1]), (1, *strides, 1)
-        )
-
-
 def _largest_divisor(n: int, *, at_most: int) -> int:
     return next(d for d in range(max(min(n, at_most), 1), 0, -1) if n % d == 0)
 
@@ -127,7 +108,7 @@ def _sum(terms: Iterable[Array]) -> Array:
 def _depthwise(geometry: Geometry, x: Array, kernel: Array) -> Array:
     dtype = _accumulator(x, kernel)
     rows = kernel.reshape(-1, *(1,) * (x.ndim - 1), kernel.shape[-1]).astype(dtype)
-    points = _taps(geometry, x, kernel.shape[:-1])
+    points = tap_slices(geometry, x, kernel.shape[:-1])
     terms = (p.astype(dtype) * row for p, row in zip(points, rows, strict=True))
     return _sum(terms).astype(jnp.result_type(x, kernel))
 
@@ -180,7 +161,7 @@ def _kernel_gradient(
     dy = dy.astype(dtype)
     unrolled = _largest_divisor(dy.shape[1], at_most=32)
     sums = []
-    for points in _taps(geometry, x, kernel_size):
+    for points in tap_slices(geometry, x, kernel_size):
         product = points.astype(dtype) * dy
         blocks = product.reshape(dy.shape[0], unrolled, -1, *product.shape[2:])
         sums.append(_sum(blocks[:, h] for h in range(unrolled)))

@@ -1,13 +1,17 @@
 """Where the taps of a convolution fall: padding, dilation and output sizes."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 Pairs = tuple[tuple[int, int], ...]
 Padding = str | Pairs
+# (strides, padding, input_dilation, kernel_dilation), hashable.
+Geometry = tuple[tuple[int, ...], Pairs, tuple[int, ...], tuple[int, ...]]
 
 BOUNDARY_MODES = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
 PADDING_NAMES = ("SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", "CAUSAL")
@@ -142,3 +146,36 @@ def output_shape(
         points = dilated(n + low + high, di) if wrapped else dilated(n, di) + low + high
         sizes.append(max((points - dilated(k, dk)) // s + 1, 0))
     return tuple(sizes)
+
+
+def tap_slices(
+    geometry: Geometry, x: Float[Array, "b *spatial c"], kernel_size: tuple[int, ...]
+) -> Iterator[Float[Array, "b *spatial_out c"]]:
+    """Yield, for every tap in row-major order, the padded input points that it multiplies.
+
+    Args:
+        geometry: strides, padding, input dilation and kernel dilation.
+        x: input of shape ``(batch, *spatial, channels)``.
+        kernel_size: taps per axis.
+
+    Returns:
+        An iterator over arrays of shape ``(batch, *spatial_out, channels)``.
+    """
+    strides, pairs, input_dilation, kernel_dilation = geometry
+    config = [(low, high, d - 1) for (low, high), d in zip(pairs, input_dilation, strict=True)]
+    padded = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *config, (0, 0, 0)])
+    extents = [dilated(k, d) for k, d in zip(kernel_size, kernel_dilation, strict=True)]
+    outputs = [
+        max((n - extent) // s + 1, 0)
+        for n, extent, s in zip(padded.shape[1:-1], extents, strides, strict=True)
+    ]
+    for tap in itertools.product(*map(range, kernel_size)):
+        starts = [t * d for t, d in zip(tap, kernel_dilation, strict=True)]
+        # An axis without outputs gives an empty slice.
+        starts = [start if n else 0 for start, n in zip(starts, outputs, strict=True)]
+        stops = [
+            start + dilated(n, s) for start, n, s in zip(starts, outputs, strides, strict=True)
+        ]
+        yield lax.slice(
+            padded, (0, *starts, 0), (x.shape[0], *stops, x.shape[-1]), (1, *strides, 1)
+        )
