@@ -106,8 +106,8 @@ def _flat(state: nnx.State) -> Arrays:
 
 
 def _name(path: tuple[Any, ...]) -> str:
-    keys = (getattr(entry, "key", getattr(entry, "name", None)) for entry in path)
-    return "/".join(str(key) for key in keys if key not in (None, "value"))
+    # The entries without a key are attributes of the variable at the end of the path.
+    return "/".join(str(entry.key) for entry in path if hasattr(entry, "key"))
 
 
 def _unflat(tree: Any, arrays: Arrays) -> nnx.State:

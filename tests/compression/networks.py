@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from tests.nn.weights import WEIGHTS, draw
+
 
 def conv(m, n, kernel_size=(3, 3), *, rngs, **options):
-    options.setdefault("bias_init", nnx.initializers.normal())
-    return nnx.Conv(m, n, kernel_size, rngs=rngs, **options)
+    return nnx.Conv(m, n, kernel_size, rngs=rngs, **WEIGHTS, **options)
 
 
 class OwnConv(nnx.Conv):
@@ -33,12 +34,12 @@ class Nested(nnx.Module):
         )
         self.sequence = nnx.Sequential(conv(8, 8, strides=2, rngs=rngs), jax.nn.relu)
         self.table = nnx.Dict({"left": conv(8, 8, rngs=rngs), "right": self.blocks[0][0]})
-        self.pair = nnx.data((conv(8, 8, rngs=rngs), jax.nn.relu))
+        self.pair = nnx.data((conv(8, 8, rngs=rngs), nnx.BatchNorm(8, rngs=rngs)))
         self.partial = functools.partial(scaled, conv(8, 8, rngs=rngs), scale=0.5)
         self.norm = nnx.BatchNorm(8, rngs=rngs)
-        self.up = nnx.ConvTranspose(8, 4, (2, 2), strides=2, rngs=rngs)
-        self.own = OwnConv(4, 4, (3, 3), rngs=rngs)
-        self.head = nnx.Linear(4, 5, rngs=rngs)
+        self.up = nnx.ConvTranspose(8, 4, (2, 2), strides=2, rngs=rngs, **WEIGHTS)
+        self.own = OwnConv(4, 4, (3, 3), rngs=rngs, **WEIGHTS)
+        self.head = nnx.Linear(4, 5, rngs=rngs, **WEIGHTS)
 
     def __call__(self, x):
         x = self.stem(x)
@@ -66,7 +67,7 @@ class Small(nnx.Module):
         self.conv2 = conv(m, n, strides=2, rngs=rngs)
         self.norm2 = nnx.BatchNorm(n, momentum=0.8, rngs=rngs)
         self.dropout = nnx.Dropout(0.5, rngs=rngs)
-        self.head = nnx.Linear(n, 5, rngs=rngs)
+        self.head = nnx.Linear(n, 5, rngs=rngs, **WEIGHTS)
 
     def __call__(self, x):
         x = jax.nn.relu(self.norm1(self.conv1(x)))
@@ -85,6 +86,7 @@ class Scanned(nnx.Module):
 
         self.stem = conv(3, 4, rngs=rngs)
         self.layers = make(rngs)
+        self.layers.kernel[...] = draw(3, 3, 3, 4, 4, seed=5) / 6
 
     def __call__(self, x):
         @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
@@ -105,6 +107,7 @@ class Vmapped(nnx.Module):
 
         self.stem = conv(3, 4, rngs=rngs)
         self.layers = make(rngs)
+        self.layers.kernel[...] = draw(3, 3, 3, 4, 4, seed=5) / 6
 
     def __call__(self, x):
         run = nnx.vmap(lambda layer, x: layer(x), in_axes=(0, None), out_axes=0)
@@ -125,8 +128,7 @@ def randomised(model, seed=0):
 
 
 def images(batch=2, side=8, seed=0):
-    rng = np.random.default_rng(seed)
-    return jnp.asarray(rng.normal(size=(batch, side, side, 3)), jnp.float32)
+    return draw(batch, side, side, 3, seed=seed)
 
 
 def arrays(model):

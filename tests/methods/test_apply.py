@@ -12,6 +12,7 @@ from jax.test_util import check_grads
 
 import falcon_jax as fj
 from tests.methods.reference import built, float64, standard_conv
+from tests.nn.weights import draw
 
 VARIANTS = [
     functools.partial(fj.Falcon, impl="separable"),
@@ -49,26 +50,19 @@ def apply(params, x, *, method, spec):
 
 
 def random_params(method, spec, seed=0):
-    params = method.init(jax.random.key(seed), spec)
-    return {name: jnp.asarray(value) for name, value in params.items()}
+    """Normal parameters of the shapes that the design fixes."""
+    k, n = method.rank, spec.out_features
+    falcon = isinstance(method, fj.Falcon)
+    depthwise = (*spec.kernel_size, k, n) if falcon else (*spec.kernel_size, spec.in_features, k)
+    return {
+        "pointwise": draw(spec.group_in_features, k, n, seed=seed),
+        "depthwise": draw(*depthwise, seed=seed + 1),
+    }
 
 
 def check_equal(method, spec, batch=(2,)):
-    rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(*batch, *SIDES[len(spec.kernel_size)], 4)), jnp.float32)
-    shapes = {
-        "falcon": {
-            "pointwise": (spec.group_in_features, method.rank, 6),
-            "depthwise": (*spec.kernel_size, method.rank, 6),
-        },
-        "depthwise_separable": {
-            "pointwise": (spec.group_in_features, method.rank, 6),
-            "depthwise": (*spec.kernel_size, 4, method.rank),
-        },
-    }[method.name]
-    params = {
-        name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()
-    }
+    x = draw(*batch, *SIDES[len(spec.kernel_size)], 4)
+    params = random_params(method, spec, seed=1)
     kernel = built(params, method, spec.feature_group_count)
     expected = standard_conv(x, kernel, spec)
     y = apply(params, x, method=method, spec=spec)
@@ -129,8 +123,10 @@ def test_the_kernel_is_that_of_the_theorems(variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_vmap_over_a_stack_of_parameters(variant):
     method, spec = variant(rank=2), fj.ConvSpec(**HARD)
-    x = jax.random.normal(jax.random.key(1), (2, 7, 9, 4))
-    stack = jax.vmap(lambda key: method.init(key, spec))(jax.random.split(jax.random.key(0), 2))
+    x = draw(2, 7, 9, 4)
+    stack = jax.tree.map(
+        lambda *values: jnp.stack(values), *(random_params(method, spec, seed) for seed in (0, 7))
+    )
     y = jax.jit(jax.vmap(lambda params: method.apply(params, x, spec)))(stack)
     for index in range(2):
         params = {name: value[index] for name, value in stack.items()}
@@ -143,7 +139,7 @@ def test_gradients(variant):
     method = variant(rank=2)
     spec = fj.ConvSpec(**HARD, strides=(2, 1), padding=1, feature_group_count=2)
     params = random_params(method, spec)
-    x = jax.random.normal(jax.random.key(1), (1, 3, 4, 4))
+    x = draw(1, 3, 4, 4)
     run = jax.jit(lambda params, x: method.apply(params, x, spec))
     check_grads(run, (params, x), order=1, modes=("rev",), rtol=1e-2, atol=1e-2, eps=1e-2)
 
@@ -152,7 +148,7 @@ def test_gradients(variant):
 def test_bfloat16_stays_bfloat16(variant):
     method, spec = variant(rank=2), fj.ConvSpec(**HARD)
     params = {k: v.astype(jnp.bfloat16) for k, v in random_params(method, spec).items()}
-    x = jax.random.normal(jax.random.key(1), (2, 7, 9, 4), jnp.bfloat16)
+    x = draw(2, 7, 9, 4, dtype=jnp.bfloat16)
     y = apply(params, x, method=method, spec=spec)
     assert y.dtype == jnp.bfloat16
     expected = standard_conv(x, built(params, method), spec)

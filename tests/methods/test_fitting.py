@@ -9,6 +9,7 @@ from jax.test_util import check_grads
 import falcon_jax as fj
 from falcon_jax.methods.fitting import check_solver
 from tests.methods.reference import built, fit_error, optimum
+from tests.nn.weights import draw
 
 METHODS = [fj.Falcon, fj.DepthwiseSeparable]
 
@@ -23,7 +24,7 @@ SHAPES_AND_RANKS = [
 
 
 def random_kernel(shape, seed=0):
-    return jax.random.normal(jax.random.key(seed), shape)
+    return draw(*shape, seed=seed)
 
 
 def settle(params):

@@ -7,6 +7,7 @@ from flax import nnx
 
 import falcon_jax as fj
 from falcon_jax.nn.nnx import fit_conv
+from tests.nn.weights import WEIGHTS, draw
 
 LAYERS = [fj.FalconConv, fj.DepthwiseSeparableConv]
 
@@ -65,6 +66,11 @@ def test_strides_by_position_and_one_axis_by_a_number():
     assert b.shape == (2, 5, 6)
 
 
+@jax.jit
+def run(layer, x):
+    return layer(x)
+
+
 GEOMETRIES = [
     ((3, 3), {}),
     ((3, 3), {"strides": 2, "padding": "VALID", "use_bias": False}),
@@ -81,9 +87,7 @@ GEOMETRIES = [
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize(("kernel_size", "options"), GEOMETRIES)
 def test_from_conv_at_full_rank_is_the_convolution(layer, kernel_size, options):
-    conv = nnx.Conv(
-        4, 6, kernel_size, **options, bias_init=nnx.initializers.normal(), rngs=nnx.Rngs(0)
-    )
+    conv = nnx.Conv(4, 6, kernel_size, **options, **WEIGHTS, rngs=nnx.Rngs(0))
     taps = int(np.prod(kernel_size))
     if layer is fj.FalconConv:
         # Inputs of one group suffice, too: the matrices are D^2 x M / g.
@@ -92,9 +96,8 @@ def test_from_conv_at_full_rank_is_the_convolution(layer, kernel_size, options):
     assert type(replacement) is layer
     assert (replacement.bias is None) == (conv.bias is None)
     sides = {1: (9,), 2: (7, 8), 3: (4, 5, 4)}[conv.kernel.ndim - 2]
-    x = jax.random.normal(jax.random.key(1), (2, *sides, 4))
-    run = jax.jit(lambda layer, x: layer(x))
-    np.testing.assert_allclose(replacement(x), run(conv, x), atol=1e-5)
+    x = draw(2, *sides, 4, seed=1)
+    np.testing.assert_allclose(run(replacement, x), run(conv, x), atol=1e-5)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -105,7 +108,7 @@ def test_types_and_precision_are_carried_over_and_the_conv_is_not_changed(layer)
         (3, 3),
         dtype=jnp.bfloat16,
         precision=jax.lax.Precision.HIGHEST,
-        bias_init=nnx.initializers.normal(),
+        **WEIGHTS,
         rngs=nnx.Rngs(0),
     )
     before = jax.tree.map(np.array, nnx.state(conv))
@@ -114,8 +117,8 @@ def test_types_and_precision_are_carried_over_and_the_conv_is_not_changed(layer)
     assert replacement.precision == jax.lax.Precision.HIGHEST
     np.testing.assert_array_equal(replacement.bias[...], conv.bias[...])
     assert {p.dtype for p in replacement.params.values()} == {jnp.dtype(jnp.float32)}
-    x = jax.random.normal(jax.random.key(1), (2, 7, 8, 4))
-    assert replacement(x).dtype == jnp.bfloat16 == conv(x).dtype
+    x = draw(2, 7, 8, 4, seed=1)
+    assert run(replacement, x).dtype == jnp.bfloat16 == run(conv, x).dtype
     replacement.bias[...] = jnp.zeros(6)
     after = jax.tree.map(np.array, nnx.state(conv))
     assert jax.tree.all(jax.tree.map(np.array_equal, before, after))
@@ -123,34 +126,40 @@ def test_types_and_precision_are_carried_over_and_the_conv_is_not_changed(layer)
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_bfloat16_parameters_and_computation(layer):
-    made = make(layer, 4, 6, (3, 3), param_dtype=jnp.bfloat16)
-    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(made))} == {jnp.dtype(jnp.bfloat16)}
+    def output(dtype):
+        made = make(layer, 4, 6, (3, 3), param_dtype=jnp.bfloat16)
+        assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(made))} == {jnp.dtype("bfloat16")}
+        return made(jnp.ones((1, 7, 8, 4), dtype))
+
     # As in nnx.Conv: float32 inputs win where no dtype is given.
-    assert made(jnp.ones((1, 7, 8, 4))).dtype == jnp.float32
-    assert made(jnp.ones((1, 7, 8, 4), jnp.bfloat16)).dtype == jnp.bfloat16
-    conv = nnx.Conv(4, 6, (3, 3), param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    assert nnx.eval_shape(lambda: output(jnp.float32)).dtype == jnp.float32
+    assert nnx.eval_shape(lambda: output(jnp.bfloat16)).dtype == jnp.bfloat16
+    conv = nnx.Conv(4, 6, (3, 3), param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0), **WEIGHTS)
     params = layer.from_conv(conv).params
     assert {value.dtype for value in params.values()} == {jnp.dtype(jnp.bfloat16)}
 
 
 @pytest.mark.parametrize("impl", ["separable", "grouped", "gep"])
 def test_impl_reaches_the_method(impl):
-    conv = nnx.Conv(4, 6, (3, 3), rngs=nnx.Rngs(0))
+    conv = nnx.Conv(4, 6, (3, 3), rngs=nnx.Rngs(0), **WEIGHTS)
     assert fj.FalconConv.from_conv(conv, 2, impl=impl).method == fj.Falcon(rank=2, impl=impl)
 
 
 def test_bias_and_its_initialisation():
-    assert make(fj.FalconConv, 4, 6, (3, 3), use_bias=False).bias is None
-    ones = make(fj.FalconConv, 4, 6, (3, 3), bias_init=nnx.initializers.ones_init())
+    params = {"pointwise": draw(4, 1, 6), "depthwise": draw(3, 3, 1, 6)}
+    without = make(fj.FalconConv, 4, 6, (3, 3), use_bias=False, params=params)
+    assert without.bias is None
+    init = nnx.initializers.ones_init()
+    ones = make(fj.FalconConv, 4, 6, (3, 3), bias_init=init, params=params)
     np.testing.assert_array_equal(ones.bias[...], np.ones(6))
 
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_a_training_step_under_nnx_jit_lowers_the_loss(layer):
-    model = make(layer, 4, 6, (3, 3), rank=2)
+    model = layer.from_conv(nnx.Conv(4, 6, (3, 3), rngs=nnx.Rngs(0), **WEIGHTS), rank=2)
     optimizer = nnx.Optimizer(model, optax.sgd(0.05), wrt=nnx.Param)
-    x = jax.random.normal(jax.random.key(1), (4, 7, 8, 4))
-    target = jax.random.normal(jax.random.key(2), (4, 7, 8, 6))
+    x = draw(4, 7, 8, 4, seed=1)
+    target = draw(4, 7, 8, 6, seed=2)
 
     @nnx.jit
     def step(model, optimizer):
@@ -176,7 +185,7 @@ def test_a_training_step_under_nnx_jit_lowers_the_loss(layer):
     ],
 )
 def test_convolutions_that_act_otherwise_are_refused(layer, options, message):
-    conv = nnx.Conv(4, 6, (3, 3), rngs=nnx.Rngs(0), **options)
+    conv = nnx.Conv(4, 6, (3, 3), rngs=nnx.Rngs(0), **WEIGHTS, **options)
     with pytest.raises(ValueError, match=message):
         layer.from_conv(conv)
 
@@ -184,7 +193,7 @@ def test_convolutions_that_act_otherwise_are_refused(layer, options, message):
 @pytest.mark.parametrize("layer", LAYERS)
 def test_what_the_method_cannot_do_is_refused(layer):
     with pytest.raises(ValueError, match="1x1 kernel has nothing to separate"):
-        layer.from_conv(nnx.Conv(4, 6, (1, 1), rngs=nnx.Rngs(0)))
+        layer.from_conv(nnx.Conv(4, 6, (1, 1), rngs=nnx.Rngs(0), **WEIGHTS))
     with pytest.raises(ValueError, match="rank 10 is more than the 9 taps"):
         make(layer, 4, 6, (3, 3), rank=10)
     with pytest.raises(ValueError, match="random parameters need rngs"):
@@ -192,7 +201,7 @@ def test_what_the_method_cannot_do_is_refused(layer):
 
 
 def test_fit_conv_with_other_solvers():
-    conv = nnx.Conv(4, 6, (3, 3), rngs=nnx.Rngs(0))
+    conv = nnx.Conv(4, 6, (3, 3), rngs=nnx.Rngs(0), **WEIGHTS)
     random = fit_conv(conv, fj.Falcon(), solver="random", key=jax.random.key(5))
     expected = fj.Falcon().init(jax.random.key(5), random.spec)
     np.testing.assert_array_equal(random.params["depthwise"], expected["depthwise"])
