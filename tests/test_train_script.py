@@ -64,8 +64,8 @@ def test_bad_input_leaves_no_folder_behind(told, tmp_path):
         ("--config.trian.epochs=3", ["there is no 'trian'", "did you mean 'train'?"]),
         ("--config.seed.x=3", ["config.seed.x: there is no 'x'"]),
         (
-            "--config.model.name=vgg8",
-            ["config.model.name: there is no 'vgg8'", "did you mean 'vgg8_cifar'?"],
+            "--config.model.name=vgg8cifar",
+            ["config.model.name: there is no 'vgg8cifar'", "did you mean 'vgg8_cifar'?"],
         ),
         (
             "--config.data.source=digit",

@@ -25,19 +25,19 @@ class Nested(nnx.Module):
     """Convolutions in every kind of container, one of them used twice."""
 
     def __init__(self, rngs):
-        self.stem = conv(3, 8, rngs=rngs)
+        self.stem = conv(3, 4, rngs=rngs)
         self.blocks = nnx.List(
             [
-                nnx.List([conv(8, 8, rngs=rngs)]),
-                nnx.List([conv(8, 8, (1, 1), rngs=rngs)]),
+                nnx.List([conv(4, 4, rngs=rngs)]),
+                nnx.List([conv(4, 4, (1, 1), rngs=rngs)]),
             ]
         )
-        self.sequence = nnx.Sequential(conv(8, 8, strides=2, rngs=rngs), jax.nn.relu)
-        self.table = nnx.Dict({"left": conv(8, 8, rngs=rngs), "right": self.blocks[0][0]})
-        self.pair = nnx.data((conv(8, 8, rngs=rngs), nnx.BatchNorm(8, rngs=rngs)))
-        self.partial = functools.partial(scaled, conv(8, 8, rngs=rngs), scale=0.5)
-        self.norm = nnx.BatchNorm(8, rngs=rngs)
-        self.up = nnx.ConvTranspose(8, 4, (2, 2), strides=2, rngs=rngs, **WEIGHTS)
+        self.sequence = nnx.Sequential(conv(4, 4, strides=2, rngs=rngs), jax.nn.relu)
+        self.table = nnx.Dict({"left": conv(4, 4, rngs=rngs), "right": self.blocks[0][0]})
+        self.pair = nnx.data((conv(4, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs)))
+        self.partial = functools.partial(scaled, conv(4, 4, rngs=rngs), scale=0.5)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.up = nnx.ConvTranspose(4, 4, (2, 2), strides=2, rngs=rngs, **WEIGHTS)
         self.own = OwnConv(4, 4, (3, 3), rngs=rngs, **WEIGHTS)
         self.head = nnx.Linear(4, 5, rngs=rngs, **WEIGHTS)
 
@@ -61,7 +61,7 @@ def scaled(layer, x, *, scale):
 class Small(nnx.Module):
     """Convolution, BatchNorm, ReLU, twice, and a dropout."""
 
-    def __init__(self, rngs, m=4, n=6):
+    def __init__(self, rngs, m=4, n=4):
         self.conv1 = conv(3, m, rngs=rngs)
         self.norm1 = nnx.BatchNorm(m, momentum=0.9, rngs=rngs)
         self.conv2 = conv(m, n, strides=2, rngs=rngs)

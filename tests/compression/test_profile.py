@@ -85,17 +85,17 @@ def test_layers_side_by_side_count_each():
 def test_rows_by_hand():
     model = nnx.eval_shape(lambda: Nested(nnx.Rngs(0)))
     rows = {row.path: row for row in fj.profile(model, SAMPLE).rows}
-    assert rows["stem"].mult_adds == 64 * (9 * 3 * 8 + 8)
-    assert rows["blocks/1/0"].mult_adds == 64 * (64 + 8)
-    assert rows["sequence/layers/0"].mult_adds == 16 * (9 * 64 + 8)
+    assert rows["stem"].mult_adds == 64 * (9 * 3 * 4 + 4)
+    assert rows["blocks/1/0"].mult_adds == 64 * (16 + 4)
+    assert rows["sequence/layers/0"].mult_adds == 16 * (9 * 16 + 4)
     # Shared: once at 8 x 8, once at 4 x 4; its parameters count once.
-    assert rows["blocks/0/0"].mult_adds == (64 + 16) * (9 * 64 + 8)
+    assert rows["blocks/0/0"].mult_adds == (64 + 16) * (9 * 16 + 4)
     assert "table/right" not in rows
     # Transposed, stride 2: 16 points in, each meets the whole kernel; 64 points out get a bias.
     assert rows["up"].kind == "conv_transpose"
-    assert rows["up"].params == 4 * 8 * 4 + 4
-    assert rows["up"].mult_adds == 16 * 4 * 8 * 4 + 64 * 4
-    assert (rows["norm"].kind, rows["norm"].params, rows["norm"].mult_adds) == ("other", 16, 0)
+    assert rows["up"].params == 4 * 4 * 4 + 4
+    assert rows["up"].mult_adds == 16 * 4 * 4 * 4 + 64 * 4
+    assert (rows["norm"].kind, rows["norm"].params, rows["norm"].mult_adds) == ("other", 8, 0)
     assert (rows["head"].kind, rows["head"].params, rows["head"].mult_adds) == ("linear", 25, 25)
     assert {row.method for row in rows.values()} == {""}
 

@@ -120,7 +120,7 @@ def test_the_kernel_is_that_of_the_theorems(variant):
     np.testing.assert_allclose(kernel, built(params, method, 2), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[3]])
 def test_vmap_over_a_stack_of_parameters(variant):
     method, spec = variant(rank=2), fj.ConvSpec(**HARD)
     x = draw(2, 7, 9, 4)
@@ -134,7 +134,7 @@ def test_vmap_over_a_stack_of_parameters(variant):
         np.testing.assert_allclose(y[index], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[3]])
 def test_gradients(variant):
     method = variant(rank=2)
     spec = fj.ConvSpec(**HARD, strides=(2, 1), padding=1, feature_group_count=2)
@@ -163,9 +163,10 @@ def test_inputs_that_do_not_fit_are_refused(variant, shape):
         method.apply(random_params(method, spec), jnp.ones(shape), spec)
 
 
-@pytest.mark.parametrize("variant", [VARIANTS[0], VARIANTS[3]])
-@pytest.mark.parametrize("rank", [1, 3])
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(
+    ("variant", "rank", "groups"),
+    [(VARIANTS[0], 1, 1), (VARIANTS[0], 3, 2), (VARIANTS[3], 1, 1), (VARIANTS[3], 3, 2)],
+)
 def test_initialisation_keeps_the_variance_after_relu(variant, rank, groups):
     # He: every equivalent kernel has variance 2 / fan_in, so ReLU keeps the mean square.
     method = variant(rank=rank)

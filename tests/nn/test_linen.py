@@ -7,7 +7,7 @@ from flax import linen as nn
 from flax import nnx
 
 import falcon_jax as fj
-from tests.nn.weights import WEIGHTS, draw
+from tests.nn.weights import WEIGHTS, draw, normal
 
 PAIRS = [
     (fj.linen.FalconConv, fj.FalconConv),
@@ -46,13 +46,11 @@ def test_the_same_parameters_give_the_same_result_as_in_nnx(layer, nnx_layer, op
 )
 def test_initial_parameters(layer, shape):
     module = layer(10, (3, 2), rank=5, param_dtype=jnp.bfloat16)
-    params = jax.jit(module.init)(jax.random.key(0), X)["params"]
+    params = jax.eval_shape(module.init, jax.random.key(0), X)["params"]
     assert params["depthwise"].shape == shape
     assert params["pointwise"].shape == (4, 5, 10)
     assert params["bias"].shape == (10,)
     assert {value.dtype for value in params.values()} == {jnp.dtype(jnp.bfloat16)}
-    assert not params["bias"].any()
-    assert params["pointwise"].any()
 
 
 @pytest.mark.parametrize(("layer", "nnx_layer"), PAIRS)
@@ -70,8 +68,8 @@ class Network(nn.Module):
     def __call__(self, x, train):
         x = fj.linen.FalconConv(6, (3, 3), rank=2, use_bias=False)(x)
         x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
-        x = fj.linen.DepthwiseSeparableConv(6, (3, 3), strides=2)(x)
-        return nn.Dense(3)(x.mean(axis=(1, 2)))
+        x = fj.linen.DepthwiseSeparableConv(6, (3, 3), strides=2, bias_init=normal)(x)
+        return nn.Dense(3, kernel_init=normal)(x.mean(axis=(1, 2)))
 
 
 def test_training_steps_lower_the_loss():

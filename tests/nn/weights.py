@@ -11,7 +11,7 @@ def draw(*shape, seed=0, dtype=jnp.float32):
 
 
 def normal(key, shape, dtype=jnp.float32):
-    """An initializer: normal, of variance 1 / fan_in; of the shape alone where shapes are traced."""
+    """An initializer: normal, of variance 1 / fan_in. All alike while tracing."""
     seed = 0 if isinstance(key, Tracer) else [int(word) for word in jax.random.key_data(key)]
     values = np.random.default_rng(seed).normal(size=shape)
     return jnp.asarray(values / np.sqrt(max(np.prod(shape[:-1]), 1)), dtype)

@@ -1,4 +1,4 @@
-"""Equal steps of equal networks are compiled once for all tests of the room."""
+"""Compiling takes most of the time here: it is done once for equal steps, and quickly."""
 
 import jax
 import pytest
@@ -10,8 +10,9 @@ def _compiled_once(tmp_path_factory):
     fields = {
         "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
         "jax_persistent_cache_min_compile_time_secs": 0.05,
+        "jax_disable_most_optimizations": True,
     }
-    before = {name: getattr(jax.config, name) for name in fields}
+    before = {name: jax.config.values[name] for name in fields}
     for name, value in fields.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()

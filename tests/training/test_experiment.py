@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from falcon_jax.models import vgg
 from falcon_jax.training import experiment as rooms
 from falcon_jax.training.config import check_config, default_config
 from falcon_jax.training.experiment import run_experiment
@@ -45,12 +46,13 @@ def run(config, workdir):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _one_device():
-    """Compile for one device, which is quicker; other tests are for eight."""
+def _quickly():
+    """Compile fewer layers, for one device; the step's own tests are for eight."""
     types = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((1,), ("data",), axis_types=types, devices=jax.devices()[:1])
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(rooms, "data_mesh", lambda: mesh)
+        patched.setattr(vgg, "VGG8_STAGES", ((8, 8), (16,)))
         yield
 
 
@@ -103,10 +105,9 @@ def test_accuracies_are_shares_of_the_test_split(finished):
 
 def test_costs_counted_by_hand(finished):
     standard, compressed, unfitted = finished[1]
-    widths = [3, 32, 32, 64, 64, 128, 128]
-    sides = [8, 8, 4, 4, 2, 2]
+    widths, sides = [3, 8, 8, 16], [8, 8, 4]
     pairs = list(itertools.pairwise(widths))
-    dense = [(128, 128), (128, 10)]
+    dense = [(16, 128), (128, 10)]
     rest = sum(m * n + n for m, n in dense)
     norm = 2 * sum(widths[1:])
     bias = sum(widths[1:])
