@@ -57,13 +57,18 @@ def read_flags(arguments: Sequence[str]) -> tuple[Experiment, pathlib.Path, dict
         "workdir", None, "folder of checkpoints, logs and the report", flag_values=values
     )
     config = config_flags.DEFINE_config_file(
-        "config", None, "config file, e.g. configs/demo.py", flag_values=values
+        "config",
+        None,
+        "config file, e.g. configs/demo.py",
+        flag_values=values,
+        sys_argv=list(arguments),
     )
     if {"--help", "-h", "-help"} & set(arguments):
         print(__doc__, values.main_module_help(), sep="\n")
         sys.exit(0)
-    for argument in arguments:
-        path = re.match(r"--?config=([^:]+)", argument)
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        joined = f"{argument}={following}" if argument in ("--config", "-config") else argument
+        path = re.match(r"--?config=([^:]+)", joined)
         if path and not pathlib.Path(path[1]).is_file():
             raise ValueError(f"there is no config file {path[1]}; configs/ holds those that ship")
         if override := re.match(r"--?(config\.[\w.]+)", argument):
@@ -76,7 +81,8 @@ def read_flags(arguments: Sequence[str]) -> tuple[Experiment, pathlib.Path, dict
         raise ValueError(f"unexpected argument {unknown[0]!r}")
     if config.value is None or workdir.value is None:
         raise ValueError("give --config=FILE and --workdir=FOLDER")
-    return check_config(config.value), pathlib.Path(workdir.value), config.value.to_dict()
+    experiment = check_config(config.value)
+    return experiment, pathlib.Path(workdir.value), config.value.to_dict()
 
 
 def fail(error: Exception, status: int) -> int:

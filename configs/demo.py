@@ -1,6 +1,9 @@
 """The demo: a small VGG on scikit-learn's digits, compressed with FALCON of rank 1, 2 and 3.
 
 Command: python train.py --config=configs/demo.py --workdir=runs/demo
+Machine: two CPU cores
+Run time: about 3 minutes
+Expected score: 97% or better for the standard model and for rank 2 after fine-tuning
 """
 
 from typing import Any
@@ -16,7 +19,7 @@ def get_config() -> ConfigDict:
     config.model.name = "vgg8_cifar"
     config.data.source = "digits"
     config.data.augmentation.crop_padding = 2
-    config.train.epochs = 10
+    config.train.epochs = 9
     config.train.batch_size = 64
     config.train.learning_rate = 0.05
     config.train.schedule = "cosine"

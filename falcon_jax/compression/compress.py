@@ -110,7 +110,7 @@ def _fits_alike(a: PlanRow, b: PlanRow, kernels: Mapping[str, Array]) -> bool:
 @functools.partial(jax.jit, static_argnames=("method", "spec"))
 def _fit_together(
     kernels: Float[Array, "layers *stacked_kernel_shape"],
-    keys: PRNGKeyArray,
+    keys: Array,
     *,
     method: Method,
     spec: ConvSpec,

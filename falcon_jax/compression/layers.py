@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
-from jax import lax
 from jaxtyping import Array
 
-from falcon_jax.methods import ConvSpec, Cost, Method, standard_cost
+from falcon_jax.methods import ConvSpec, Method, standard_cost
 
 Kind = Literal["conv", "conv_transpose", "linear", "other"]
 
@@ -18,9 +17,10 @@ _MARK = "falcon_jax_layer_"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Call:
-    """One use of a layer: the input's shape and how often it happens in a forward pass."""
+    """One use of a layer: shapes of input and output, and how often in a forward pass."""
 
     input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
     times: int
 
 
@@ -74,17 +74,13 @@ class Layer:
             return math.prod(shape[:-1]) * (m * n + n * bias)
         if self.spec is None:
             return 0
-        examples = math.prod(shape[: len(shape) - len(self.spec.kernel_size) - 1])
-        return examples * self._cost(method or self.method, shape).mult_adds
-
-    def _cost(self, method: Method | None, shape: Sequence[int]) -> Cost:
-        assert self.spec is not None
-        if method is not None:
-            return method.cost(self.spec, shape)
         if self.kind == "conv_transpose":
-            points = math.prod(shape[-1 - len(self.spec.kernel_size) : -1])
-            return Cost(params=self.params, mult_adds=points * math.prod(self.spec.kernel_shape))
-        return standard_cost(self.spec, shape)
+            products = math.prod(shape[:-1]) * math.prod(self.spec.kernel_shape)
+            return products + math.prod(call.output_shape) * self.spec.use_bias
+        method = method or self.method
+        cost = standard_cost if method is None else method.cost
+        examples = math.prod(shape[: len(shape) - len(self.spec.kernel_size) - 1])
+        return examples * cost(self.spec, shape).mult_adds
 
 
 class CallLog:
@@ -96,16 +92,27 @@ class CallLog:
 
     def __init__(self):
         self._marks: list[tuple[str, tuple[int, ...]]] = []
+        self._outputs: dict[int, tuple[int, ...]] = {}
 
-    def mark(self, path: str, x: Array) -> Array:
-        """Return ``x``, marked as an input of the layer at ``path``."""
+    def call(self, path: str, layer: Callable[[Array], Array], x: Array, weight: Array) -> Array:
+        """Return ``layer(x)`` with ``x`` marked as an input of the layer at ``path``.
 
-        def marked(x: Array) -> Array:
-            return lax.optimization_barrier(x)
+        Args:
+            path: of the layer.
+            layer: applies it.
+            x: its input.
+            weight: any of its parameters; under vmap, the layers may be mapped and the input not.
+        """
 
-        marked.__name__ = f"{_MARK}{len(self._marks)}"
+        def marked(x: Array, weight: Array) -> Array:
+            return x + (0 * weight.ravel()[0]).astype(x.dtype)
+
+        index = len(self._marks)
+        marked.__name__ = f"{_MARK}{index}"
         self._marks.append((path, x.shape))
-        return jax.jit(marked)(x)
+        y = layer(jax.jit(marked)(x, weight))
+        self._outputs[index] = y.shape
+        return y
 
     def trace(self, forward: Callable[..., Any], *args: Any) -> dict[str, tuple[Call, ...]]:
         """Trace ``forward(*args)`` and return the calls by path, in order of first use."""
@@ -113,7 +120,8 @@ class CallLog:
         calls: dict[str, list[Call]] = {}
         for index, times in _marks_passed(jaxpr.jaxpr, 1, self._marks):
             path, shape = self._marks[index]
-            calls.setdefault(path, []).append(Call(input_shape=shape, times=times))
+            call = Call(input_shape=shape, output_shape=self._outputs[index], times=times)
+            calls.setdefault(path, []).append(call)
         return {path: tuple(found) for path, found in calls.items()}
 
 
@@ -126,7 +134,7 @@ def _marks_passed(
         if name.startswith(_MARK):
             index = int(name.removeprefix(_MARK))
             # Under vmap the marked array has grown by the mapped axes.
-            mapped = math.prod(eqn.invars[0].aval.shape) // max(math.prod(marks[index][1]), 1)
+            mapped = math.prod(eqn.outvars[0].aval.shape) // max(math.prod(marks[index][1]), 1)
             yield index, times * mapped
             continue
         inner = times * int(eqn.params.get("length", 1)) if eqn.primitive.name == "scan" else times

@@ -198,13 +198,24 @@ def _trace(model: nnx.Module, sample: Any) -> dict[str, tuple[Call, ...]]:
     shapes = jax.tree.map(
         lambda a: ShapeDtypeStruct(a.shape, a.dtype) if hasattr(a, "shape") else a, args
     )
-    return log.trace(lambda state, *args: nnx.merge(graphdef, state)(*args), state, *shapes)
+    try:
+        return log.trace(lambda state, *args: nnx.merge(graphdef, state)(*args), state, *shapes)
+    except TypeError as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot be called on the sample; give an example input with a "
+            f"leading batch axis, or a tuple of arguments. It said: {error}"
+        ) from error
 
 
 def _recording_class(cls: type[nnx.Module], path: str, log: CallLog) -> type[nnx.Module]:
     """Return a subclass whose instances mark their input; only the traced copy gets it."""
 
     def call(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        return cls.__call__(self, log.mark(path, inputs), *args, **kwargs)  # type: ignore[operator]
+        weight = jax.tree.leaves(nnx.state(self, nnx.Param))[0]
+
+        def layer(x: Any) -> Any:
+            return cls.__call__(self, x, *args, **kwargs)  # type: ignore[operator]
+
+        return log.call(path, layer, inputs, weight)
 
     return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})

@@ -54,6 +54,7 @@ def make_plan(
             the model, or a kernel is not finite.
     """
     check_solver(solver)
+    batch = 1 if sample is None else batch_size(sample)
     layers = find_layers(model, sample)
     convs = [(layer, layer.spec) for layer in layers if layer.spec is not None]
     if not convs:
@@ -63,7 +64,6 @@ def make_plan(
     paths = [(layer.path, spec) for layer, spec in convs]
     if rules is not None:
         check_all_used(rules, paths)
-    batch = 1 if sample is None else batch_size(sample)
     kernels = _kernels(model) if solver != "random" else {}
     rows = []
     for index, (layer, spec) in enumerate(convs):

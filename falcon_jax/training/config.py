@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -99,7 +100,7 @@ def default_config() -> ConfigDict:
     return config
 
 
-def check_config(config: ConfigDict) -> Experiment:
+def check_config(config: Any) -> Experiment:
     """Check every field of a config.
 
     Args:
@@ -111,8 +112,12 @@ def check_config(config: ConfigDict) -> Experiment:
     Raises:
         ValueError: with the dotted name of the field, what it is and what it may be.
     """
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"get_config() must return a ConfigDict, but returns {config!r}")
     fields: dict[str, Any] = config.to_dict()
-    _check_fields(fields, default_config().to_dict(), "config")
+    known = default_config().to_dict()
+    _check_fields(fields, known, "config")
+    _check_complete(fields, known, "config")
     model, data, compression = fields["model"], fields["data"], fields["compression"]
     if model["name"] not in MODELS:
         raise ValueError(_unknown("config.model.name", model["name"], MODELS))
@@ -171,7 +176,17 @@ def _check_fields(given: Mapping[str, Any], known: Mapping[str, Any], name: str)
                 raise ValueError(f"{dotted} is a group of fields, but is {value!r}")
             _check_fields(value, default, dotted)
         elif not _same_type(value, default):
-            raise ValueError(f"{dotted} must be a {type(default).__name__}, but is {value!r}")
+            raise ValueError(
+                f"{dotted} must be a {type(default).__name__}, such as {default!r}, but is {value!r}"
+            )
+
+
+def _check_complete(given: Mapping[str, Any], known: Mapping[str, Any], name: str) -> None:
+    for field, default in known.items():
+        if field not in given:
+            raise ValueError(f"{name}.{field} is missing; make configs from default_config()")
+        if isinstance(default, dict) and field != "variants":
+            _check_complete(given[field], default, f"{name}.{field}")
 
 
 def _same_type(value: Any, default: Any) -> bool:
@@ -180,16 +195,21 @@ def _same_type(value: Any, default: Any) -> bool:
     if isinstance(default, float):
         return isinstance(value, (int, float))
     if isinstance(default, tuple):
-        return isinstance(value, (tuple, list))
+        numbers = all(isinstance(d, float) for d in default) and default
+        return isinstance(value, (tuple, list)) and (
+            not numbers or all(isinstance(v, (int, float)) for v in value)
+        )
     return isinstance(value, type(default))
 
 
 def _built(name: str, cls: Any, fields: Mapping[str, Any]) -> Any:
     types = {field.name: field.type for field in dataclasses.fields(cls)}
-    values = {
-        field: float(value) if types[field] in (float, "float") else value
-        for field, value in fields.items()
-    }
+    values = dict(fields)
+    for field, value in fields.items():
+        if types[field] is float:
+            values[field] = float(value)
+        elif isinstance(value, (tuple, list)):
+            values[field] = tuple(float(v) if isinstance(v, int) else v for v in value)
     try:
         return cls(**values)
     except ValueError as error:
@@ -208,6 +228,11 @@ def _variants(compression: Mapping[str, Any]) -> tuple[Variant, ...]:
 def _variant(name: str, compression: Mapping[str, Any]) -> Variant:
     dotted = f"config.compression.variants.{name}"
     given = compression["variants"][name]
+    if name == "standard" or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) is None:
+        raise ValueError(
+            f"{dotted}: a variant's name is that of its folder; use letters, digits, _ and -, and "
+            "not 'standard'"
+        )
     if not isinstance(given, Mapping) or "method" not in given:
         raise ValueError(
             f"{dotted} must be a group with a method, such as "

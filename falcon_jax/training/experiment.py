@@ -152,12 +152,13 @@ def _standard(setting: _Setting) -> tuple[tuple[Arrays, Arrays], Row | None]:
         folder = pathlib.Path(experiment.start)
         folder = folder / STANDARD if (folder / STANDARD).is_dir() else folder
     row = _finished(setting, folder)
-    if row is not None or experiment.start != "train":
+    trained_elsewhere = experiment.start != "train"
+    if trained_elsewhere or (row is not None and experiment.train.epochs > 0):
         params, statistics = _load(setting, folder, params, statistics)
-    else:
+    elif row is None:
         run = setting.run(STANDARD, experiment.train)
         params, statistics = train(run, network, params, statistics)
-    params, statistics = jax.device_get((params, statistics))
+    params, statistics = _on_one_device((params, statistics))
     if row is None:
         accuracy = setting.test_accuracy(network, params, statistics, experiment.train)
         row = _row(setting, STANDARD, None, network.merge(params, statistics), None, accuracy)
@@ -182,11 +183,15 @@ def _compressed(setting: _Setting, variant: Variant, params: Arrays, statistics:
     network, params, statistics = Network.split(model)
     before = setting.test_accuracy(network, params, statistics, settings)
     trained = train(setting.run(variant.name, settings, plan), network, params, statistics)
-    params, statistics = jax.device_get(trained)
+    params, statistics = _on_one_device(trained)
     after = setting.test_accuracy(network, params, statistics, settings)
     row = _row(setting, variant.name, variant, network.merge(params, statistics), before, after)
     _write_result(setting, variant.name, row)
     return row
+
+
+def _on_one_device(arrays: tuple[Arrays, Arrays]) -> tuple[Arrays, Arrays]:
+    return jax.device_put(jax.device_get(arrays), jax.devices()[0])
 
 
 def _inputs(setting: _Setting, settings: TrainSettings) -> Iterator[jax.Array]:

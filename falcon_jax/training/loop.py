@@ -180,10 +180,11 @@ def _train_epochs(
                     f"{run.label}: the loss is not finite in epoch {epoch}; the checkpoint of the "
                     "epoch before is kept. Try a lower learning rate or a warm-up"
                 )
+            # Before the checkpoint: a run that goes on drops later lines, but makes none up.
+            log.write(step_number, {"epoch": epoch, **values})
             # Without a validation split the epoch's number is the score: the last is the best.
             score = values.get("val_accuracy", float(epoch))
             checkpoints.save(state, {"epoch": epoch, **run.meta}, score=score)
-            log.write(step_number, {"epoch": epoch, **values})
             progress.epoch(epoch, settings.epochs, values)
     finally:
         window.close()

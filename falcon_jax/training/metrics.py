@@ -41,7 +41,7 @@ class MetricsLog:
                 ) from None
             self._events = SummaryWriter(str(self._path.parent), purge_step=from_step + 1)
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    def write(self, step: int, metrics: Mapping[str, float | int]) -> None:
         """Write one line.
 
         Args:
@@ -68,7 +68,7 @@ class MetricsLog:
         for line in self._path.read_text().splitlines(keepends=True):
             try:
                 if json.loads(line)["step"] <= from_step:
-                    kept.append(line)
+                    kept.append(line.rstrip("\n") + "\n")
             except (ValueError, KeyError, TypeError):
                 continue  # a line cut short when the run was killed
         self._path.write_text("".join(kept))

@@ -36,7 +36,7 @@ class Progress:
         if self._bar is not None:
             self._bar.update(images)
 
-    def epoch(self, epoch: int, epochs: int, metrics: Mapping[str, float]) -> None:
+    def epoch(self, epoch: int, epochs: int, metrics: Mapping[str, float | int]) -> None:
         """Show the metrics of an epoch that has ended."""
         values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         if self._bar is not None:

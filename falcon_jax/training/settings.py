@@ -51,7 +51,8 @@ class TrainSettings:
                 raise ValueError(f"{name} must be {need}, but is {getattr(self, name)!r}")
 
     def _checks(self) -> list[tuple[str, bool, str]]:
-        rising = list(self.boundaries) == sorted(set(self.boundaries))
+        numbers = all(isinstance(b, (int, float)) for b in self.boundaries)
+        rising = numbers and list(self.boundaries) == sorted(set(self.boundaries))
         return [
             ("epochs", self.epochs >= 0, "0 or more"),
             ("batch_size", self.batch_size >= 1, "1 or more"),

@@ -26,7 +26,11 @@ def claim_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
     path = workdir / "config.json"
     config = json.loads(json.dumps(config))
     if path.exists():
-        differences = list(_differences(json.loads(path.read_text()), config))
+        try:
+            kept = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}; give another --workdir") from None
+        differences = list(_differences(kept, config))
         if differences:
             raise ValueError(
                 f"{workdir} holds an experiment with another config ({'; '.join(differences)}); "

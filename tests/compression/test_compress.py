@@ -172,19 +172,14 @@ def test_layers_of_equal_geometry_fitted_together_keep_their_own_kernels():
             return self.b(self.a(x))
 
     model = Twins(nnx.Rngs(0))
-    # Far apart, so that a mix-up shows after few steps.
-    model.a.kernel[...] = model.a.kernel[...] * 0
     plan = fj.make_plan(model, [fj.Rule(method=fj.Falcon())], solver="adamw")
     small = fj.compress(model, plan)
-    built = {
-        name: np.linalg.norm(
-            fj.falcon_kernel(
-                getattr(small, name).depthwise[...], getattr(small, name).pointwise[...]
-            )
-        )
-        for name in "ab"
-    }
-    assert built["a"] < 0.3 * built["b"]
+    for name, other in (("a", "b"), ("b", "a")):
+        layer = getattr(small, name)
+        built = fj.falcon_kernel(layer.depthwise[...], layer.pointwise[...])
+        errors = {key: fj.relative_error(getattr(model, key).kernel[...], built) for key in "ab"}
+        # The paper's learning rate does not arrive in 600 steps; towards its own kernel it goes.
+        assert float(errors[name]) < float(errors[other]) - 0.1
 
 
 def test_a_compressed_model_is_listed_as_compressed_already():

@@ -159,3 +159,9 @@ def test_a_sample_without_arrays_is_refused(sample):
     model = nnx.eval_shape(lambda: Small(nnx.Rngs(0)))
     with pytest.raises(ValueError, match="example input with a leading batch axis; got no array"):
         fj.profile(model, sample)
+
+
+def test_a_sample_that_does_not_fit_is_refused():
+    model = nnx.eval_shape(lambda: nnx.Linear(4, 5, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError):
+        fj.profile(model, SAMPLE)

@@ -78,15 +78,15 @@ def test_the_parameters_given_are_neither_changed_nor_deleted(tmp_path):
 @pytest.mark.parametrize("interrupted_after", [1, 3])
 def test_going_on_equals_never_having_stopped(whole, tmp_path, monkeypatch, interrupted_after):
     run = dataclasses.replace(whole[0], directory=tmp_path)
-    write = MetricsLog.write
+    save = Checkpoints.save
 
-    def interrupted(self, step, metrics):
-        write(self, step, metrics)
-        if metrics["epoch"] == interrupted_after:
+    def interrupted(self, state, meta, *, score):
+        save(self, state, meta, score=score)
+        if meta["epoch"] == interrupted_after:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(MetricsLog, "write", interrupted)
+        patched.setattr(Checkpoints, "save", interrupted)
         with pytest.raises(KeyboardInterrupt):
             started(run)
     assert latest(run)[0] == 3 * interrupted_after
