@@ -176,9 +176,7 @@ def _check_fields(given: Mapping[str, Any], known: Mapping[str, Any], name: str)
                 raise ValueError(f"{dotted} is a group of fields, but is {value!r}")
             _check_fields(value, default, dotted)
         elif not _same_type(value, default):
-            raise ValueError(
-                f"{dotted} must be a {type(default).__name__}, such as {default!r}, but is {value!r}"
-            )
+            raise ValueError(f"{dotted} must be a {type(default).__name__}, but is {value!r}")
 
 
 def _check_complete(given: Mapping[str, Any], known: Mapping[str, Any], name: str) -> None:
