@@ -1,6 +1,7 @@
 """The training step and the evaluation step, as pure jitted functions."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -128,6 +129,7 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0)
 
 
+@functools.lru_cache(maxsize=4)  # a stage evaluates before, while and after it trains
 def make_eval_step(
     network: Network, preprocessing: Preprocessing
 ) -> Callable[[Arrays, Arrays, Batch], Metrics]:
