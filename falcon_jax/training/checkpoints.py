@@ -28,6 +28,11 @@ class Checkpoints:
         latest = preservation_policy.LatestN(n=keep)
         self._manager = ocp.CheckpointManager(
             pathlib.Path(directory).absolute(),
+            item_handlers={
+                "model": ocp.StandardCheckpointHandler(),
+                "optimizer": ocp.StandardCheckpointHandler(),
+                "meta": ocp.JsonCheckpointHandler(),
+            },
             options=ocp.CheckpointManagerOptions(
                 best_fn=_score,
                 best_mode="max",
@@ -91,15 +96,14 @@ class Checkpoints:
         like = {"params": params, "statistics": statistics}
         leaves, structure = jax.tree.flatten_with_path(like)
         named = {_name(path): leaf for path, leaf in leaves}
-        try:
-            restored = self._manager.restore(
-                step, args=ocp.args.Composite(model=_restore_like(named))
-            )
-        except (ValueError, KeyError):
+        # Orbax notices only while it reads, and leaves its other reads hanging.
+        saved = self._manager.item_metadata(step)["model"].tree
+        if {n: a.shape for n, a in saved.items()} != {n: a.shape for n, a in named.items()}:
             raise ValueError(
                 f"the checkpoint in {self._manager.directory} is that of another network; model, "
                 "classes, channels and plan must be the same"
-            ) from None
+            )
+        restored = self._manager.restore(step, args=ocp.args.Composite(model=_restore_like(named)))
         found = jax.tree.unflatten(structure, [restored["model"][name] for name in named])
         return found["params"], found["statistics"]
 
