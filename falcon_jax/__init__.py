@@ -2,6 +2,7 @@
 
 from falcon_jax import models as models
 from falcon_jax import ops as ops
+from falcon_jax.compression import Inputs as Inputs
 from falcon_jax.compression import Plan as Plan
 from falcon_jax.compression import PlanRow as PlanRow
 from falcon_jax.compression import Profile as Profile
@@ -18,6 +19,7 @@ from falcon_jax.gep import separable_kernel as separable_kernel
 from falcon_jax.methods import ConvSpec as ConvSpec
 from falcon_jax.methods import Cost as Cost
 from falcon_jax.methods import DepthwiseSeparable as DepthwiseSeparable
+from falcon_jax.methods import Energy as Energy
 from falcon_jax.methods import Falcon as Falcon
 from falcon_jax.methods import Method as Method
 from falcon_jax.methods import fit as fit

@@ -1,28 +1,54 @@
 """`compress`: carry a plan out on a model."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from flax import nnx
+from flax.core import FrozenDict, freeze, unfreeze
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from falcon_jax.compression.nnx_layers import map_modules, named_modules
+from falcon_jax.compression.inspection import Model, inspect_model
+from falcon_jax.compression.layers import Layer
+from falcon_jax.compression.nnx_layers import map_modules
 from falcon_jax.compression.plan import Plan, PlanRow
 from falcon_jax.methods import ConvSpec, Method, Params, Solver
 from falcon_jax.methods.fitting import check_finite
+from falcon_jax.nn.linen_compressed import CompressedModule, Definition
 from falcon_jax.nn.nnx import conv_like
-from falcon_jax.nn.trained import conv_spec, fit_stacked
+from falcon_jax.nn.trained import fit_stacked
 
 
+@overload
 def compress(
     model: nnx.Module,
     plan: Plan,
+    variables: None = None,
     *,
     solver: Solver | None = None,
     key: PRNGKeyArray | None = None,
-) -> nnx.Module:
+) -> nnx.Module: ...
+@overload
+def compress(
+    model: nn.Module,
+    plan: Plan,
+    variables: Mapping[str, Any],
+    *,
+    solver: Solver | None = None,
+    key: PRNGKeyArray | None = None,
+) -> tuple[CompressedModule, Mapping[str, Any]]: ...
+def compress(
+    model: Model,
+    plan: Plan,
+    variables: Mapping[str, Any] | None = None,
+    *,
+    solver: Solver | None = None,
+    key: PRNGKeyArray | None = None,
+) -> nnx.Module | tuple[CompressedModule, Mapping[str, Any]]:
     """Return a copy of a model with convolutions replaced as a plan says.
 
     Strides, padding, dilations, groups, bias, types and everything else of the model are taken
@@ -31,20 +57,66 @@ def compress(
     Args:
         model: the model that the plan was made for; it is not changed.
         plan: what to do.
+        variables: of a Linen module; they are not changed.
         solver: how to fit; the plan's own if not given. ``random`` rebuilds the architecture
             without a fit, to load parameters into.
         key: where ``adamw`` and ``random`` start from; ``jax.random.key(0)`` if not given.
 
     Returns:
-        The compressed model.
+        The compressed NNX model; or a Linen module that is used as the original, and its variables.
 
     Raises:
         ValueError: if the plan does not fit the model, saying where, or a kernel is not finite.
     """
-    modules = dict(named_modules(model))
-    kernels = {row.path: _kernel(modules, row) for row in plan.replaced}
+    if isinstance(model, nn.Module) and variables is None:
+        raise ValueError("the parameters of a Linen module are in its variables; give them, too.")
+    # An NNX model need not be traced again.
+    inputs = None if isinstance(model, nnx.Module) else plan.inputs
+    inspected = inspect_model(model, inputs, variables)
+    check_plan(plan, inspected.layers)
+    kernels = {row.path: inspected.kernels[row.path] for row in plan.replaced}
+    for path, kernel in kernels.items():
+        check_finite(kernel, f"the kernel of {path!r}")
     key = jax.random.key(0) if key is None else key
     fitted = _fit_all(plan.replaced, kernels, plan.solver if solver is None else solver, key)
+    if isinstance(model, nnx.Module):
+        return _replace_nnx(model, plan, fitted)
+    assert variables is not None
+    return compressed_module(model, plan), _replace_params(variables, fitted)
+
+
+def check_plan(plan: Plan, layers: Sequence[Layer]) -> None:
+    """Raise unless a model has the convolutions that a plan replaces.
+
+    Raises:
+        ValueError: naming the first that it has not.
+    """
+    found = {layer.path: layer for layer in layers}
+    for row in plan.replaced:
+        layer = found.get(row.path)
+        if layer is None or layer.spec is None:
+            raise ValueError(
+                f"the plan replaces {row.path!r}, but the model has no such convolution. "
+                "Make a plan for this model."
+            )
+        if layer.spec != row.spec:
+            raise ValueError(
+                f"the plan says that {row.path!r} is {row.spec}, but it is {layer.spec}."
+            )
+        if layer.obstacle is not None:
+            raise ValueError(
+                f"the plan replaces {row.path!r}, which cannot be replaced: {layer.obstacle}. "
+                "Make a plan for this model."
+            )
+
+
+def compressed_module(module: nn.Module, plan: Plan) -> CompressedModule:
+    """Return the Linen module that a plan makes, without variables."""
+    layers = tuple((r.path, r.method, r.spec) for r in plan.replaced if r.method is not None)
+    return CompressedModule(original=Definition(module), layers=layers)
+
+
+def _replace_nnx(model: nnx.Module, plan: Plan, fitted: Mapping[str, Params]) -> nnx.Module:
     methods = {row.path: row.method for row in plan.replaced}
 
     def replacement(path: str, module: nnx.Module) -> nnx.Module | None:
@@ -57,23 +129,17 @@ def compress(
     return map_modules(replacement, model)
 
 
-def _kernel(modules: Mapping[str, nnx.Module], row: PlanRow) -> Array:
-    module = modules.get(row.path)
-    if module is None:
-        raise ValueError(
-            f"the plan replaces {row.path!r}, but the model has no such layer. "
-            "Make a plan for this model."
-        )
-    if type(module) is not nnx.Conv:
-        raise ValueError(
-            f"the plan replaces {row.path!r}, which is a {type(module).__name__} in this model, "
-            "not an nnx.Conv. Make a plan for this model."
-        )
-    spec = conv_spec(module)
-    if spec != row.spec:
-        raise ValueError(f"the plan says that {row.path!r} is {row.spec}, but it is {spec}.")
-    check_finite(module.kernel[...], f"the kernel of {row.path!r}")
-    return module.kernel[...]
+def _replace_params(
+    variables: Mapping[str, Any], fitted: Mapping[str, Params]
+) -> Mapping[str, Any]:
+    """Return variables whose convolutions have a method's parameters in place of a kernel."""
+    flat = flatten_dict(unfreeze(variables["params"]))
+    for path, params in fitted.items():
+        parts = tuple(path.split("/")) if path else ()
+        del flat[*parts, "kernel"]
+        flat |= {(*parts, name): value for name, value in params.items()}
+    new = dict(variables) | {"params": unflatten_dict(flat)}
+    return freeze(new) if isinstance(variables, FrozenDict) else new
 
 
 def _fit_all(

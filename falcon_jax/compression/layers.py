@@ -1,18 +1,22 @@
 """What compression knows of a model: its layers, their weights, and the inputs that reach them."""
 
 import dataclasses
+import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array
 
 from falcon_jax.methods import ConvSpec, Method, standard_cost
 
 Kind = Literal["conv", "conv_transpose", "linear", "other"]
 
-_MARK = "falcon_jax_layer_"
+_MARK = "falcon_jax layer "
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,63 +87,55 @@ class Layer:
         return examples * cost(self.spec, shape).mult_adds
 
 
-class CallLog:
-    """Finds out which layers a forward pass uses, how often and with what inputs.
+def mark_output(path: str, y: Array, input_shape: tuple[int, ...]) -> Array:
+    """Return the output of a layer under a name that tells of this call in a jaxpr.
 
-    Layers mark their inputs while the model is traced to a jaxpr; the jaxpr then tells how often
-    each mark is passed, inside loops, vmapped or jitted parts, too.
+    Args:
+        path: of the layer.
+        y: its output; it depends on the layer's parameters, so vmapped layers have mapped outputs.
+        input_shape: of the layer's input.
     """
+    return checkpoint_name(y, _MARK + json.dumps([path, input_shape, y.shape]))
 
-    def __init__(self):
-        self._marks: list[tuple[str, tuple[int, ...]]] = []
-        self._outputs: dict[int, tuple[int, ...]] = {}
 
-    def call(self, path: str, layer: Callable[[Array], Array], x: Array, weight: Array) -> Array:
-        """Return ``layer(x)`` with ``x`` marked as an input of the layer at ``path``.
+def traced_calls(forward: Callable[..., Any], *args: Any) -> dict[str, tuple[Call, ...]]:
+    """Return the calls of layers in a forward pass, by path in the order of first use.
 
-        Args:
-            path: of the layer.
-            layer: applies it.
-            x: its input.
-            weight: any of its parameters; under vmap, the layers may be mapped and the input not.
-        """
+    The layers mark their outputs; the jaxpr tells how often each mark is passed, inside loops,
+    vmapped or jitted parts, too.
 
-        def marked(x: Array, weight: Array) -> Array:
-            return x + (0 * weight.ravel()[0]).astype(x.dtype)
-
-        index = len(self._marks)
-        marked.__name__ = f"{_MARK}{index}"
-        self._marks.append((path, x.shape))
-        y = layer(jax.jit(marked)(x, weight))
-        self._outputs[index] = y.shape
-        return y
-
-    def trace(self, forward: Callable[..., Any], *args: Any) -> dict[str, tuple[Call, ...]]:
-        """Trace ``forward(*args)`` and return the calls by path, in order of first use."""
+    Args:
+        forward: calls layers that `mark_output`.
+        *args: arrays or shapes.
+    """
+    # In a context that never was before, JAX traces anew what its cache holds of jitted parts.
+    with set_xla_metadata(falcon_jax_trace=uuid.uuid4().hex):
         jaxpr = jax.make_jaxpr(forward)(*args)
-        calls: dict[str, list[Call]] = {}
-        for index, times in _marks_passed(jaxpr.jaxpr, 1, self._marks):
-            path, shape = self._marks[index]
-            call = Call(input_shape=shape, output_shape=self._outputs[index], times=times)
-            calls.setdefault(path, []).append(call)
-        return {path: tuple(found) for path, found in calls.items()}
+    calls: dict[str, list[Call]] = {}
+    for path, call in _marks_passed(jaxpr.jaxpr, 1):
+        calls.setdefault(path, []).append(call)
+    return {path: tuple(found) for path, found in calls.items()}
 
 
-def _marks_passed(
-    jaxpr: Any, times: int, marks: Sequence[tuple[str, tuple[int, ...]]]
-) -> Iterator[tuple[int, int]]:
-    """Yield every mark in a jaxpr and how often it is passed."""
+def _marks_passed(jaxpr: Any, times: int) -> Iterator[tuple[str, Call]]:
     for eqn in jaxpr.eqns:
         name = str(eqn.params.get("name", ""))
         if name.startswith(_MARK):
-            index = int(name.removeprefix(_MARK))
+            path, input_shape, output_shape = json.loads(name.removeprefix(_MARK))
             # Under vmap the marked array has grown by the mapped axes.
-            mapped = math.prod(eqn.outvars[0].aval.shape) // max(math.prod(marks[index][1]), 1)
-            yield index, times * mapped
+            grown = math.prod(eqn.outvars[0].aval.shape) // max(math.prod(output_shape), 1)
+            yield (
+                path,
+                Call(
+                    input_shape=tuple(input_shape),
+                    output_shape=tuple(output_shape),
+                    times=times * grown,
+                ),
+            )
             continue
         inner = times * int(eqn.params.get("length", 1)) if eqn.primitive.name == "scan" else times
         for sub in _inner_jaxprs(tuple(eqn.params.values())):
-            yield from _marks_passed(sub, inner, marks)
+            yield from _marks_passed(sub, inner)
 
 
 def _inner_jaxprs(value: Any) -> Iterator[Any]:
@@ -150,11 +146,3 @@ def _inner_jaxprs(value: Any) -> Iterator[Any]:
         yield value
     elif hasattr(value, "jaxpr"):
         yield value.jaxpr
-
-
-def batch_size(sample: Any) -> int:
-    """Return the length of the leading axis of an example input (an array or a tree of them)."""
-    leaves = [leaf for leaf in jax.tree.leaves(sample) if getattr(leaf, "ndim", 0)]
-    if not leaves:
-        raise ValueError("sample is an example input with a leading batch axis; got no array.")
-    return leaves[0].shape[0]

@@ -8,9 +8,10 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax import ShapeDtypeStruct
+from jaxtyping import Array
 
-from falcon_jax.compression.layers import Call, CallLog, Layer
+from falcon_jax.compression.inputs import Inputs
+from falcon_jax.compression.layers import Call, Layer, mark_output, traced_calls
 from falcon_jax.methods import ConvSpec
 from falcon_jax.nn.method_conv import MethodConv
 from falcon_jax.nn.trained import conv_obstacle, conv_spec
@@ -18,23 +19,34 @@ from falcon_jax.nn.trained import conv_obstacle, conv_spec
 Visit = Callable[[str, nnx.Module], nnx.Module | None]
 
 
-def find_layers(model: nnx.Module, sample: Any | None = None) -> list[Layer]:
+def find_layers(model: nnx.Module, inputs: Inputs | None = None) -> list[Layer]:
     """Return the layers of a model, in the order of use if traced, else of definition.
 
     Args:
         model: any NNX model; it is not changed.
-        sample: example input with a leading batch axis (a tuple is spread over the arguments), or
-            None: then the layers have no calls.
+        inputs: what it is called with, or None: then the layers have no calls.
 
     Returns:
         Convolutions of every kind, fully connected layers, and under kind ``other`` the modules
         that hold further parameters. Modules used in several places appear once.
     """
-    layers = [_describe(path, module) for path, module in named_modules(model)]
-    layers = [layer for layer in layers if layer is not None]
-    if sample is None:
+    modules = list(named_modules(model))
+    normalised = {
+        id(child)
+        for _, module in modules
+        if isinstance(module, (nnx.WeightNorm, nnx.SpectralNorm))
+        for _, child in named_modules(module)
+    }
+    layers = []
+    for path, module in modules:
+        layer = _describe(path, module)
+        if layer is not None and layer.kind == "conv" and id(module) in normalised:
+            layer = dataclasses.replace(layer, obstacle="kernel normalised anew in every call")
+        if layer is not None:
+            layers.append(layer)
+    if inputs is None:
         return layers
-    calls = _trace(model, sample)
+    calls = _trace(model, inputs)
     order = {path: index for index, path in enumerate(calls)}
     layers.sort(key=lambda layer: order.get(layer.path, len(order)))
     return [dataclasses.replace(layer, calls=calls.get(layer.path, ())) for layer in layers]
@@ -56,6 +68,15 @@ def named_modules(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
             yield from walk(child, (*path, name))
 
     yield from walk(model, ())
+
+
+def kernels(model: nnx.Module) -> dict[str, Any]:
+    """Return the kernels of the convolutions, or their shapes, by path."""
+    return {
+        path: module.kernel.get_value()
+        for path, module in named_modules(model)
+        if isinstance(module, nnx.Conv)
+    }
 
 
 def map_modules(visit: Visit, model: nnx.Module) -> nnx.Module:
@@ -184,38 +205,33 @@ def _describe(path: str, module: nnx.Module) -> Layer | None:
     return Layer(path=path, kind="other", params=own) if own else None
 
 
-def _trace(model: nnx.Module, sample: Any) -> dict[str, tuple[Call, ...]]:
-    log = CallLog()
-
+def _trace(model: nnx.Module, inputs: Inputs) -> dict[str, tuple[Call, ...]]:
     def recorded(path: str, module: nnx.Module) -> None:
         if _is_leaf(module):
-            module.__class__ = _recording_class(type(module), path, log)
+            module.__class__ = _marking_class(type(module), path)
 
     copy = map_modules(recorded, model)
     copy.eval()
     graphdef, state = nnx.split(copy)
-    args = sample if isinstance(sample, tuple) else (sample,)
-    shapes = jax.tree.map(
-        lambda a: ShapeDtypeStruct(a.shape, a.dtype) if hasattr(a, "shape") else a, args
-    )
+
+    def forward(state: nnx.State, arrays: list[Array]) -> Any:
+        return inputs.with_arrays(arrays).call(nnx.merge(graphdef, state))  # type: ignore[arg-type]
+
     try:
-        return log.trace(lambda state, *args: nnx.merge(graphdef, state)(*args), state, *shapes)
+        return traced_calls(forward, state, inputs.shapes.arrays)
     except TypeError as error:
         raise ValueError(
             f"{type(model).__name__} cannot be called on the sample; give an example input with a "
-            f"leading batch axis, or a tuple of arguments. It said: {error}"
+            "leading batch axis, a tuple of arguments or falcon_jax.Inputs(x, train=False). "
+            f"It said: {error}"
         ) from error
 
 
-def _recording_class(cls: type[nnx.Module], path: str, log: CallLog) -> type[nnx.Module]:
-    """Return a subclass whose instances mark their input; only the traced copy gets it."""
+def _marking_class(cls: type[nnx.Module], path: str) -> type[nnx.Module]:
+    """Return a subclass whose instances mark their output; only the traced copy gets it."""
 
     def call(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        weight = jax.tree.leaves(nnx.state(self, nnx.Param))[0]
-
-        def layer(x: Any) -> Any:
-            return cls.__call__(self, x, *args, **kwargs)  # type: ignore[operator]
-
-        return log.call(path, layer, inputs, weight)
+        y = cls.__call__(self, inputs, *args, **kwargs)  # type: ignore[operator]
+        return mark_output(path, y, inputs.shape)
 
     return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})

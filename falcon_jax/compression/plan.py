@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from falcon_jax.compression.inputs import Inputs
 from falcon_jax.methods import ConvSpec, Cost, Method, Solver, get_method
 
 _VERSION = 1
@@ -48,13 +49,19 @@ class Plan:
         rows: one for every convolution, in the order of use.
         rest: cost of everything else in the model.
         solver: how kernels are fitted.
-        traced: whether mult-adds are known.
+        inputs: shapes of the example inputs; None if the model was not traced, so that mult-adds
+            are not known.
     """
 
     rows: tuple[PlanRow, ...]
     rest: Cost
     solver: Solver
-    traced: bool
+    inputs: Inputs | None
+
+    @property
+    def traced(self) -> bool:
+        """Whether mult-adds are known."""
+        return self.inputs is not None
 
     @property
     def before(self) -> Cost:
@@ -76,7 +83,7 @@ class Plan:
         return {
             "version": _VERSION,
             "solver": self.solver,
-            "traced": self.traced,
+            "inputs": None if self.inputs is None else self.inputs.to_json(),
             "rest": dataclasses.asdict(self.rest),
             "rows": [_row_to_json(row) for row in self.rows],
         }
@@ -97,7 +104,7 @@ class Plan:
                 rows=tuple(_row_from_json(row) for row in data["rows"]),
                 rest=Cost(**data["rest"]),
                 solver=data["solver"],
-                traced=data["traced"],
+                inputs=None if data["inputs"] is None else Inputs.from_json(data["inputs"]),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a plan of falcon_jax: {error!r} is missing or wrong.") from None

@@ -1,15 +1,15 @@
 """`make_plan`: look at a model and say what compression would do to it."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from flax import nnx
 from jaxtyping import Array
 
-from falcon_jax.compression.layers import Layer, batch_size
-from falcon_jax.compression.nnx_layers import find_layers, named_modules
+from falcon_jax.compression.inputs import Inputs
+from falcon_jax.compression.inspection import Model, inspect_model
+from falcon_jax.compression.layers import Layer
 from falcon_jax.compression.plan import Plan, PlanRow
 from falcon_jax.compression.rules import DEFAULT_METHOD, Rule, check_all_used, first_match
 from falcon_jax.methods import (
@@ -21,13 +21,14 @@ from falcon_jax.methods import (
     relative_error,
 )
 from falcon_jax.methods.fitting import check_finite, check_solver
-from falcon_jax.nn.trained import fit_stacked
+from falcon_jax.nn.trained import fit_stacked, for_trained
 
 
 def make_plan(
-    model: nnx.Module,
+    model: Model,
     rules: Sequence[Rule] | None = None,
     sample: Any | None = None,
+    variables: Mapping[str, Any] | None = None,
     *,
     solver: Solver = "exact",
 ) -> Plan:
@@ -38,11 +39,13 @@ def make_plan(
     plan remarks on it.
 
     Args:
-        model: a trained NNX model; it is not changed.
+        model: a trained NNX model, or a Linen module; it is not changed.
         rules: what replaces what; the first rule that matches a layer decides, a layer that no rule
             matches stays.
         sample: example input with a leading batch axis, for mult-adds and the order of the layers;
-            a tuple is spread over the model's arguments. Shapes suffice (``ShapeDtypeStruct``).
+            a tuple is spread over the model's arguments, `Inputs` has keyword arguments, too.
+            Shapes suffice (``ShapeDtypeStruct``). A Linen module cannot do without.
+        variables: of a Linen module; without them, the plan shows no errors.
         solver: how `compress` fits kernels. The errors shown are those of the ``exact`` solver;
             with ``random``, which does not fit, there are none.
 
@@ -50,13 +53,14 @@ def make_plan(
         The plan.
 
     Raises:
-        ValueError: if the model has no convolution, a rule matches nothing, the sample does not fit
-            the model, or a kernel is not finite.
+        ValueError: if the model has no convolution, a rule matches nothing, sample or variables do
+            not fit the model, or a kernel is not finite.
     """
     check_solver(solver)
-    batch = 1 if sample is None else batch_size(sample)
-    layers = find_layers(model, sample)
-    convs = [(layer, layer.spec) for layer in layers if layer.spec is not None]
+    inputs = None if sample is None else Inputs.of(sample).shapes
+    batch = 1 if inputs is None else inputs.batch
+    inspected = inspect_model(model, inputs, variables)
+    convs = [(layer, layer.spec) for layer in inspected.layers if layer.spec is not None]
     if not convs:
         raise ValueError(
             f"{type(model).__name__} has no convolution: there is nothing to compress."
@@ -64,18 +68,23 @@ def make_plan(
     paths = [(layer.path, spec) for layer, spec in convs]
     if rules is not None:
         check_all_used(rules, paths)
-    kernels = _kernels(model) if solver != "random" else {}
+    kernels = inspected.kernels if solver != "random" else {}
     rows = []
     for index, (layer, spec) in enumerate(convs):
         if rules is None:
-            method, reason = _decide_by_default(layer, spec, batch, first=index == 0)
+            method, reason = _decide_by_default(layer, spec, first=index == 0)
         else:
-            method, reason = _decide(layer, spec, rules, batch)
+            method, reason = _decide(layer, spec, rules)
         error = None
-        if method is not None and layer.path in kernels:
-            error = fit_error(kernels[layer.path], method, spec, layer.path)
+        if method is not None:
+            kernel = kernels.get(layer.path)
+            method = _for_layer(method, spec, kernel, layer.path)
+            if _grows(layer, method, batch):
+                method, reason = _growing(method, by_rule=rules is not None)
+            if method is not None and kernel is not None:
+                error = fit_error(kernel, method, spec)
         rows.append(_row(layer, spec, method, reason, batch, error))
-    rest = [layer for layer in layers if layer.spec is None]
+    rest = [layer for layer in inspected.layers if layer.spec is None]
     return Plan(
         rows=tuple(rows),
         rest=Cost(
@@ -83,13 +92,18 @@ def make_plan(
             mult_adds=sum(layer.mult_adds(batch) for layer in rest),
         ),
         solver=solver,
-        traced=sample is not None,
+        inputs=inputs,
     )
 
 
-def _decide(
-    layer: Layer, spec: ConvSpec, rules: Sequence[Rule], batch: int
-) -> tuple[Method | None, str]:
+def _for_layer(method: Method, spec: ConvSpec, kernel: Array | None, path: str) -> Method:
+    if kernel is None:
+        return method.for_layer(spec)
+    check_finite(kernel, f"the kernel of {path!r}")
+    return for_trained(method, kernel, spec)
+
+
+def _decide(layer: Layer, spec: ConvSpec, rules: Sequence[Rule]) -> tuple[Method | None, str]:
     matched = first_match(rules, layer.path, spec)
     if matched is None:
         return None, layer.obstacle or "no rule matches"
@@ -97,23 +111,20 @@ def _decide(
     if method is None:
         return None, layer.obstacle or f"left alone by path={rules[matched].path!r}"
     obstacle = layer.obstacle or method.supports(spec)
-    if obstacle is not None:
-        return None, obstacle
-    return method, "costs more than it saves" if _grows(layer, method, batch) else ""
+    return (None, obstacle) if obstacle is not None else (method, "")
 
 
-def _decide_by_default(
-    layer: Layer, spec: ConvSpec, batch: int, *, first: bool
-) -> tuple[Method | None, str]:
-    method = DEFAULT_METHOD
-    obstacle = layer.obstacle or method.supports(spec)
+def _decide_by_default(layer: Layer, spec: ConvSpec, *, first: bool) -> tuple[Method | None, str]:
+    obstacle = layer.obstacle or DEFAULT_METHOD.supports(spec)
     if obstacle is not None:
         return None, obstacle
-    if first:
-        return None, "first convolution"
-    if _grows(layer, method, batch):
-        return None, "would grow: replacing would cost more than it saves"
-    return method, ""
+    return (None, "first convolution") if first else (DEFAULT_METHOD, "")
+
+
+def _growing(method: Method, *, by_rule: bool) -> tuple[Method | None, str]:
+    if by_rule:
+        return method, "costs more than it saves"
+    return None, "would grow: replacing would cost more than it saves"
 
 
 def _grows(layer: Layer, method: Method, batch: int) -> bool:
@@ -145,14 +156,6 @@ def _row(
     )
 
 
-def _kernels(model: nnx.Module) -> dict[str, Array]:
-    return {
-        path: module.kernel[...]
-        for path, module in named_modules(model)
-        if isinstance(module, nnx.Conv)
-    }
-
-
 @functools.partial(jax.jit, static_argnames=("method", "spec"))
 def _approximation_error(kernel: Array, params: Params, *, method: Method, spec: ConvSpec) -> Array:
     build = functools.partial(method.kernel, spec=spec)
@@ -161,12 +164,7 @@ def _approximation_error(kernel: Array, params: Params, *, method: Method, spec:
     return relative_error(kernel, build(params))
 
 
-def fit_error(kernel: Array, method: Method, spec: ConvSpec, path: str) -> float:
-    """Return the relative error of the exact fit of a layer.
-
-    Raises:
-        ValueError: if the kernel is not finite, naming the layer.
-    """
-    check_finite(kernel, path)
+def fit_error(kernel: Array, method: Method, spec: ConvSpec) -> float:
+    """Return the relative error of the exact fit of a layer."""
     params = fit_stacked(kernel, method, spec)
     return float(_approximation_error(kernel, params, method=method, spec=spec))

@@ -1,13 +1,13 @@
 """`profile`: parameters, mult-adds and latency of a model, layer by layer."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-from flax import nnx
-
+from falcon_jax.compression.inputs import Inputs
+from falcon_jax.compression.inspection import Model, inspect_model
 from falcon_jax.compression.latency import measure_latency
-from falcon_jax.compression.layers import Layer, batch_size
-from falcon_jax.compression.nnx_layers import find_layers
+from falcon_jax.compression.layers import Layer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,25 +75,34 @@ class Profile:
         return "\n".join(text)
 
 
-def profile(model: nnx.Module, sample: Any, *, latency: bool = False) -> Profile:
+def profile(
+    model: Model,
+    sample: Any,
+    variables: Mapping[str, Any] | None = None,
+    *,
+    latency: bool = False,
+) -> Profile:
     """Count a model's parameters and mult-adds, and measure its latency if asked.
 
     Counted analytically, as the paper does: multiply-adds of convolutions and fully connected
     layers, plus one per output element for a bias; nothing for BatchNorm, activations and pooling.
 
     Args:
-        model: any NNX model; it is not changed.
-        sample: example input with a leading batch axis; a tuple is spread over the arguments.
+        model: any NNX model or Linen module; it is not changed.
+        sample: example input with a leading batch axis; a tuple is spread over the arguments,
+            `Inputs` has keyword arguments, too.
+        variables: of a Linen module; needed for latency only.
         latency: whether to run the model on the sample and measure the time.
 
     Returns:
         The rows and totals.
 
     Raises:
-        ValueError: if the sample does not fit the model.
+        ValueError: if sample or variables do not fit the model.
     """
-    batch = batch_size(sample)
-    layers = find_layers(model, sample)
+    inputs = Inputs.of(sample)
+    batch = inputs.batch
+    layers = inspect_model(model, inputs, variables).layers
     rows = tuple(
         ProfileRow(
             path=layer.path,
@@ -107,7 +116,7 @@ def profile(model: nnx.Module, sample: Any, *, latency: bool = False) -> Profile
     adjust = [_paper_adjustment(layer, batch) for layer in layers if layer.method is not None]
     return Profile(
         rows=rows,
-        latency_ms=measure_latency(model, sample) if latency else None,
+        latency_ms=measure_latency(model, inputs, variables) if latency else None,
         as_paper_counts=(
             sum(r.params for r in rows) + sum(a for a, _ in adjust),
             sum(r.mult_adds for r in rows) + sum(b for _, b in adjust),

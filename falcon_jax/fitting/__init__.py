@@ -2,5 +2,7 @@
 
 from falcon_jax.fitting.adamw import AdamWSettings as AdamWSettings
 from falcon_jax.fitting.adamw import fit_adamw as fit_adamw
+from falcon_jax.fitting.energy import kept_energy as kept_energy
+from falcon_jax.fitting.energy import smallest_rank as smallest_rank
 from falcon_jax.fitting.low_rank import best_low_rank as best_low_rank
 from falcon_jax.fitting.low_rank import singular_basis as singular_basis

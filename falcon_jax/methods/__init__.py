@@ -10,6 +10,7 @@ from falcon_jax.methods.fitting import Solver as Solver
 from falcon_jax.methods.fitting import check_kernel as check_kernel
 from falcon_jax.methods.fitting import fit as fit
 from falcon_jax.methods.fitting import relative_error as relative_error
+from falcon_jax.methods.ranks import Energy as Energy
 from falcon_jax.methods.registry import get_method as get_method
 from falcon_jax.methods.registry import method_names as method_names
 from falcon_jax.methods.spec import ConvSpec as ConvSpec

@@ -71,6 +71,20 @@ class Method(abc.ABC):
     def cost(self, spec: ConvSpec, input_shape: Sequence[int]) -> Cost:
         """Return the cost for one example of shape ``(*spatial, M)`` (batch axes are ignored)."""
 
+    def for_layer(
+        self, spec: ConvSpec, kernels: Float[Array, "layers *kernel_shape"] | None = None
+    ) -> "Method":
+        """Return the method with everything decided that a layer decides, such as its rank.
+
+        Args:
+            spec: the convolution.
+            kernels: its trained kernel with an axis in front; several of one stack.
+
+        Raises:
+            ValueError: if a decision needs kernels and there are none.
+        """
+        return self
+
     def options(self) -> dict[str, Any]:
         """Return the settings as plain data, such that ``get_method(name, **options)`` is equal."""
         return {

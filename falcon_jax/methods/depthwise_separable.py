@@ -15,21 +15,20 @@ from falcon_jax.fitting import best_low_rank
 from falcon_jax.gep import separable_kernel
 from falcon_jax.methods.base import (
     Cost,
-    Method,
     Params,
     bias_cost,
     flatten_batch,
     spatial_shape,
     unit_gain,
 )
-from falcon_jax.methods.ranks import check_rank, rank_reason
+from falcon_jax.methods.ranks import Rank, RankMethod
 from falcon_jax.methods.registry import register
 from falcon_jax.methods.spec import ConvSpec
 
 
 @register
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DepthwiseSeparable(Method):
+class DepthwiseSeparable(RankMethod):
     """Rank-k depthwise separable convolution.
 
     ``K[i, j, m, n] = sum_r depthwise[i, j, m, r] pointwise[m, r, n]``
@@ -38,26 +37,20 @@ class DepthwiseSeparable(Method):
     ``(M / groups, k, N)``. The pointwise step runs at the output's resolution.
 
     Attributes:
-        rank: number k of depthwise kernels per input channel; D^2 of them reproduce any kernel.
+        rank: number k of depthwise kernels per input channel; ``full`` (D^2, or N / groups if that
+            is less) reproduces any kernel, an `Energy` is decided by the trained kernel.
 
     Reference:
         FALCON, Section 3.6.1, Theorem 2 and Table 2; fitted, it is the paper's GEP-in.
     """
 
-    rank: int = 1
+    rank: Rank = 1
     name: ClassVar[str] = "depthwise_separable"
-
-    def __post_init__(self):
-        check_rank(self.rank)
-
-    def supports(self, spec: ConvSpec) -> str | None:
-        """Return None, or the reason why the method cannot replace such a convolution."""
-        return rank_reason(self.rank, spec)
 
     def init(self, key: PRNGKeyArray, spec: ConvSpec) -> Params:
         """Return random parameters: unit-gain depthwise, He pointwise over all terms."""
         self.require(spec)
-        k, m = self.rank, spec.group_in_features
+        k, m = self.terms(spec), spec.group_in_features
         depthwise_key, pointwise_key = jax.random.split(key)
         gain = initializers.variance_scaling(2.0, "fan_in", "uniform", in_axis=(0, 1), out_axis=2)
         return {
@@ -67,19 +60,25 @@ class DepthwiseSeparable(Method):
             "pointwise": gain(pointwise_key, (m, k, spec.out_features)),
         }
 
+    def matrices(
+        self, kernel: Float[Array, "*kernel_shape"], spec: ConvSpec
+    ) -> Float[Array, "m taps group_n"]:
+        """Return the D^2 x N / groups matrix of each input channel."""
+        groups, m, n = spec.feature_group_count, spec.group_in_features, spec.out_features
+        matrices = kernel.reshape(spec.taps, m, groups, n // groups).transpose(2, 1, 0, 3)
+        return matrices.reshape(groups * m, spec.taps, n // groups)
+
     def fit(self, kernel: Float[Array, "*kernel_shape"], spec: ConvSpec) -> Params:
         """Return the best rank-k approximation of the D^2 x N / g matrix of each input channel."""
         self.require(spec)
         groups, m, n = spec.feature_group_count, spec.group_in_features, spec.out_features
-        matrices = kernel.reshape(spec.taps, m, groups, n // groups).transpose(2, 1, 0, 3)
-        left, right = best_low_rank(
-            matrices.reshape(groups * m, spec.taps, n // groups), rank=self.rank
-        )
+        k = self.terms(spec, kernel)
+        left, right = best_low_rank(self.matrices(kernel, spec), rank=k)
         depthwise = left.transpose(1, 0, 2)
-        pointwise = right.reshape(groups, m, self.rank, n // groups).transpose(1, 2, 0, 3)
+        pointwise = right.reshape(groups, m, k, n // groups).transpose(1, 2, 0, 3)
         return {
-            "depthwise": depthwise.reshape(*spec.kernel_size, groups * m, self.rank),
-            "pointwise": pointwise.reshape(m, self.rank, n),
+            "depthwise": depthwise.reshape(*spec.kernel_size, groups * m, k),
+            "pointwise": pointwise.reshape(m, k, n),
         }
 
     def kernel(self, params: Params, spec: ConvSpec) -> Float[Array, "*kernel_shape"]:
@@ -118,5 +117,5 @@ class DepthwiseSeparable(Method):
         """
         points = math.prod(spec.output_shape(spatial_shape(spec, input_shape)))
         group_out = spec.out_features // spec.feature_group_count
-        params = self.rank * spec.in_features * (spec.taps + group_out)
+        params = self.terms(spec) * spec.in_features * (spec.taps + group_out)
         return Cost(params=params, mult_adds=points * params) + bias_cost(spec, points)

@@ -17,14 +17,13 @@ from falcon_jax.fitting import best_low_rank
 from falcon_jax.gep import falcon_kernel
 from falcon_jax.methods.base import (
     Cost,
-    Method,
     Params,
     bias_cost,
     flatten_batch,
     spatial_shape,
     unit_gain,
 )
-from falcon_jax.methods.ranks import check_rank, rank_reason
+from falcon_jax.methods.ranks import Rank, RankMethod
 from falcon_jax.methods.registry import register
 from falcon_jax.methods.spec import ConvSpec
 
@@ -33,7 +32,7 @@ Impl = Literal["separable", "grouped", "gep"]
 
 @register
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Falcon(Method):
+class Falcon(RankMethod):
     """Rank-k FALCON.
 
     ``K[i, j, m, n] = sum_r depthwise[i, j, r, n] pointwise[m, r, n]``
@@ -43,7 +42,8 @@ class Falcon(Method):
     step runs at the input's resolution, the depthwise step carries strides and dilations.
 
     Attributes:
-        rank: number k of terms; D^2 of them, or M / groups if that is less, reproduce any kernel.
+        rank: number k of terms; ``full`` (D^2, or M / groups if that is less) reproduces any
+            kernel, an `Energy` is decided by the trained kernel.
         impl: how it is computed, with the same result: ``separable`` (matrix products and one
             fused depthwise pass; the fast one), ``grouped`` (1x1 and feature-grouped ``lax``
             convolutions) or ``gep`` (build the kernel by einsum, then one standard convolution).
@@ -52,23 +52,19 @@ class Falcon(Method):
         FALCON, Sections 3.3 and 3.4, Equation 5, Theorems 1 and 3 to 5, Definition 3.
     """
 
-    rank: int = 1
+    rank: Rank = 1
     impl: Impl = "separable"
     name: ClassVar[str] = "falcon"
 
     def __post_init__(self):
-        check_rank(self.rank)
+        super().__post_init__()
         if self.impl not in get_args(Impl):
             raise ValueError(f"impl is one of {', '.join(get_args(Impl))}; got {self.impl!r}.")
-
-    def supports(self, spec: ConvSpec) -> str | None:
-        """Return None, or the reason why FALCON cannot replace such a convolution."""
-        return rank_reason(self.rank, spec)
 
     def init(self, key: PRNGKeyArray, spec: ConvSpec) -> Params:
         """Return random parameters: He pointwise, depthwise of unit gain over all terms."""
         self.require(spec)
-        k, n = self.rank, spec.out_features
+        k, n = self.terms(spec), spec.out_features
         pointwise_key, depthwise_key = jax.random.split(key)
         gain = initializers.variance_scaling(2.0, "fan_in", "uniform", in_axis=0, out_axis=(1, 2))
         return {
@@ -76,11 +72,17 @@ class Falcon(Method):
             "depthwise": unit_gain(depthwise_key, (*spec.kernel_size, k, n), spec.taps * k),
         }
 
+    def matrices(
+        self, kernel: Float[Array, "*kernel_shape"], spec: ConvSpec
+    ) -> Float[Array, "n taps group_m"]:
+        """Return the D^2 x M / groups matrix of each output channel."""
+        matrices = kernel.reshape(spec.taps, spec.group_in_features, spec.out_features)
+        return matrices.transpose(2, 0, 1)
+
     def fit(self, kernel: Float[Array, "*kernel_shape"], spec: ConvSpec) -> Params:
         """Return the best rank-k approximation of the D^2 x M matrix of each output channel."""
         self.require(spec)
-        matrices = kernel.reshape(spec.taps, spec.group_in_features, spec.out_features)
-        left, right = best_low_rank(matrices.transpose(2, 0, 1), rank=self.rank)
+        left, right = best_low_rank(self.matrices(kernel, spec), rank=self.terms(spec, kernel))
         depthwise = left.transpose(1, 2, 0)
         return {
             "pointwise": right.transpose(2, 1, 0),
@@ -124,7 +126,7 @@ class Falcon(Method):
         else:
             terms = (
                 self._grouped_term(x, depthwise[..., r, :], pointwise[:, r], spec, precision)
-                for r in range(self.rank)
+                for r in range(depthwise.shape[-2])
             )
             y = functools.reduce(jnp.add, terms)
         return y.reshape(*batch, *y.shape[1:])
@@ -159,7 +161,7 @@ class Falcon(Method):
         """
         spatial = spatial_shape(spec, input_shape)
         points_in, points_out = math.prod(spatial), math.prod(spec.output_shape(spatial))
-        m, n, k = spec.group_in_features, spec.out_features, self.rank
+        m, n, k = spec.group_in_features, spec.out_features, self.terms(spec)
         return Cost(
             params=k * n * (m + spec.taps),
             mult_adds=k * n * (points_in * m + points_out * spec.taps),

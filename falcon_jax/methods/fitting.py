@@ -64,6 +64,7 @@ def fit(
     check_solver(solver)
     if solver == "exact":
         return method.fit(kernel, spec)
+    method = method.for_layer(spec, kernel[None])
     initial = method.init(jax.random.key(0) if key is None else key, spec)
     if solver == "random":
         return {name: value.astype(kernel.dtype) for name, value in initial.items()}

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from falcon_jax.methods import ConvSpec, DepthwiseSeparable, Falcon, Method
 from falcon_jax.methods.falcon import Impl
+from falcon_jax.methods.ranks import Rank
 from falcon_jax.methods.spec import PaddingLike, PerAxis
 from falcon_jax.nn.method_conv import apply_method
 
@@ -45,6 +46,8 @@ def method_conv(
     Returns:
         Output of shape ``(..., *spatial_out, N)``.
     """
+    method.require(spec)
+    method = method.for_layer(spec)
     names = sorted(jax.eval_shape(lambda key: method.init(key, spec), jax.random.key(0)))
     params = {
         name: module.param(
@@ -58,12 +61,12 @@ def method_conv(
     return apply_method(method, spec, params, bias, inputs, dtype=dtype, precision=precision)
 
 
-class _ConvLike(nn.Module):
+class ConvLike(nn.Module):
     """Arguments of ``linen.Conv``; a subclass says which method carries the convolution out."""
 
     features: int
     kernel_size: int | Sequence[int]
-    rank: int = 1
+    rank: Rank = 1
     strides: PerAxis = 1
     padding: PaddingLike = "SAME"
     input_dilation: PerAxis = 1
@@ -76,14 +79,14 @@ class _ConvLike(nn.Module):
     bias_init: Initializer = nn.initializers.zeros_init()
 
     def method(self) -> Method:
+        """Return the method."""
         raise TypeError(f"{type(self).__name__} names no method.")
 
-    @nn.compact
-    def __call__(self, inputs: Float[ArrayLike, "*batch m"]) -> Float[Array, "*batch_out n"]:
-        """Convolve inputs of shape ``(..., *spatial, M)``, any number of batch axes."""
-        spec = ConvSpec(
+    def spec(self, in_features: int) -> ConvSpec:
+        """Return the geometry for inputs of so many channels."""
+        return ConvSpec(
             kernel_size=self.kernel_size,
-            in_features=jnp.shape(inputs)[-1],
+            in_features=in_features,
             out_features=self.features,
             strides=self.strides,
             padding=self.padding,
@@ -92,10 +95,14 @@ class _ConvLike(nn.Module):
             feature_group_count=self.feature_group_count,
             use_bias=self.use_bias,
         )
+
+    @nn.compact
+    def __call__(self, inputs: Float[ArrayLike, "*batch m"]) -> Float[Array, "*batch_out n"]:
+        """Convolve inputs of shape ``(..., *spatial, M)``, any number of batch axes."""
         return method_conv(
             self,
             self.method(),
-            spec,
+            self.spec(jnp.shape(inputs)[-1]),
             inputs,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
@@ -104,7 +111,7 @@ class _ConvLike(nn.Module):
         )
 
 
-class FalconConv(_ConvLike):
+class FalconConv(ConvLike):
     """A rank-k FALCON convolution, to be used like ``linen.Conv``.
 
     Parameters: ``pointwise`` of shape ``(M / groups, k, N)``, ``depthwise`` of shape
@@ -113,7 +120,7 @@ class FalconConv(_ConvLike):
     Attributes:
         features: output channels N.
         kernel_size: taps per spatial axis; a number for one axis.
-        rank: number k of terms.
+        rank: number k of terms, or ``full``.
         strides: step between outputs.
         padding: as in ``linen.Conv``.
         input_dilation: distance between input points.
@@ -137,7 +144,7 @@ class FalconConv(_ConvLike):
         return Falcon(rank=self.rank, impl=self.impl)
 
 
-class DepthwiseSeparableConv(_ConvLike):
+class DepthwiseSeparableConv(ConvLike):
     """A depthwise-then-pointwise convolution of rank k, to be used like ``linen.Conv``.
 
     Parameters: ``depthwise`` of shape ``(*kernel_size, M, k)``, ``pointwise`` of shape

@@ -46,6 +46,7 @@ class MethodConv(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ):
         method.require(spec)
+        method = method.for_layer(spec)
         if rngs is None and (params is None or (bias is None and spec.use_bias)):
             raise ValueError("random parameters need rngs, e.g. rngs=nnx.Rngs(0).")
         if params is None:

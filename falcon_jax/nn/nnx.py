@@ -11,9 +11,11 @@ from jaxtyping import Array, PRNGKeyArray
 
 from falcon_jax.methods import ConvSpec, DepthwiseSeparable, Falcon, Method, Params, Solver
 from falcon_jax.methods.falcon import Impl
+from falcon_jax.methods.fitting import check_finite
+from falcon_jax.methods.ranks import Rank
 from falcon_jax.methods.spec import PaddingLike, PerAxis
 from falcon_jax.nn.method_conv import MethodConv
-from falcon_jax.nn.trained import conv_obstacle, conv_spec, fit_stacked
+from falcon_jax.nn.trained import conv_obstacle, conv_spec, fit_stacked, for_trained
 
 
 class ConvOptions(TypedDict, total=False):
@@ -73,7 +75,7 @@ class FalconConv(_ConvLike):
         out_features: output channels N.
         kernel_size: taps per spatial axis; a number for one axis.
         strides: step between outputs.
-        rank: number k of terms.
+        rank: number k of terms, or ``full``.
         impl: ``separable``, ``grouped`` or ``gep``; see `Falcon`.
         **conv: ``padding``, ``input_dilation``, ``kernel_dilation``, ``feature_group_count``,
             ``use_bias``, ``dtype``, ``param_dtype``, ``precision``, ``bias_init`` and ``rngs`` as
@@ -96,7 +98,7 @@ class FalconConv(_ConvLike):
         kernel_size: int | Sequence[int],
         strides: PerAxis = 1,
         *,
-        rank: int = 1,
+        rank: Rank = 1,
         impl: Impl = "separable",
         **conv: Unpack[ConvOptions],
     ):
@@ -104,7 +106,7 @@ class FalconConv(_ConvLike):
         super().__init__(method, in_features, out_features, kernel_size, strides, conv)
 
     @classmethod
-    def from_conv(cls, conv: nnx.Conv, rank: int = 1, *, impl: Impl = "separable") -> "FalconConv":
+    def from_conv(cls, conv: nnx.Conv, rank: Rank = 1, *, impl: Impl = "separable") -> "FalconConv":
         """Return the FALCON layer nearest to a trained convolution.
 
         Raises:
@@ -126,7 +128,7 @@ class DepthwiseSeparableConv(_ConvLike):
         out_features: output channels N.
         kernel_size: taps per spatial axis; a number for one axis.
         strides: step between outputs.
-        rank: depthwise kernels per input channel.
+        rank: depthwise kernels per input channel, or ``full``.
         **conv: as in `FalconConv`.
 
     Reference:
@@ -142,14 +144,14 @@ class DepthwiseSeparableConv(_ConvLike):
         kernel_size: int | Sequence[int],
         strides: PerAxis = 1,
         *,
-        rank: int = 1,
+        rank: Rank = 1,
         **conv: Unpack[ConvOptions],
     ):
         method = DepthwiseSeparable(rank=rank)
         super().__init__(method, in_features, out_features, kernel_size, strides, conv)
 
     @classmethod
-    def from_conv(cls, conv: nnx.Conv, rank: int = 1) -> "DepthwiseSeparableConv":
+    def from_conv(cls, conv: nnx.Conv, rank: Rank = 1) -> "DepthwiseSeparableConv":
         """Return the depthwise separable layer nearest to a trained convolution (GEP-in).
 
         Raises:
@@ -217,7 +219,10 @@ def fit_conv(
     obstacle = conv_obstacle(conv) or method.supports(spec)
     if obstacle is not None:
         raise ValueError(f"{method} cannot replace {spec}: {obstacle}.")
-    return conv_like(conv, method, fit_stacked(conv.kernel[...], method, spec, solver, key))
+    kernel = conv.kernel[...]
+    check_finite(kernel, "the kernel")
+    method = for_trained(method, kernel, spec)
+    return conv_like(conv, method, fit_stacked(kernel, method, spec, solver, key))
 
 
 def conv_like(conv: nnx.Conv, method: Method, params: Params) -> MethodConv:

@@ -38,6 +38,13 @@ def conv_obstacle(conv: nnx.Conv) -> str | None:
     return None
 
 
+def for_trained(
+    method: Method, kernel: Float[Array, "*stacked_kernel_shape"], spec: ConvSpec
+) -> Method:
+    """Return the method as a layer needs it, one for all layers of a stack."""
+    return method.for_layer(spec, kernel.reshape(-1, *spec.kernel_shape))
+
+
 def fit_stacked(
     kernel: Float[Array, "*stacked_kernel_shape"],
     method: Method,

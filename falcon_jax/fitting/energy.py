@@ -1,0 +1,60 @@
+"""How much of a matrix its best approximations keep."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.core import Tracer
+from jaxtyping import Array, Float
+
+from falcon_jax.fitting.low_rank import best_low_rank
+
+
+def kept_energy(matrices: Float[Array, "b p q"]) -> Float[Array, "ranks"]:
+    """Return the share of the squared norm that the best approximation of every rank keeps.
+
+    ``e_k = 1 - sum_b ||A_b - A_b^(k)||^2 / sum_b ||A_b||^2``, all matrices at the same rank. The
+    residuals themselves are summed: ``sum_{r < k} s_r^2`` would lose what is nearly nothing.
+
+    Args:
+        matrices: a batch of p x q matrices; zero matrices keep everything.
+
+    Returns:
+        ``e_1`` to ``e_min(p, q)``.
+
+    >>> matrix = jnp.diag(jnp.array([2.0, 1.0]))
+    >>> [round(float(share), 3) for share in kept_energy(matrix[None])]
+    [0.8, 1.0]
+    """
+    a = matrices.astype(jnp.promote_types(matrices.dtype, jnp.float32))
+    largest = jnp.max(jnp.abs(a), initial=0)
+    a = a / jnp.where(largest > 0, largest, 1)
+    left, right = best_low_rank(a, rank=min(a.shape[1:]))
+
+    def remove(residual: Array, term: tuple[Array, Array]) -> tuple[Array, Array]:
+        residual = residual - term[0][:, :, None] * term[1][:, None, :]
+        return residual, jnp.sum(residual * residual)
+
+    terms = (jnp.moveaxis(left, 2, 0), jnp.moveaxis(right, 1, 0))
+    _, lost = lax.scan(remove, a, terms)
+    return jnp.where(
+        largest > 0, 1 - lost / jnp.maximum(jnp.sum(a * a), jnp.finfo(a.dtype).tiny), 1
+    )
+
+
+def smallest_rank(stack: Float[Array, "layers b p q"], energy: float) -> int:
+    """Return the smallest rank at which the matrices of every layer keep a share of their energy.
+
+    Args:
+        stack: the matrices of one layer, or of several that must have one rank.
+        energy: the share, from 0 to 1; rounding errors of float32 (1e-6) are forgiven.
+
+    Raises:
+        ValueError: under jit, vmap or grad, where a rank cannot depend on values.
+    """
+    if isinstance(stack, Tracer):
+        raise ValueError(
+            "a rank chosen by energy depends on the kernel's values, so it cannot be found under "
+            "jit, vmap or grad; choose it outside, or give a number."
+        )
+    reached = jnp.all(jax.vmap(kept_energy)(stack) >= energy - 1e-6, axis=0)
+    return int(jnp.argmax(reached)) + 1
