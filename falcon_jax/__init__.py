@@ -9,9 +9,11 @@ from falcon_jax.compression import Profile as Profile
 from falcon_jax.compression import ProfileRow as ProfileRow
 from falcon_jax.compression import Rule as Rule
 from falcon_jax.compression import compress as compress
+from falcon_jax.compression import load_compressed as load_compressed
 from falcon_jax.compression import make_plan as make_plan
 from falcon_jax.compression import profile as profile
 from falcon_jax.compression import reestimate_batchnorm as reestimate_batchnorm
+from falcon_jax.compression import save_compressed as save_compressed
 from falcon_jax.fitting import AdamWSettings as AdamWSettings
 from falcon_jax.gep import falcon_kernel as falcon_kernel
 from falcon_jax.gep import gep as gep

@@ -1,9 +1,14 @@
-"""Settings of the whole test suite: eight CPU devices, and no silent broadcasting across ranks."""
+"""Settings of the whole test suite: eight CPU devices, and no silent broadcasting across ranks.
+
+Programs run once or twice here, so compiling them is what takes time: XLA optimises less.
+"""
 
 import os
 
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8"
+    + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 ).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 

@@ -11,3 +11,5 @@ from falcon_jax.compression.profile import Profile as Profile
 from falcon_jax.compression.profile import ProfileRow as ProfileRow
 from falcon_jax.compression.profile import profile as profile
 from falcon_jax.compression.rules import Rule as Rule
+from falcon_jax.compression.storage import load_compressed as load_compressed
+from falcon_jax.compression.storage import save_compressed as save_compressed

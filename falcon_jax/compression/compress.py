@@ -80,7 +80,7 @@ def compress(
     key = jax.random.key(0) if key is None else key
     fitted = _fit_all(plan.replaced, kernels, plan.solver if solver is None else solver, key)
     if isinstance(model, nnx.Module):
-        return _replace_nnx(model, plan, fitted)
+        return replace_convs(model, plan, fitted)
     assert variables is not None
     return compressed_module(model, plan), _replace_params(variables, fitted)
 
@@ -116,7 +116,8 @@ def compressed_module(module: nn.Module, plan: Plan) -> CompressedModule:
     return CompressedModule(original=Definition(module), layers=layers)
 
 
-def _replace_nnx(model: nnx.Module, plan: Plan, fitted: Mapping[str, Params]) -> nnx.Module:
+def replace_convs(model: nnx.Module, plan: Plan, fitted: Mapping[str, Params]) -> nnx.Module:
+    """Return a copy of an NNX model whose convolutions have a method's parameters, by path."""
     methods = {row.path: row.method for row in plan.replaced}
 
     def replacement(path: str, module: nnx.Module) -> nnx.Module | None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 from jaxtyping import Array
@@ -74,7 +75,8 @@ def inspect_model(
         if layer.kind == "conv" and layer.method is None
     }
     return Inspection(
-        layers=tuple(layers), kernels={p: k for p, k in kernels.items() if _is_concrete(k)}
+        layers=tuple(layers),
+        kernels={p: jnp.asarray(k) for p, k in kernels.items() if _is_concrete(k)},
     )
 
 

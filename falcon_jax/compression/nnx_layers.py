@@ -16,6 +16,8 @@ from falcon_jax.methods import ConvSpec
 from falcon_jax.nn.method_conv import MethodConv
 from falcon_jax.nn.trained import conv_obstacle, conv_spec
 
+_WALKED = (nnx.Module, nnx.Variable, dict, list, tuple, functools.partial)
+
 Visit = Callable[[str, nnx.Module], nnx.Module | None]
 
 
@@ -64,6 +66,22 @@ def named_modules(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
             yield "/".join(path), value
             if _is_leaf(value):
                 return
+        for name, child in _children(value):
+            yield from walk(child, (*path, name))
+
+    yield from walk(model, ())
+
+
+def named_variables(model: nnx.Module) -> Iterator[tuple[str, nnx.Variable]]:
+    """Yield every variable with its path, once; inside tuples and partials, too."""
+    seen: set[int] = set()
+
+    def walk(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, nnx.Variable]]:
+        if id(value) in seen:
+            return
+        seen.add(id(value))
+        if isinstance(value, nnx.Variable):
+            yield "/".join(path), value
         for name, child in _children(value):
             yield from walk(child, (*path, name))
 
@@ -133,7 +151,7 @@ def _children(value: Any) -> Iterator[tuple[str, Any]]:
     else:
         return
     for name, child in items:
-        if isinstance(child, (nnx.Module, dict, list, tuple, functools.partial)):
+        if isinstance(child, _WALKED):
             yield name, child
 
 

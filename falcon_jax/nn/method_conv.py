@@ -1,5 +1,7 @@
 """The one NNX module that every method can use, and how a method is applied in any framework."""
 
+from collections.abc import Mapping
+
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
@@ -89,8 +91,8 @@ class MethodConv(nnx.Module):
 def apply_method(
     method: Method,
     spec: ConvSpec,
-    params: Params,
-    bias: Float[Array, "n"] | None,
+    params: Mapping[str, ArrayLike],
+    bias: Float[ArrayLike, "n"] | None,
     inputs: Float[ArrayLike, "*batch m"],
     *,
     dtype: Dtype | None,
@@ -111,7 +113,7 @@ def apply_method(
         Output of shape ``(..., *spatial_out, N)``.
     """
     names = tuple(params)
-    x, bias, *values = promote_dtype((inputs, bias, *(params[name] for name in names)), dtype=dtype)
-    promoted = dict(zip(names, values, strict=True))
+    x, bias, *values = promote_dtype((inputs, bias, *params.values()), dtype=dtype)
+    promoted = {n: jnp.asarray(v) for n, v in zip(names, values, strict=True)}
     y = method.apply(promoted, jnp.asarray(x), spec, precision=precision)
     return y if bias is None else y + jnp.broadcast_to(bias, y.shape)

@@ -1,0 +1,226 @@
+"""Compressed models on disk: the plan and the arrays in one Orbax directory, with digests."""
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import linen as nn
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import SingleDeviceSharding
+
+from falcon_jax.compression.compress import check_plan, compressed_module, replace_convs
+from falcon_jax.compression.differences import differences
+from falcon_jax.compression.inspection import Model, inspect_model
+from falcon_jax.compression.linen_layers import abstract_variables
+from falcon_jax.compression.nnx_layers import named_variables
+from falcon_jax.compression.plan import Plan, PlanRow
+from falcon_jax.methods import Params
+from falcon_jax.nn.linen_compressed import CompressedModule
+from falcon_jax.nn.trained import fit_stacked
+
+_VERSION = 1
+
+
+def save_compressed(
+    path: str | os.PathLike[str],
+    model: Model,
+    plan: Plan,
+    variables: Mapping[str, Any] | None = None,
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Save a compressed model with its plan.
+
+    Everything of an NNX model but the state of random number generators is saved; of a Linen
+    module, its variables.
+
+    Args:
+        path: directory to make.
+        model: what `compress` returned, trained further or not.
+        plan: what it was compressed with.
+        variables: of a Linen module.
+        overwrite: whether to replace a directory that is there.
+
+    Raises:
+        ValueError: if the model is not what the plan makes.
+        FileExistsError: if the directory is there.
+    """
+    directory = pathlib.Path(path).absolute()
+    if directory.exists() and not overwrite:
+        raise FileExistsError(f"{directory} is there already; overwrite=True replaces it.")
+    _check_carried_out(model, plan, variables)
+    named = _arrays(model, variables)
+    data = {
+        "version": _VERSION,
+        "plan": plan.to_json(),
+        "arrays": {
+            name: {"shape": array.shape, "dtype": str(array.dtype), "sha256": _array_digest(array)}
+            for name, array in named.items()
+        },
+    }
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        checkpointer.save(
+            directory,
+            args=ocp.args.Composite(
+                arrays=ocp.args.StandardSave(_nested(named)),  # type: ignore[call-arg]
+                plan=ocp.args.JsonSave(data | {"sha256": _data_digest(data)}),  # type: ignore[call-arg]
+            ),
+            force=overwrite,
+        )
+
+
+def load_compressed(
+    path: str | os.PathLike[str], build_model: Callable[[], Model]
+) -> nnx.Module | tuple[CompressedModule, Mapping[str, Any]]:
+    """Load what `save_compressed` saved.
+
+    Args:
+        path: the directory.
+        build_model: makes the model as it was before compression; its weights do not matter.
+
+    Returns:
+        The compressed NNX model; or the compressed Linen module and its variables.
+
+    Raises:
+        FileNotFoundError: if there is no such directory.
+        ValueError: if it holds no compressed model, or one that is damaged, or that does not fit
+            what ``build_model`` makes, saying what differs.
+    """
+    directory = pathlib.Path(path).absolute()
+    if not directory.is_dir():
+        raise FileNotFoundError(f"there is no directory {directory}.")
+    data = _read_data(directory)
+    plan = Plan.from_json(data["plan"])
+    saved = {
+        name: jax.ShapeDtypeStruct(tuple(a["shape"]), np.dtype(a["dtype"]))
+        for name, a in data["arrays"].items()
+    }
+    model = build_model()
+    if isinstance(model, nn.Module):
+        check_plan(plan, inspect_model(model, plan.inputs, None).layers)
+        module = compressed_module(model, plan)
+        assert plan.inputs is not None
+        expected = _named(abstract_variables(module, plan.inputs))
+        collections = {name.split("/", 1)[0] for name in saved} | {"params"}
+        expected = {n: a for n, a in expected.items() if n.split("/", 1)[0] in collections}
+        _check_same(directory, expected, saved)
+        return module, unflatten_dict(_read_arrays(directory, data, saved), sep="/")
+    inspected = inspect_model(model, None, None)
+    check_plan(plan, inspected.layers)
+    blank = {row.path: _blank_params(row, inspected.kernels[row.path]) for row in plan.replaced}
+    compressed = replace_convs(model, plan, blank)
+    holders = _stored_variables(compressed)
+    _check_same(directory, {name: v.get_value() for name, v in holders.items()}, saved)
+    for name, array in _read_arrays(directory, data, saved).items():
+        holders[name].set_value(array)
+    return compressed
+
+
+def _blank_params(row: PlanRow, kernel: jax.Array) -> Params:
+    method = row.method
+    assert method is not None
+    shapes = jax.eval_shape(lambda kernel: fit_stacked(kernel, method, row.spec), kernel)
+    return {name: jnp.zeros(like.shape, like.dtype) for name, like in shapes.items()}
+
+
+def _check_carried_out(model: Model, plan: Plan, variables: Mapping[str, Any] | None) -> None:
+    if isinstance(model, nn.Module):
+        if variables is None:
+            raise ValueError("the parameters of a Linen module are in its variables; give them.")
+        done = {p: m for p, m, _ in getattr(model, "layers", ())}
+    else:
+        done = {layer.path: layer.method for layer in inspect_model(model, None, None).layers}
+    for row in plan.replaced:
+        if done.get(row.path) != row.method:
+            raise ValueError(
+                f"the plan replaces {row.path!r} by {row.method}, but the model has not got it "
+                "there. Give the model that compress(model, plan) returned, and this plan."
+            )
+
+
+def _arrays(model: Model, variables: Mapping[str, Any] | None) -> dict[str, np.ndarray]:
+    if isinstance(model, nnx.Module):
+        named = {name: v.get_value() for name, v in _stored_variables(model).items()}
+    else:
+        assert variables is not None
+        named = _named(variables)
+    return {name: np.asarray(array) for name, array in named.items()}
+
+
+def _stored_variables(model: nnx.Module) -> dict[str, nnx.Variable]:
+    return {n: v for n, v in named_variables(model) if not isinstance(v, nnx.RngState)}
+
+
+def _named(variables: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[Any, Any] = flatten_dict(dict(nn.meta.unbox(variables)), sep="/")
+    return flat
+
+
+def _nested(named: Mapping[str, Any]) -> dict[str, Any]:
+    return unflatten_dict(dict(named), sep="/")
+
+
+def _check_same(
+    directory: pathlib.Path, expected: Mapping[str, Any], saved: Mapping[str, Any]
+) -> None:
+    different = differences(expected, saved)
+    if different:
+        raise ValueError(
+            f"{directory} does not fit what build_model makes; in the directory:\n{different}"
+        )
+
+
+def _read_data(directory: pathlib.Path) -> dict[str, Any]:
+    data = _restore(directory, "plan", ocp.args.JsonRestore())
+    if not isinstance(data, dict) or "sha256" not in data:
+        raise ValueError(f"{directory} holds no compressed model of falcon_jax.")
+    digest = data.pop("sha256")
+    if digest != _data_digest(data):
+        raise ValueError(f"{directory} is damaged: its plan is not what was saved.")
+    if data["version"] != _VERSION:
+        raise ValueError(
+            f"{directory} has version {data['version']}; this falcon_jax reads {_VERSION}."
+        )
+    return data
+
+
+def _read_arrays(
+    directory: pathlib.Path, data: Mapping[str, Any], saved: Mapping[str, Any]
+) -> dict[str, jax.Array]:
+    sharding = SingleDeviceSharding(jax.devices()[0])
+    like = {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for n, a in saved.items()}
+    restored = _restore(directory, "arrays", ocp.args.StandardRestore(_nested(like)))  # type: ignore[call-arg]
+    named: dict[Any, Any] = flatten_dict(restored, sep="/")
+    for name, array in named.items():
+        if _array_digest(np.asarray(array)) != data["arrays"][name]["sha256"]:
+            raise ValueError(f"{directory} is damaged: {name} is not what was saved.")
+    return named
+
+
+def _restore(directory: pathlib.Path, item: str, how: Any) -> Any:
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        try:
+            return checkpointer.restore(directory, args=ocp.args.Composite(**{item: how}))[item]
+        except Exception as error:
+            # Orbax raises anything when files are missing or damaged, bare Exception too.
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(
+                f"{directory} holds no compressed model, or a damaged one: {reason}"
+            ) from error
+
+
+def _array_digest(array: np.ndarray) -> str:
+    header = f"{array.dtype} {array.shape} ".encode()
+    return hashlib.sha256(header + np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def _data_digest(data: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
