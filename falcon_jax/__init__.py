@@ -18,12 +18,15 @@ from falcon_jax.fitting import AdamWSettings as AdamWSettings
 from falcon_jax.gep import falcon_kernel as falcon_kernel
 from falcon_jax.gep import gep as gep
 from falcon_jax.gep import separable_kernel as separable_kernel
+from falcon_jax.methods import CP as CP
+from falcon_jax.methods import Budget as Budget
 from falcon_jax.methods import ConvSpec as ConvSpec
 from falcon_jax.methods import Cost as Cost
 from falcon_jax.methods import DepthwiseSeparable as DepthwiseSeparable
 from falcon_jax.methods import Energy as Energy
 from falcon_jax.methods import Falcon as Falcon
 from falcon_jax.methods import Method as Method
+from falcon_jax.methods import Tucker as Tucker
 from falcon_jax.methods import fit as fit
 from falcon_jax.methods import get_method as get_method
 from falcon_jax.methods import method_names as method_names

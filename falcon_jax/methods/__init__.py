@@ -4,6 +4,8 @@ from falcon_jax.methods.base import Cost as Cost
 from falcon_jax.methods.base import Method as Method
 from falcon_jax.methods.base import Params as Params
 from falcon_jax.methods.base import standard_cost as standard_cost
+from falcon_jax.methods.channel_ranks import Budget as Budget
+from falcon_jax.methods.cp import CP as CP
 from falcon_jax.methods.depthwise_separable import DepthwiseSeparable as DepthwiseSeparable
 from falcon_jax.methods.falcon import Falcon as Falcon
 from falcon_jax.methods.fitting import Solver as Solver
@@ -14,3 +16,4 @@ from falcon_jax.methods.ranks import Energy as Energy
 from falcon_jax.methods.registry import get_method as get_method
 from falcon_jax.methods.registry import method_names as method_names
 from falcon_jax.methods.spec import ConvSpec as ConvSpec
+from falcon_jax.methods.tucker import Tucker as Tucker

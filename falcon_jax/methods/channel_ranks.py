@@ -1,0 +1,103 @@
+"""Ranks of channel decompositions: given, estimated from the kernel, or cut to a budget."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+from jax.core import Tracer
+from jaxtyping import Array, Float
+
+from falcon_jax.fitting.vbmf import vbmf_rank
+from falcon_jax.methods.spec import ConvSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """The largest rank whose parameters are at most a share of the standard kernel's.
+
+    ``parameters(rank) <= D^2 M N / ratio``
+
+    Attributes:
+        ratio: how many times fewer parameters; above 0.
+
+    Raises:
+        ValueError: if the ratio is not above 0.
+    """
+
+    ratio: float
+
+    def __post_init__(self):
+        if not self.ratio > 0:
+            raise ValueError(f"the ratio of a budget is above 0; got {self.ratio!r}.")
+
+    def params(self, spec: ConvSpec) -> float:
+        """Return the parameters that a layer may have, the bias left out."""
+        return spec.taps * spec.group_in_features * spec.out_features / self.ratio
+
+    def largest(self, spec: ConvSpec, params: Callable[[int], int], bound: int) -> int:
+        """Return the largest rank from 0 to ``bound`` that keeps within the budget.
+
+        Args:
+            spec: the convolution.
+            params: parameters of a rank, increasing.
+            bound: no rank above is considered.
+        """
+        low, high = 0, bound
+        while low < high:
+            middle = (low + high + 1) // 2
+            if params(middle) <= self.params(spec):
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def reason(self, spec: ConvSpec, smallest: int) -> str | None:
+        """Return why not even the smallest rank, of so many parameters, is within the budget."""
+        if smallest <= self.params(spec):
+            return None
+        return (
+            f"a budget of {int(self.params(spec))} parameters (ratio {self.ratio:g}) cannot be "
+            f"met: rank 1 has {smallest}"
+        )
+
+
+Named = Literal["vbmf"]
+
+
+def estimated_ranks(
+    kernels: Float[Array, "layers *kernel_shape"] | None, spec: ConvSpec
+) -> tuple[int, int]:
+    """Return the VBMF ranks of the input and the output channels, the largest over a stack.
+
+    Noise alone has rank 0; it counts as 1.
+
+    Args:
+        kernels: trained kernels with an axis in front.
+        spec: the convolution.
+
+    Raises:
+        ValueError: if there are no kernels, or their values cannot be seen under a trace.
+
+    Reference:
+        Kim et al.: Compression of Deep Convolutional Neural Networks, ICLR 2016, Section 3.1.
+    """
+    if kernels is None:
+        raise ValueError("a rank by VBMF needs a trained kernel to estimate it from.")
+    if isinstance(kernels, Tracer):
+        raise ValueError(
+            "a rank by VBMF depends on the kernel's values, so it cannot be found under jit, vmap "
+            "or grad; choose it outside, or give a number."
+        )
+    m, n = spec.group_in_features, spec.out_features
+    flat = jax.device_get(kernels).reshape(-1, spec.taps, m, n)
+    inputs = (vbmf_rank(k.transpose(1, 0, 2).reshape(m, -1)) for k in flat)
+    outputs = (vbmf_rank(k.reshape(-1, n)) for k in flat)
+    return max(1, *inputs), max(1, *outputs)
+
+
+def too_large(rank: int, channels: int, side: str) -> str | None:
+    """Return why a rank does not fit, or None."""
+    if rank <= channels:
+        return None
+    return f"rank {rank} is more than the {channels} {side} channels"
