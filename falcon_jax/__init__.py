@@ -11,6 +11,7 @@ from falcon_jax.compression import Rule as Rule
 from falcon_jax.compression import compress as compress
 from falcon_jax.compression import load_compressed as load_compressed
 from falcon_jax.compression import make_plan as make_plan
+from falcon_jax.compression import narrow as narrow
 from falcon_jax.compression import profile as profile
 from falcon_jax.compression import reestimate_batchnorm as reestimate_batchnorm
 from falcon_jax.compression import save_compressed as save_compressed
@@ -34,6 +35,8 @@ from falcon_jax.methods import relative_error as relative_error
 from falcon_jax.methods import standard_cost as standard_cost
 from falcon_jax.nn import linen as linen
 from falcon_jax.nn.method_conv import MethodConv as MethodConv
+from falcon_jax.nn.nnx import CPConv as CPConv
 from falcon_jax.nn.nnx import DepthwiseSeparableConv as DepthwiseSeparableConv
 from falcon_jax.nn.nnx import FalconConv as FalconConv
+from falcon_jax.nn.nnx import TuckerConv as TuckerConv
 from falcon_jax.ops import depthwise_conv as depthwise_conv

@@ -4,6 +4,7 @@ from falcon_jax.compression.batchnorm import reestimate_batchnorm as reestimate_
 from falcon_jax.compression.compress import compress as compress
 from falcon_jax.compression.inputs import Inputs as Inputs
 from falcon_jax.compression.latency import measure_latency as measure_latency
+from falcon_jax.compression.narrowing import narrow as narrow
 from falcon_jax.compression.plan import Plan as Plan
 from falcon_jax.compression.plan import PlanRow as PlanRow
 from falcon_jax.compression.planning import make_plan as make_plan

@@ -18,8 +18,8 @@ from falcon_jax.compression.nnx_layers import map_modules
 from falcon_jax.compression.plan import Plan, PlanRow
 from falcon_jax.methods import ConvSpec, Method, Params, Solver
 from falcon_jax.methods.fitting import check_finite
+from falcon_jax.nn.conv_like import conv_like
 from falcon_jax.nn.linen_compressed import CompressedModule, Definition
-from falcon_jax.nn.nnx import conv_like
 from falcon_jax.nn.trained import fit_stacked
 
 

@@ -26,6 +26,8 @@ from falcon_jax.methods.channel_ranks import Budget, Named, estimated_ranks
 from falcon_jax.methods.registry import register
 from falcon_jax.methods.spec import ConvSpec
 
+TermRank = Named | Budget | int
+
 
 @register
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,7 @@ class CP(Method):
         ICLR 2015; FALCON, Section 4.1.4.
     """
 
-    rank: Named | Budget | int = "vbmf"
+    rank: TermRank = "vbmf"
     name: ClassVar[str] = "cp"
 
     def __post_init__(self):

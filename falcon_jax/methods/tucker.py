@@ -89,7 +89,7 @@ class Tucker(Method):
     def _ranks(self, spec: ConvSpec, kernels: Array | None = None) -> tuple[int, int]:
         rank, m, n = self.rank, spec.in_features, spec.out_features
         if isinstance(rank, tuple):
-            return rank
+            return rank[0], rank[1]
         if isinstance(rank, int):
             return rank, rank
         if rank == "full":

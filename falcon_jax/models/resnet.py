@@ -2,69 +2,16 @@
 
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
-from falcon_jax.models.units import ConvUnit, UnitFactory, dense, standard_unit
+from falcon_jax.models.channels import scaled
+from falcon_jax.models.residual import BasicBlock, residual_stage
+from falcon_jax.models.units import UnitFactory, dense, standard_unit
 
 STAGE_WIDTHS = (64, 128, 256, 512)
-
-
-class BasicBlock(nnx.Module):
-    """Two conv units beside a shortcut; ReLU after their sum.
-
-    The shortcut is a 1x1 convolution with BatchNorm where the stride or the width changes, and the
-    input itself elsewhere.
-
-    Args:
-        in_features: input channels.
-        out_features: output channels.
-        strides: of the first unit and the shortcut.
-        unit: factory of the conv units.
-        dtype: of the computation.
-        rngs: for parameters.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        *,
-        strides: int,
-        unit: UnitFactory,
-        dtype: Dtype | None,
-        rngs: nnx.Rngs,
-    ):
-        self.unit1 = unit(
-            in_features, out_features, strides=strides, activate=True, dtype=dtype, rngs=rngs
-        )
-        self.unit2 = unit(
-            out_features, out_features, strides=1, activate=False, dtype=dtype, rngs=rngs
-        )
-        self.shortcut = nnx.data(None)
-        if strides != 1 or in_features != out_features:
-            projection = nnx.Conv(
-                in_features,
-                out_features,
-                (1, 1),
-                strides,
-                padding="VALID",
-                use_bias=False,
-                dtype=dtype,
-                kernel_init=nnx.initializers.he_uniform(),
-                rngs=rngs,
-            )
-            self.shortcut = ConvUnit(
-                projection, out_features, activate=False, dtype=dtype, rngs=rngs
-            )
-
-    def __call__(self, x: Float[Array, "b h w m"]) -> Float[Array, "b h_out w_out n"]:
-        """Apply the block to a batch of feature maps."""
-        y = self.unit2(self.unit1(x))  # type: ignore[operator]
-        return jax.nn.relu(y + (x if self.shortcut is None else self.shortcut(x)))
 
 
 class CifarResNet(nnx.Module):
@@ -74,13 +21,19 @@ class CifarResNet(nnx.Module):
         blocks: number of blocks in each stage.
         num_classes: outputs.
         in_features: channels of the images.
+        width: multiplier of all channels, rounded down.
         unit: factory of the 3x3 units inside the blocks.
         stem_unit: factory of the first unit.
+        shortcut: whether the blocks have shortcuts; the paper leaves them out for GDGConv, whose
+            units have their own.
         dtype: of the computation; parameters and statistics are float32.
         rngs: stream ``params``.
 
+    Raises:
+        ValueError: if ``width`` leaves no channels, or the units cannot be that wide.
+
     Reference:
-        FALCON, Section 4.1.1: the 7x7 stem and its pooling are removed.
+        FALCON, Sections 4.1.1 and 4.1.4: the 7x7 stem and its pooling are removed.
     """
 
     def __init__(
@@ -89,30 +42,33 @@ class CifarResNet(nnx.Module):
         *,
         num_classes: int,
         in_features: int = 3,
+        width: float | int = 1,
         unit: UnitFactory = standard_unit,
         stem_unit: UnitFactory = standard_unit,
+        shortcut: bool = True,
         dtype: Dtype | None = None,
         rngs: nnx.Rngs,
     ):
-        width = STAGE_WIDTHS[0]
-        self.stem = stem_unit(in_features, width, strides=1, activate=True, dtype=dtype, rngs=rngs)
+        widths = [scaled(features, width) for features in STAGE_WIDTHS]
+        inputs = widths[0]
+        self.stem = stem_unit(in_features, inputs, strides=1, activate=True, dtype=dtype, rngs=rngs)
         self.stages = nnx.List()
-        for features, count in zip(STAGE_WIDTHS, blocks, strict=True):
-            stage = nnx.List()
-            for index in range(count):
-                stage.append(
-                    BasicBlock(
-                        width,
-                        features,
-                        strides=1 if index else 2,
-                        unit=unit,
-                        dtype=dtype,
-                        rngs=rngs,
-                    )
+        for features, count in zip(widths, blocks, strict=True):
+            self.stages.append(
+                residual_stage(
+                    BasicBlock,
+                    inputs,
+                    features,
+                    count=count,
+                    strides=2,
+                    unit=unit,
+                    shortcut=shortcut,
+                    dtype=dtype,
+                    rngs=rngs,
                 )
-                width = features
-            self.stages.append(stage)
-        self.head = dense(width, num_classes, dtype=dtype, rngs=rngs)
+            )
+            inputs = features
+        self.head = dense(inputs, num_classes, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w m"]) -> Float[Array, "b classes"]:
         """Return float32 logits for a batch of images."""

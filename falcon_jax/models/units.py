@@ -4,6 +4,7 @@ A model takes a unit factory, so that one description serves the standard networ
 replace its convolutions.
 """
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -12,10 +13,8 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from falcon_jax.methods import ConvSpec, Method
-from falcon_jax.nn.nnx import method_conv
-from falcon_jax.ops import conv_on_small_maps
-
-PAD_ONE = ((1, 1), (1, 1))
+from falcon_jax.models.convolutions import PAD_ONE, conv_3x3
+from falcon_jax.nn.conv_like import method_conv
 
 
 @runtime_checkable
@@ -46,12 +45,13 @@ class UnitFactory(Protocol):
 
 
 class ConvUnit(nnx.Module):
-    """Convolution, BatchNorm and, if asked for, ReLU.
+    """Convolution, BatchNorm and an activation.
 
     Args:
         conv: any convolution module.
         features: its output channels.
-        activate: whether ReLU ends the unit.
+        activation: ends the unit; None for none.
+        normalize: whether BatchNorm follows the convolution.
         dtype: of the computation; statistics are float32.
         rngs: for parameters.
     """
@@ -61,18 +61,22 @@ class ConvUnit(nnx.Module):
         conv: nnx.Module,
         features: int,
         *,
-        activate: bool = True,
+        activation: Callable[[Array], Array] | None = jax.nn.relu,
+        normalize: bool = True,
         dtype: Dtype | None = None,
         rngs: nnx.Rngs,
     ):
         self.conv = conv
-        self.norm = batch_norm(features, dtype=dtype, rngs=rngs)
-        self.activate = activate
+        self.norm = nnx.data(None)
+        if normalize:
+            self.norm = batch_norm(features, dtype=dtype, rngs=rngs)
+        self.activation = activation
 
     def __call__(self, x: Float[Array, "b h w m"]) -> Float[Array, "b h_out w_out n"]:
         """Apply the unit to a batch of feature maps."""
-        y = self.norm(self.conv(x))  # type: ignore[operator]
-        return jax.nn.relu(y) if self.activate else y
+        y = self.conv(x)  # type: ignore[operator]
+        y = y if self.norm is None else self.norm(y)
+        return y if self.activation is None else self.activation(y)
 
 
 def batch_norm(features: int, *, dtype: Dtype | None, rngs: nnx.Rngs) -> nnx.BatchNorm:
@@ -103,18 +107,38 @@ def standard_unit(
     rngs: nnx.Rngs,
 ) -> ConvUnit:
     """Return a unit around a standard 3x3 convolution with bias, as the paper's models have it."""
-    conv = nnx.Conv(
-        in_features,
-        out_features,
-        (3, 3),
-        strides,
-        padding=PAD_ONE,
-        dtype=dtype,
-        conv_general_dilated=conv_on_small_maps,
-        kernel_init=nnx.initializers.he_uniform(),
-        rngs=rngs,
+    conv = conv_3x3(in_features, out_features, strides, use_bias=True, dtype=dtype, rngs=rngs)
+    return ConvUnit(conv, out_features, activation=_relu_if(activate), dtype=dtype, rngs=rngs)
+
+
+def unbiased_unit(
+    in_features: int,
+    out_features: int,
+    *,
+    strides: int = 1,
+    activate: bool = True,
+    dtype: Dtype | None = None,
+    rngs: nnx.Rngs,
+) -> ConvUnit:
+    """Return a unit around a standard 3x3 convolution without bias, as torchvision's ResNets."""
+    conv = conv_3x3(in_features, out_features, strides, use_bias=False, dtype=dtype, rngs=rngs)
+    return ConvUnit(conv, out_features, activation=_relu_if(activate), dtype=dtype, rngs=rngs)
+
+
+def plain_unit(
+    in_features: int,
+    out_features: int,
+    *,
+    strides: int = 1,
+    activate: bool = True,
+    dtype: Dtype | None = None,
+    rngs: nnx.Rngs,
+) -> ConvUnit:
+    """Return a unit around a standard 3x3 convolution with bias, without BatchNorm."""
+    conv = conv_3x3(in_features, out_features, strides, use_bias=True, dtype=dtype, rngs=rngs)
+    return ConvUnit(
+        conv, out_features, activation=_relu_if(activate), normalize=False, dtype=dtype, rngs=rngs
     )
-    return ConvUnit(conv, out_features, activate=activate, dtype=dtype, rngs=rngs)
 
 
 def method_unit(method: Method) -> UnitFactory:
@@ -147,6 +171,10 @@ def method_unit(method: Method) -> UnitFactory:
             use_bias=False,
         )
         conv = method_conv(method, spec, dtype=dtype, rngs=rngs)
-        return ConvUnit(conv, out_features, activate=activate, dtype=dtype, rngs=rngs)
+        return ConvUnit(conv, out_features, activation=_relu_if(activate), dtype=dtype, rngs=rngs)
 
     return unit
+
+
+def _relu_if(activate: bool) -> Callable[[Array], Array] | None:
+    return jax.nn.relu if activate else None

@@ -8,6 +8,7 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
+from falcon_jax.models.channels import scaled
 from falcon_jax.models.units import UnitFactory, dense, standard_unit
 from falcon_jax.ops import max_pool_2x2
 
@@ -27,12 +28,16 @@ class VGG(nnx.Module):
         stages: output channels of every unit, stage by stage.
         num_classes: outputs.
         in_features: channels of the images.
-        hidden: width of the first fully connected layer.
+        width: multiplier of the units' channels, rounded down.
+        hidden: outputs of the first fully connected layer.
         dropout: rate between the fully connected layers.
         unit: factory of the conv units.
         stem_unit: factory of the first unit; ``unit`` if not given.
         dtype: of the computation; parameters and statistics are float32.
         rngs: streams ``params`` and ``dropout``.
+
+    Raises:
+        ValueError: if ``width`` leaves no channels, or the units cannot be that wide.
 
     Reference:
         FALCON, Section 4.1.1.
@@ -44,6 +49,7 @@ class VGG(nnx.Module):
         *,
         num_classes: int,
         in_features: int = 3,
+        width: float | int = 1,
         hidden: int = 512,
         dropout: float = 0.3,
         unit: UnitFactory = standard_unit,
@@ -52,16 +58,17 @@ class VGG(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.stages = nnx.List()
-        factory, width = stem_unit or unit, in_features
+        factory, inputs = stem_unit or unit, in_features
         for widths in stages:
             stage = nnx.List()
             for features in widths:
+                outputs = scaled(features, width)
                 stage.append(
-                    factory(width, features, strides=1, activate=True, dtype=dtype, rngs=rngs)
+                    factory(inputs, outputs, strides=1, activate=True, dtype=dtype, rngs=rngs)
                 )
-                factory, width = unit, features
+                factory, inputs = unit, outputs
             self.stages.append(stage)
-        self.hidden = dense(width, hidden, dtype=dtype, rngs=rngs)
+        self.hidden = dense(inputs, hidden, dtype=dtype, rngs=rngs)
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
         self.head = dense(hidden, num_classes, dtype=dtype, rngs=rngs)
 

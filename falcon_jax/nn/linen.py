@@ -1,6 +1,7 @@
 """Linen modules that apply a compression method in place of a convolution."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,12 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from falcon_jax.methods import ConvSpec, DepthwiseSeparable, Falcon, Method
+from falcon_jax.methods import CP, ConvSpec, DepthwiseSeparable, Falcon, Method, Tucker
+from falcon_jax.methods.cp import TermRank
 from falcon_jax.methods.falcon import Impl
 from falcon_jax.methods.ranks import Rank
 from falcon_jax.methods.spec import PaddingLike, PerAxis
+from falcon_jax.methods.tucker import ChannelRanks
 from falcon_jax.nn.method_conv import apply_method
 
 
@@ -66,7 +69,7 @@ class ConvLike(nn.Module):
 
     features: int
     kernel_size: int | Sequence[int]
-    rank: Rank = 1
+    rank: Any = 1
     strides: PerAxis = 1
     padding: PaddingLike = "SAME"
     input_dilation: PerAxis = 1
@@ -137,6 +140,7 @@ class FalconConv(ConvLike):
         FALCON, Sections 3.3 and 3.4.
     """
 
+    rank: Rank = 1
     impl: Impl = "separable"
 
     def method(self) -> Method:
@@ -154,6 +158,44 @@ class DepthwiseSeparableConv(ConvLike):
         FALCON, Section 3.6.1.
     """
 
+    rank: Rank = 1
+
     def method(self) -> Method:
         """Return the depthwise separable method of this module's rank."""
         return DepthwiseSeparable(rank=self.rank)
+
+
+class TuckerConv(ConvLike):
+    """Pointwise, spatial and pointwise convolution, to be used like ``linen.Conv``.
+
+    Parameters: ``inner`` of shape ``(M, R_in)``, ``core`` of shape ``(*kernel_size, R_in, R_out)``,
+    ``outer`` of shape ``(R_out, N)`` and ``bias`` of shape ``(N,)``. Attributes as in `FalconConv`;
+    ``rank`` is ``(R_in, R_out)``, one number for both, ``full`` or a `Budget`.
+
+    Reference:
+        Kim et al., ICLR 2016; see `Tucker`.
+    """
+
+    rank: ChannelRanks = 1
+
+    def method(self) -> Method:
+        """Return Tucker of this module's ranks."""
+        return Tucker(rank=self.rank)
+
+
+class CPConv(ConvLike):
+    """Pointwise, one depthwise step an axis, pointwise; to be used like ``linen.Conv``.
+
+    Parameters: ``inner`` of shape ``(M, R)``, ``axis0``, ``axis1``, ... of shape ``(D, R)``,
+    ``outer`` of shape ``(R, N)`` and ``bias`` of shape ``(N,)``. Attributes as in `FalconConv`;
+    ``rank`` is the number R of terms or a `Budget`.
+
+    Reference:
+        Lebedev et al., ICLR 2015; see `CP`.
+    """
+
+    rank: TermRank = 1
+
+    def method(self) -> Method:
+        """Return CP of this module's rank."""
+        return CP(rank=self.rank)

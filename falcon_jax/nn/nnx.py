@@ -1,70 +1,20 @@
-"""NNX modules to be used like ``nnx.Conv``, one a method, and the way from conv to module."""
+"""NNX modules to be used like ``nnx.Conv``, one a method."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, TypedDict, Unpack
+from typing import Unpack
 
-import jax.numpy as jnp
 from flax import nnx
-from flax.typing import Dtype, Initializer
-from jax import lax
-from jaxtyping import Array, PRNGKeyArray
 
-from falcon_jax.methods import ConvSpec, DepthwiseSeparable, Falcon, Method, Params, Solver
+from falcon_jax.methods import CP, DepthwiseSeparable, Falcon, Tucker
+from falcon_jax.methods.cp import TermRank
 from falcon_jax.methods.falcon import Impl
-from falcon_jax.methods.fitting import check_finite
 from falcon_jax.methods.ranks import Rank
-from falcon_jax.methods.spec import PaddingLike, PerAxis
-from falcon_jax.nn.method_conv import MethodConv
-from falcon_jax.nn.trained import conv_obstacle, conv_spec, fit_stacked, for_trained
+from falcon_jax.methods.spec import PerAxis
+from falcon_jax.methods.tucker import ChannelRanks
+from falcon_jax.nn.conv_like import ConvLike, ConvOptions, fit_conv
 
 
-class ConvOptions(TypedDict, total=False):
-    """Keyword arguments that the modules below share with ``nnx.Conv`` and `MethodConv`."""
-
-    padding: PaddingLike
-    input_dilation: PerAxis
-    kernel_dilation: PerAxis
-    feature_group_count: int
-    use_bias: bool
-    params: Params | None
-    bias: Array | None
-    dtype: Dtype | None
-    param_dtype: Dtype
-    precision: lax.PrecisionLike
-    bias_init: Initializer
-    rngs: nnx.Rngs | None
-
-
-_GEOMETRY = ("padding", "input_dilation", "kernel_dilation", "feature_group_count", "use_bias")
-
-
-class _ConvLike(MethodConv):
-    """A `MethodConv` made with the arguments of ``nnx.Conv``."""
-
-    method_class: ClassVar[type[Method]]
-
-    def __init__(
-        self,
-        method: Method,
-        in_features: int,
-        out_features: int,
-        kernel_size: int | Sequence[int],
-        strides: PerAxis,
-        conv: ConvOptions,
-    ):
-        options: dict[str, Any] = dict(conv)
-        geometry = {name: options.pop(name) for name in _GEOMETRY if name in options}
-        spec = ConvSpec(
-            in_features=in_features,
-            out_features=out_features,
-            kernel_size=kernel_size,
-            strides=strides,
-            **geometry,
-        )
-        super().__init__(method, spec, **options)
-
-
-class FalconConv(_ConvLike):
+class FalconConv(ConvLike):
     """A rank-k FALCON convolution, to be used like ``nnx.Conv``.
 
     Parameters: ``pointwise`` of shape ``(M / groups, k, N)``, ``depthwise`` of shape
@@ -117,7 +67,7 @@ class FalconConv(_ConvLike):
         return layer
 
 
-class DepthwiseSeparableConv(_ConvLike):
+class DepthwiseSeparableConv(ConvLike):
     """A depthwise-then-pointwise convolution of rank k, to be used like ``nnx.Conv``.
 
     Parameters: ``depthwise`` of shape ``(*kernel_size, M, k)``, ``pointwise`` of shape
@@ -162,76 +112,91 @@ class DepthwiseSeparableConv(_ConvLike):
         return layer
 
 
-_NAMED_LAYERS = (FalconConv, DepthwiseSeparableConv)
+class TuckerConv(ConvLike):
+    """Pointwise, spatial and pointwise convolution, to be used like ``nnx.Conv``.
 
-
-def method_conv(method: Method, spec: ConvSpec, **options: Any) -> MethodConv:
-    """Return the module for a method: `FalconConv` for `Falcon`, `MethodConv` where none is named.
-
-    Args:
-        method: how the convolution is carried out.
-        spec: its geometry.
-        **options: ``params``, ``bias``, ``dtype`` and the rest, as in `MethodConv`.
-
-    Returns:
-        The module.
-    """
-    for layer in _NAMED_LAYERS:
-        if type(method) is layer.method_class:
-            geometry = {name: getattr(spec, name) for name in _GEOMETRY}
-            return layer(
-                spec.in_features,
-                spec.out_features,
-                spec.kernel_size,
-                spec.strides,
-                **method.options(),
-                **geometry,
-                **options,
-            )
-    return MethodConv(method, spec, **options)
-
-
-def fit_conv(
-    conv: nnx.Conv,
-    method: Method,
-    *,
-    solver: Solver = "exact",
-    key: PRNGKeyArray | None = None,
-) -> MethodConv:
-    """Return the layer that replaces a trained convolution.
-
-    Bias, ``dtype`` and ``precision`` are taken over. A kernel with leading axes (of layers stacked
-    for ``nnx.scan`` or ``nnx.vmap``) gives parameters with the same leading axes.
+    Parameters: ``inner`` of shape ``(M, R_in)``, ``core`` of shape ``(*kernel_size, R_in, R_out)``,
+    ``outer`` of shape ``(R_out, N)`` and ``bias`` of shape ``(N,)`` or None.
 
     Args:
-        conv: the trained convolution; it is not changed.
-        method: what replaces it.
-        solver: as in `fit`.
-        key: as in `fit`.
+        in_features: input channels M.
+        out_features: output channels N.
+        kernel_size: taps per spatial axis; a number for one axis.
+        strides: step between outputs.
+        rank: ``(R_in, R_out)``, one number for both, ``full`` or a `Budget`.
+        **conv: as in `FalconConv`.
 
-    Returns:
-        A `FalconConv` for `Falcon`, and so on.
-
-    Raises:
-        ValueError: if the convolution cannot be replaced, with the reason.
+    Reference:
+        Kim et al., ICLR 2016; see `Tucker`.
     """
-    spec = conv_spec(conv)
-    obstacle = conv_obstacle(conv) or method.supports(spec)
-    if obstacle is not None:
-        raise ValueError(f"{method} cannot replace {spec}: {obstacle}.")
-    kernel = conv.kernel[...]
-    check_finite(kernel, "the kernel")
-    method = for_trained(method, kernel, spec)
-    return conv_like(conv, method, fit_stacked(kernel, method, spec, solver, key))
+
+    method_class = Tucker
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        strides: PerAxis = 1,
+        *,
+        rank: ChannelRanks,
+        **conv: Unpack[ConvOptions],
+    ):
+        method = Tucker(rank=rank)
+        super().__init__(method, in_features, out_features, kernel_size, strides, conv)
+
+    @classmethod
+    def from_conv(cls, conv: nnx.Conv, rank: ChannelRanks = "vbmf") -> "TuckerConv":
+        """Return the Tucker layer fitted to a trained convolution, by HOSVD and HOOI.
+
+        Raises:
+            ValueError: if the convolution cannot be replaced, with the reason.
+        """
+        layer = fit_conv(conv, Tucker(rank=rank))
+        assert isinstance(layer, cls)
+        return layer
 
 
-def conv_like(conv: nnx.Conv, method: Method, params: Params) -> MethodConv:
-    """Return the layer with given parameters and all else as in ``conv``."""
-    return method_conv(
-        method,
-        conv_spec(conv),
-        params=params,
-        bias=None if conv.bias is None else jnp.array(conv.bias[...]),
-        dtype=conv.dtype,
-        precision=conv.precision,
-    )
+class CPConv(ConvLike):
+    """Pointwise, one depthwise step an axis, pointwise; to be used like ``nnx.Conv``.
+
+    Parameters: ``inner`` of shape ``(M, R)``, ``axis0``, ``axis1``, ... of shape ``(D, R)``,
+    ``outer`` of shape ``(R, N)`` and ``bias`` of shape ``(N,)`` or None.
+
+    Args:
+        in_features: input channels M.
+        out_features: output channels N.
+        kernel_size: taps per spatial axis; a number for one axis.
+        strides: step between outputs.
+        rank: number R of terms, or a `Budget`.
+        **conv: as in `FalconConv`.
+
+    Reference:
+        Lebedev et al., ICLR 2015; see `CP`.
+    """
+
+    method_class = CP
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        strides: PerAxis = 1,
+        *,
+        rank: TermRank,
+        **conv: Unpack[ConvOptions],
+    ):
+        method = CP(rank=rank)
+        super().__init__(method, in_features, out_features, kernel_size, strides, conv)
+
+    @classmethod
+    def from_conv(cls, conv: nnx.Conv, rank: TermRank = "vbmf") -> "CPConv":
+        """Return the CP layer fitted to a trained convolution, by alternating least squares.
+
+        Raises:
+            ValueError: if the convolution cannot be replaced, with the reason.
+        """
+        layer = fit_conv(conv, CP(rank=rank))
+        assert isinstance(layer, cls)
+        return layer

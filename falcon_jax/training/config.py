@@ -2,37 +2,17 @@
 
 import dataclasses
 import difflib
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from falcon_jax.compression import Rule
 from falcon_jax.data.augmentation import Augmentation
 from falcon_jax.data.loading import SOURCES
-from falcon_jax.methods import Method, Solver, get_method
-from falcon_jax.methods.fitting import check_solver
 from falcon_jax.models import MODELS
 from falcon_jax.training.loop import LogSettings
 from falcon_jax.training.settings import TrainSettings, defaults
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Variant:
-    """One way to compress the standard model.
-
-    Attributes:
-        name: also the name of its folder.
-        method: replaces the convolutions that no rule speaks of.
-        rules: in order; the last one is the method's own.
-        solver: how kernels are fitted; ``random`` starts from a network that was never trained.
-    """
-
-    name: str
-    method: Method
-    rules: tuple[Rule, ...]
-    solver: Solver
+from falcon_jax.training.variants import Variant, chosen_variants
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,7 +115,7 @@ def check_config(config: Any) -> Experiment:
         train=_built("config.train", TrainSettings, fields["train"]),
         finetune=_built("config.finetune", TrainSettings, fields["finetune"]),
         start=compression["start"],
-        variants=_variants(compression),
+        variants=chosen_variants(compression),
         batchnorm_batches=compression["batchnorm_batches"],
         keep=fields["checkpoint"]["keep"],
         log=_built("config.log", LogSettings, fields["log"]),
@@ -212,43 +192,6 @@ def _built(name: str, cls: Any, fields: Mapping[str, Any]) -> Any:
         return cls(**values)
     except ValueError as error:
         raise ValueError(f"{name}.{error}") from None
-
-
-def _variants(compression: Mapping[str, Any]) -> tuple[Variant, ...]:
-    chosen = [name.strip() for name in compression["only"].split(",") if name.strip()]
-    names = list(compression["variants"])
-    for name in chosen:
-        if name not in names:
-            raise ValueError(_unknown("config.compression.only", name, names))
-    return tuple(_variant(name, compression) for name in names if not chosen or name in chosen)
-
-
-def _variant(name: str, compression: Mapping[str, Any]) -> Variant:
-    dotted = f"config.compression.variants.{name}"
-    given = compression["variants"][name]
-    if name == "standard" or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) is None:
-        raise ValueError(
-            f"{dotted}: a variant's name is that of its folder; use letters, digits, _ and -, and "
-            "not 'standard'"
-        )
-    if not isinstance(given, Mapping) or "method" not in given:
-        raise ValueError(
-            f"{dotted} must be a group with a method, such as "
-            f"{{'method': 'falcon', 'rank': 2}}, but is {given!r}"
-        )
-    options = dict(given)
-    solver = options.pop("solver", compression["solver"])
-    pairs = options.pop("rules", compression["rules"])
-    try:
-        check_solver(solver)
-        method = get_method(options.pop("method"), **options)
-        rules = [
-            Rule(path=path, method=None if other is None else get_method(other))
-            for path, other in pairs
-        ]
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{dotted}: {error}") from None
-    return Variant(name=name, method=method, rules=(*rules, Rule(method=method)), solver=solver)
 
 
 def _unknown(dotted: str, value: str, known: Any) -> str:

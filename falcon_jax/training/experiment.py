@@ -1,96 +1,34 @@
 """A whole experiment: train a network, compress it in several ways, fine-tune, report."""
 
-import dataclasses
-import itertools
-import json
 import pathlib
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from jax import ShapeDtypeStruct
-from jax.sharding import Mesh
 
-from falcon_jax.compression import Plan, compress, make_plan, profile, reestimate_batchnorm
-from falcon_jax.data.augmentation import normalize
-from falcon_jax.data.batching import train_batches
-from falcon_jax.data.dataset import Dataset
+from falcon_jax.compression import (
+    Plan,
+    compress,
+    make_plan,
+    narrow,
+    profile,
+    reestimate_batchnorm,
+)
 from falcon_jax.data.loading import load_dataset
-from falcon_jax.models import get_model
 from falcon_jax.report.experiment import write_report
-from falcon_jax.report.table import write_json
-from falcon_jax.training.checkpoints import Checkpoints
-from falcon_jax.training.config import Experiment, Variant
-from falcon_jax.training.evaluation import evaluate
-from falcon_jax.training.loop import Run, train
+from falcon_jax.training.config import Experiment
+from falcon_jax.training.loop import train
 from falcon_jax.training.network import Arrays, Network
-from falcon_jax.training.parallel import data_mesh, replicate
-from falcon_jax.training.settings import TrainSettings
-from falcon_jax.training.step import Preprocessing, make_eval_step
+from falcon_jax.training.parallel import data_mesh
+from falcon_jax.training.setting import Row, Setting, on_one_device
+from falcon_jax.training.step import Preprocessing
+from falcon_jax.training.variants import Variant
 from falcon_jax.training.workdir import claim_workdir
 
 STANDARD = "standard"
 LATENCY_BATCH = 32
-
-Row = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Setting:
-    """What every stage of an experiment shares."""
-
-    experiment: Experiment
-    workdir: pathlib.Path
-    config: Mapping[str, Any]
-    dataset: Dataset
-    preprocessing: Preprocessing
-    mesh: Mesh
-
-    def model(self, settings: TrainSettings, *, seed: int) -> nnx.Module:
-        dtype = jax.numpy.dtype(settings.dtype) if settings.dtype != "float32" else None
-        return get_model(
-            self.experiment.model,
-            num_classes=self.dataset.num_classes,
-            in_features=self.dataset.train.images.shape[-1],
-            dtype=dtype,
-            rngs=nnx.Rngs(seed),
-        )
-
-    def sample(self, batch: int) -> ShapeDtypeStruct:
-        return ShapeDtypeStruct((batch, *self.dataset.train.images.shape[1:]), np.float32)
-
-    def run(self, label: str, settings: TrainSettings, plan: Plan | None = None) -> Run:
-        return Run(
-            label=label,
-            directory=self.workdir / label,
-            dataset=self.dataset,
-            preprocessing=self.preprocessing,
-            settings=settings,
-            log=self.experiment.log,
-            keep=self.experiment.keep,
-            seed=self.experiment.seed,
-            mesh=self.mesh,
-            meta={
-                "config": json.loads(json.dumps(self.config)),
-                "plan": None if plan is None else plan.to_json(),
-            },
-        )
-
-    def test_accuracy(
-        self, network: Network, params: Arrays, statistics: Arrays, settings: TrainSettings
-    ) -> float:
-        params, statistics = replicate((params, statistics), self.mesh)
-        return evaluate(
-            make_eval_step(network, self.preprocessing),
-            params,
-            statistics,
-            self.dataset.test,
-            batch_size=settings.eval_batch_size,
-            mesh=self.mesh,
-        ).top1
 
 
 def run_experiment(
@@ -118,7 +56,7 @@ def run_experiment(
     """
     dataset = load_dataset(**experiment.data)
     claim_workdir(workdir, config)
-    setting = _Setting(
+    setting = Setting(
         experiment=experiment,
         workdir=workdir,
         config=config,
@@ -131,8 +69,12 @@ def run_experiment(
     trained, row = _standard(setting)
     rows = [] if row is None else [row]
     for variant in experiment.variants:
-        row = _finished(setting, setting.workdir / variant.name)
-        rows.append(_compressed(setting, variant, *trained) if row is None else row)
+        row = setting.finished(setting.workdir / variant.name)
+        if row is None and variant.unit is not None:
+            row = _built(setting, variant)
+        elif row is None:
+            row = _compressed(setting, variant, *trained)
+        rows.append(row)
     standard = profile(setting.model(experiment.train, seed=0), setting.sample(1))
     for row in rows:
         row["params_ratio"] = standard.params / row["params"]
@@ -140,7 +82,7 @@ def run_experiment(
     return rows, write_report(rows, workdir)
 
 
-def _standard(setting: _Setting) -> tuple[tuple[Arrays, Arrays], Row | None]:
+def _standard(setting: Setting) -> tuple[tuple[Arrays, Arrays], Row | None]:
     """Return the standard model's arrays, and its row unless it was never trained."""
     experiment = setting.experiment
     network, *arrays = Network.split(setting.model(experiment.train, seed=experiment.seed))
@@ -151,27 +93,36 @@ def _standard(setting: _Setting) -> tuple[tuple[Arrays, Arrays], Row | None]:
     if experiment.start != "train":
         folder = pathlib.Path(experiment.start)
         folder = folder / STANDARD if (folder / STANDARD).is_dir() else folder
-    row = _finished(setting, folder)
+    row = setting.finished(folder)
     trained_elsewhere = experiment.start != "train"
     if trained_elsewhere or (row is not None and experiment.train.epochs > 0):
-        params, statistics = _load(setting, folder, params, statistics)
+        params, statistics = setting.load(folder, params, statistics)
     elif row is None:
         run = setting.run(STANDARD, experiment.train)
         params, statistics = train(run, network, params, statistics)
-    params, statistics = _on_one_device((params, statistics))
+    params, statistics = on_one_device((params, statistics))
     if row is None:
         accuracy = setting.test_accuracy(network, params, statistics, experiment.train)
         row = _row(setting, STANDARD, None, network.merge(params, statistics), None, accuracy)
-        _write_result(setting, STANDARD, row)
+        setting.write_result(STANDARD, row)
     return (params, statistics), row
 
 
-def _compressed(setting: _Setting, variant: Variant, params: Arrays, statistics: Arrays) -> Row:
+def _built(setting: Setting, variant: Variant) -> Row:
+    """Train a network of other units from random weights."""
+    network, params, statistics = Network.split(_unit_model(setting, variant))
+    return _finetuned(setting, variant, None, network, params, statistics)
+
+
+def _unit_model(setting: Setting, variant: Variant) -> nnx.Module:
+    seed = setting.experiment.seed + 1
+    settings = setting.experiment.finetune
+    return setting.model(settings, seed=seed, unit=variant.unit, width=variant.width)
+
+
+def _compressed(setting: Setting, variant: Variant, params: Arrays, statistics: Arrays) -> Row:
     experiment = setting.experiment
-    settings = experiment.finetune
-    source = setting.model(settings, seed=experiment.seed + 1)
-    if variant.solver != "random":  # which uses nothing of the trained network
-        source = Network.split(source)[0].merge(params, statistics)
+    source = _source(setting, variant, params, statistics)
     plan = make_plan(source, variant.rules, setting.sample(1), solver=variant.solver)
     directory = setting.workdir / variant.name
     directory.mkdir(parents=True, exist_ok=True)
@@ -179,33 +130,51 @@ def _compressed(setting: _Setting, variant: Variant, params: Arrays, statistics:
     plan.save(directory / "plan.json")
     model = compress(source, plan, key=jax.random.key(experiment.seed))
     if experiment.batchnorm_batches and variant.solver != "random":
-        model = reestimate_batchnorm(model, _inputs(setting, settings))
-    network, params, statistics = Network.split(model)
-    before = setting.test_accuracy(network, params, statistics, settings)
+        model = reestimate_batchnorm(model, setting.inputs(experiment.finetune))
+    return _finetuned(setting, variant, plan, *Network.split(model))
+
+
+def _source(setting: Setting, variant: Variant, params: Arrays, statistics: Arrays) -> nnx.Module:
+    """Return the network that a variant compresses, trained unless the solver is ``random``."""
+    experiment = setting.experiment
+    settings, seed = experiment.finetune, experiment.seed + 1
+    bases = {base.name: base for base in experiment.variants}
+    source = setting.model(settings, seed=seed)
+    if variant.of:
+        source = _unit_model(setting, bases[variant.of])
+    if variant.solver != "random":
+        network, *blank = Network.split(source)
+        if variant.of:
+            params, statistics = setting.load(setting.workdir / variant.of, *blank)
+            params, statistics = on_one_device((params, statistics))
+        source = network.merge(params, statistics)
+    if variant.width == 1:
+        return source
+    return narrow(source, setting.model(settings, seed=seed, width=variant.width))
+
+
+def _finetuned(
+    setting: Setting,
+    variant: Variant,
+    plan: Plan | None,
+    network: Network,
+    params: Arrays,
+    statistics: Arrays,
+) -> Row:
+    settings = setting.experiment.finetune
+    before = None
+    if plan is not None:
+        before = setting.test_accuracy(network, params, statistics, settings)
     trained = train(setting.run(variant.name, settings, plan), network, params, statistics)
-    params, statistics = _on_one_device(trained)
+    params, statistics = on_one_device(trained)
     after = setting.test_accuracy(network, params, statistics, settings)
     row = _row(setting, variant.name, variant, network.merge(params, statistics), before, after)
-    _write_result(setting, variant.name, row)
+    setting.write_result(variant.name, row)
     return row
 
 
-def _on_one_device(arrays: tuple[Arrays, Arrays]) -> tuple[Arrays, Arrays]:
-    return jax.device_put(jax.device_get(arrays), jax.devices()[0])
-
-
-def _inputs(setting: _Setting, settings: TrainSettings) -> Iterator[jax.Array]:
-    """Yield a few training batches as the network sees them, without augmentation."""
-    batches = train_batches(
-        setting.dataset.train, settings.batch_size, seed=setting.experiment.seed, epoch=0
-    )
-    for batch in itertools.islice(batches, setting.experiment.batchnorm_batches):
-        images = jax.numpy.asarray(batch["image"])
-        yield normalize(images, setting.preprocessing.mean, setting.preprocessing.std)
-
-
 def _row(
-    setting: _Setting,
+    setting: Setting,
     label: str,
     variant: Variant | None,
     model: nnx.Module,
@@ -214,45 +183,13 @@ def _row(
 ) -> Row:
     batch = jax.numpy.zeros(setting.sample(LATENCY_BATCH).shape, np.float32)
     cost = profile(model, batch, latency=True)
-    options = {} if variant is None else variant.method.options()
     return {
         "label": label,
-        "method": STANDARD if variant is None else variant.method.name,
-        "rank": options.get("rank"),
+        "method": STANDARD if variant is None else variant.kind,
+        "rank": None if variant is None else variant.rank,
         "params": cost.params,
         "mult_adds": cost.mult_adds,
         "accuracy_before": before,
         "accuracy_after": after,
         "latency_ms": cost.latency_ms,
     }
-
-
-def _load(
-    setting: _Setting, folder: pathlib.Path, params: Arrays, statistics: Arrays
-) -> tuple[Arrays, Arrays]:
-    """Return the best parameters and statistics that a run left in a folder."""
-    if not (folder / "checkpoints").is_dir():
-        raise FileNotFoundError(
-            f"{folder} holds no checkpoints; give config.compression.start the workdir of an "
-            "experiment whose standard model was trained, or 'train' or 'scratch'"
-        )
-    checkpoints = Checkpoints(folder / "checkpoints")
-    try:
-        return checkpoints.restore_best_model(*replicate((params, statistics), setting.mesh))
-    finally:
-        checkpoints.close()
-
-
-def _finished(setting: _Setting, folder: pathlib.Path) -> Row | None:
-    """Return the row of a stage that is finished, or None."""
-    path = folder / "result.json"
-    if not path.exists():
-        return None
-    if setting.experiment.log.progress and jax.process_index() == 0:
-        print(f"{folder.name}: finished already", file=sys.stderr)
-    return json.loads(path.read_text())
-
-
-def _write_result(setting: _Setting, label: str, row: Row) -> None:
-    if jax.process_index() == 0:
-        write_json(setting.workdir / label / "result.json", row)

@@ -132,8 +132,8 @@ def _train_epochs(
         optimizer,
         run.preprocessing,
         label_smoothing=settings.label_smoothing,
-        key=jax.random.key(run.seed),
     )
+    key = jax.random.key(run.seed)
     eval_step = make_eval_step(network, run.preprocessing)
     log = MetricsLog(run.directory, tensorboard=run.log.tensorboard, from_step=step_number)
     images = steps * settings.batch_size
@@ -153,7 +153,7 @@ def _train_epochs(
             )
             for batch in shard_batches(batches, run.mesh):
                 window.before(step_number)
-                state, metrics = train_step(state, batch)
+                state, metrics = train_step(state, batch, key)
                 step_number += 1
                 sums.append(metrics)
                 progress.advance(settings.batch_size)

@@ -1,5 +1,7 @@
 """Learning-rate schedules and optimizers."""
 
+import functools
+
 import jax.numpy as jnp
 import optax
 
@@ -39,6 +41,7 @@ def make_schedule(settings: TrainSettings, steps_per_epoch: int) -> optax.Schedu
     return schedule  # type: ignore[return-value]
 
 
+@functools.lru_cache(maxsize=32)  # one object for equal settings, so that steps are found again
 def make_optimizer(settings: TrainSettings, steps_per_epoch: int) -> optax.GradientTransformation:
     """Return the optimizer of a training run.
 

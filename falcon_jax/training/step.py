@@ -80,31 +80,35 @@ def cross_entropy(
     return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, label_smoothing))
 
 
+_KEPT = 32  # compiled steps: the networks of a comparison, which come again with every seed
+
+
+@functools.lru_cache(maxsize=_KEPT)
 def make_train_step(
     network: Network,
     optimizer: optax.GradientTransformation,
     preprocessing: Preprocessing,
     *,
     label_smoothing: float,
-    key: PRNGKeyArray,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Return the jitted step ``(state, batch) -> (state, metrics)``; the old state is donated.
+) -> Callable[[TrainState, Batch, PRNGKeyArray], tuple[TrainState, Metrics]]:
+    """Return the jitted step ``(state, batch, key) -> (state, metrics)``; donates the old state.
 
-    Augmentation and dropout depend on ``key`` and the step's number alone, so a run that is
-    restored from a checkpoint goes on exactly as it would have.
+    Augmentation and dropout depend on ``key``, that of the whole run, and the step's number alone,
+    so a run that is restored from a checkpoint goes on exactly as it would have.
 
     Args:
         network: structure of the model.
         optimizer: updates the parameters.
         preprocessing: of the images.
         label_smoothing: see `cross_entropy`.
-        key: of the whole run.
 
     Returns:
         The step. Metrics: ``loss`` and ``accuracy`` of the batch, before the update.
     """
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(
+        state: TrainState, batch: Batch, key: PRNGKeyArray
+    ) -> tuple[TrainState, Metrics]:
         augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
         images = augment(augment_key, batch["image"], preprocessing.augmentation)
         x = normalize(images, preprocessing.mean, preprocessing.std)
@@ -129,7 +133,7 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0)
 
 
-@functools.lru_cache(maxsize=4)  # a stage evaluates before, while and after it trains
+@functools.lru_cache(maxsize=_KEPT)
 def make_eval_step(
     network: Network, preprocessing: Preprocessing
 ) -> Callable[[Arrays, Arrays, Batch], Metrics]:

@@ -1,6 +1,9 @@
 """Parameters and mult-adds against the cells of the paper's Tables 4 and 5 that have our models."""
 
+import dataclasses
 import functools
+import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,96 +11,91 @@ import pytest
 from flax import nnx
 
 import falcon_jax as fj
-from falcon_jax.models import method_unit, standard_unit
-
-FALCON = {f"FALCON-k{rank}": fj.Falcon(rank=rank) for rank in (1, 2, 3)}
-METHODS = {
-    "StConv": None,
-    "FALCON": fj.Falcon(rank=1),
-    "FALCON without fitting": fj.Falcon(rank=1),
-    **FALCON,
-    "GEP-in": fj.DepthwiseSeparable(rank=1),
-    "DPConv": fj.DepthwiseSeparable(rank=1),
-}
-
-# Model, classes (CIFAR100 has 100, SVHN 10), method, parameters and mult-adds in millions.
-TABLES = [
-    ("VGG19", 100, "StConv", "20.35", "398.75"),
-    ("ResNet34", 100, "StConv", "21.34", "292.57"),
-    ("VGG19", 100, "FALCON", "2.61", "47.28"),
-    ("ResNet34", 100, "FALCON", "2.67", "46.38"),
-    ("VGG19", 100, "FALCON without fitting", "2.61", "47.28"),
-    ("ResNet34", 100, "FALCON without fitting", "2.67", "46.38"),
-    ("VGG19", 100, "GEP-in", "2.61", "46.46"),
-    ("ResNet34", 100, "GEP-in", "2.67", "38.45"),
-    ("VGG19", 100, "DPConv", "2.61", "48.07"),
-    ("ResNet34", 100, "DPConv", "2.67", "38.45"),
-    ("VGG19", 10, "StConv", "20.30", "398.70"),
-    ("ResNet34", 10, "StConv", "21.29", "292.52"),
-    ("VGG19", 10, "FALCON", "2.56", "47.23"),
-    ("ResNet34", 10, "FALCON", "2.63", "46.33"),
-    ("VGG19", 10, "FALCON without fitting", "2.56", "47.23"),
-    ("ResNet34", 10, "FALCON without fitting", "2.63", "46.33"),
-    ("VGG19", 10, "GEP-in", "2.56", "46.41"),
-    ("ResNet34", 10, "GEP-in", "2.62", "38.41"),
-    ("VGG19", 10, "DPConv", "2.56", "48.02"),
-    ("ResNet34", 10, "DPConv", "2.62", "38.41"),
-    ("VGG19", 100, "FALCON-k1", "2.61", "47.28"),
-    ("ResNet34", 100, "FALCON-k1", "2.67", "46.38"),
-    ("VGG19", 100, "FALCON-k2", "4.88", "94.24"),
-    ("ResNet34", 100, "FALCON-k2", "5.08", "88.25"),
-    ("VGG19", 100, "FALCON-k3", "7.16", "141.21"),
-    ("ResNet34", 100, "FALCON-k3", "7.49", "130.13"),
-    ("VGG19", 10, "FALCON-k1", "2.56", "47.23"),
-    ("ResNet34", 10, "FALCON-k1", "2.63", "46.33"),
-    ("VGG19", 10, "FALCON-k2", "4.84", "94.20"),
-    ("ResNet34", 10, "FALCON-k2", "5.04", "88.21"),
-    ("VGG19", 10, "FALCON-k3", "7.11", "141.16"),
-    ("ResNet34", 10, "FALCON-k3", "7.45", "130.08"),
-]
+from benchmarks import paper_counts
+from falcon_jax.models import branch_unit, model_shapes, standard_unit
 
 IMAGE = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-
-
-BUILDERS = {"VGG19": fj.models.vgg19_cifar, "ResNet34": fj.models.resnet34_cifar}
-HEAD_INPUTS = 512
-
-
-def shapes_of(model, classes, **options):
-    """A model whose arrays are shapes only, so that nothing is computed."""
-    return nnx.eval_shape(lambda: BUILDERS[model](num_classes=classes, rngs=nnx.Rngs(0), **options))
-
-
-@functools.cache
-def counts(model, method, standard_stem):
-    options = {} if method is None else {"unit": method_unit(method)}
-    if standard_stem:
-        options["stem_unit"] = standard_unit
-    return fj.profile(shapes_of(model, 100, **options), IMAGE).as_paper_counts
+ROWS = paper_counts.paper_rows()
+CIFAR_MODELS = ("VGG19", "ResNet34")
 
 
 def printed(counts):
     return tuple(f"{count / 1e6:.2f}" for count in counts)
 
 
-@pytest.mark.parametrize(("model", "classes", "label", "params", "mult_adds"), TABLES)
-def test_models_built_from_units(model, classes, label, params, mult_adds):
-    standard_stem = model == "VGG19" and label == "DPConv"
-    ours = counts(model, METHODS[label], standard_stem)
-    # Classes change the last layer alone: a product and a bias.
-    ours = tuple(count - (100 - classes) * (HEAD_INPUTS + 1) for count in ours)
-    assert printed(ours) == (params, mult_adds)
+def cells_of(model, dataset, method):
+    return next(
+        (row.params, row.mult_adds)
+        for row in ROWS
+        if (row.model, row.dataset, row.method) == (model, dataset, method)
+    )
+
+
+def test_the_tables_are_complete():
+    assert len(ROWS) == 78
+    assert len({(row.table, row.model, row.dataset, row.method) for row in ROWS}) == 78
+    assert {row.method for row in ROWS if row.model == "VGG19"} >= {"StConv", "FALCON-k3"}
+
+
+MODELS_AND_METHODS = sorted(
+    {(row.model, row.method) for row in ROWS if row.method not in paper_counts.RANK_ONE}
+)
+
+
+@pytest.mark.parametrize(("model", "method"), MODELS_AND_METHODS)
+def test_cells(model, method):
+    dataset = "CIFAR100" if model in CIFAR_MODELS else "ImageNet"
+    counts = paper_counts.our_counts(model, dataset, method)
+    names = (method, *paper_counts.RANK_ONE) if method == "FALCON-k1" else (method,)
+    for row in ROWS:
+        if row.model != model or row.method not in names:
+            continue
+        ours = counts
+        if row.dataset == "SVHN":
+            # Classes change the last layer alone, by a product and a bias each.
+            width = float((re.search(r" ([\d.]+)x", method) or [0, 1])[1])
+            inputs = int(512 * width) if model == "ResNet34" else 512
+            ours = tuple(count - 90 * (inputs + 1) for count in counts)
+        for column, cell in zip(("params", "mult_adds"), printed(ours), strict=True):
+            equal = cell == getattr(row, column)
+            assert equal != ((model, method, column) in paper_counts.REASONS)
 
 
 def test_a_model_with_ten_classes():
-    model = "VGG19"
-    expected = next(cells[3:] for cells in TABLES if cells[:3] == (model, 10, "StConv"))
-    assert printed(fj.profile(shapes_of(model, 10), IMAGE).as_paper_counts) == expected
+    assert printed(paper_counts.our_counts("VGG19", "SVHN", "StConv")) == cells_of(
+        "VGG19", "SVHN", "StConv"
+    )
+
+
+def test_cells_that_are_off_fail_unless_there_is_a_reason(monkeypatch, tmp_path, capsys):
+    row = dataclasses.replace(ROWS[0], params="20.36")
+    monkeypatch.setattr(paper_counts, "our_counts", lambda *_: (20_350_000, 398_750_000))
+    monkeypatch.setattr(paper_counts, "paper_rows", lambda: [row])
+    out = tmp_path / "counts.json"
+    assert paper_counts.main([f"--out={out}"]) == 1
+    assert "1 equal, 0 off for a reason, 1 failed" in capsys.readouterr().out
+    assert [cell["difference"] for cell in json.loads(out.read_text())["cells"]] == [
+        "-0.01",
+        "+0.00",
+    ]
+    key = (row.model, row.method, "params")
+    monkeypatch.setattr(paper_counts, "REASONS", {key: "misprinted"})
+    assert paper_counts.main([]) == 0
+    monkeypatch.setattr(paper_counts, "paper_rows", lambda: [ROWS[0]])
+    assert paper_counts.main([]) == 1
+    assert "REASON WITHOUT NEED" in capsys.readouterr().out
+
+
+METHODS = {
+    **{f"FALCON-k{rank}": fj.Falcon(rank=rank) for rank in (1, 2, 3)},
+    "GEP-in": fj.DepthwiseSeparable(rank=1),
+    "DPConv": fj.DepthwiseSeparable(rank=1),
+}
 
 
 @functools.cache
 def standard(model):
-    return shapes_of(model, 100)
+    return model_shapes(paper_counts.BUILDERS[model], num_classes=100)
 
 
 def rules(model, label):
@@ -114,7 +112,7 @@ def rules(model, label):
 )
 def test_standard_models_under_a_plan(model, label):
     plan = fj.make_plan(standard(model), rules(model, label), IMAGE, solver="random")
-    expected = next(cells[3:] for cells in TABLES if cells[:3] == (model, 100, label))
+    expected = cells_of(model, "CIFAR100", label)
     params, mult_adds = plan.after.params, plan.after.mult_adds
     for row in plan.replaced:
         # The paper's layers have a BatchNorm that is never used (2 N parameters), and no bias.
@@ -128,14 +126,14 @@ def test_standard_models_under_a_plan(model, label):
 def test_standard_models_compressed(model, label):
     plan = fj.make_plan(standard(model), rules(model, label), IMAGE, solver="random")
     small = nnx.eval_shape(lambda model: fj.compress(model, plan), standard(model))
-    expected = next(cells[3:] for cells in TABLES if cells[:3] == (model, 100, label))
+    expected = cells_of(model, "CIFAR100", label)
     profile = fj.profile(small, IMAGE)
     assert printed(profile.as_paper_counts) == expected
     assert (profile.params, profile.mult_adds) == (plan.after.params, plan.after.mult_adds)
 
 
 def test_counting_by_hand_what_the_smallest_model_costs():
-    network = nnx.eval_shape(lambda: fj.models.vgg8_cifar(rngs=nnx.Rngs(0)))
+    network = model_shapes("vgg8_cifar")
     profile = fj.profile(network, IMAGE)
     params = mult_adds = 0
     size, width = 32, 3
@@ -152,3 +150,19 @@ def test_counting_by_hand_what_the_smallest_model_costs():
     assert profile.as_paper_counts == (params, mult_adds)
     arrays = jax.tree.leaves(nnx.state(network, nnx.Param))
     assert sum(array.size for array in arrays) == params
+
+
+@pytest.mark.parametrize(
+    ("model", "label", "width", "stays"),
+    [
+        ("VGG19", "FALCON-branch 1.75x", 1.75, r"stages/0/0/conv"),
+        ("ResNet34", "FALCON-branch 1.625x", 1.625, r"stem/conv|.*/shortcut/conv"),
+    ],
+)
+def test_falcon_branch_is_the_branch_model_compressed(model, label, width, stays):
+    options = {"unit": branch_unit(), "width": width, "stem_unit": standard_unit}
+    branch = model_shapes(paper_counts.BUILDERS[model], num_classes=100, **options)
+    rules = [fj.Rule(path=stays, method=None), fj.Rule(method=fj.Falcon())]
+    plan = fj.make_plan(branch, rules, IMAGE, solver="random")
+    small = nnx.eval_shape(lambda model: fj.compress(model, plan), branch)
+    assert printed(fj.profile(small, IMAGE).as_paper_counts) == cells_of(model, "CIFAR100", label)

@@ -195,8 +195,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_epoch_before(tmp_p
     def diverging(*args, **options):
         ordinary = step(*args, **options)
 
-        def stepped(state, batch):
-            state, metrics = ordinary(state, batch)
+        def stepped(state, batch, key):
+            state, metrics = ordinary(state, batch, key)
             bad = int(state.step) == 5
             return state, metrics | {"loss": metrics["loss"] * (np.nan if bad else 1.0)}
 

@@ -113,12 +113,13 @@ def four_steps(mesh, *, preprocessing=VARIED, model=None, dropout=0.25, **option
     optimizer = make_optimizer(settings, 1)
     network, params, statistics = Network.split(model)
     state = replicate(init_state(params, statistics, optimizer), mesh)
-    options = {"label_smoothing": 0.1, "key": jax.random.key(7)} | options
+    key = options.pop("key", jax.random.key(7))
+    options = {"label_smoothing": 0.1} | options
     step = make_train_step(network, optimizer, preprocessing, **options)
     metrics = []
     batches = train_batches(tiny_dataset(validation=0.0).train, 40, seed=0, epoch=0)
     for batch in batches:
-        state, values = step(state, shard_batch(batch, mesh))
+        state, values = step(state, shard_batch(batch, mesh), key)
         metrics.append(jax.device_get(values))
     return state, metrics
 

@@ -1,0 +1,152 @@
+"""The variants of an experiment: the ways in which a network is compressed or built anew."""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from falcon_jax.compression import Rule
+from falcon_jax.methods import Budget, Energy, Method, Solver, get_method
+from falcon_jax.methods.fitting import check_solver
+from falcon_jax.models.unit_registry import UNIT_NAMES, get_unit
+from falcon_jax.models.units import UnitFactory
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One row of the report beside the standard model.
+
+    Attributes:
+        name: also the name of its folder.
+        method: replaces the convolutions that no rule speaks of; None where units are built.
+        rules: in order; the last one is the method's own.
+        solver: how kernels are fitted; ``random`` starts from a network that was never trained.
+        of: the variant whose network is compressed; the standard one if empty.
+        width: multiplier of the channels; with a method, kernels start from the leading ones.
+        unit: builds the network from these units, with random weights; None for the standard.
+        kind: the method's or the unit's name.
+    """
+
+    name: str
+    method: Method | None
+    rules: tuple[Rule, ...]
+    solver: Solver
+    of: str = ""
+    width: float = 1.0
+    unit: UnitFactory | None = None
+    kind: str
+
+    @property
+    def rank(self) -> int | str | None:
+        """The method's rank, as a number where it is one."""
+        rank = None if self.method is None else self.method.options().get("rank")
+        return rank if rank is None or isinstance(rank, int) else str(rank)
+
+
+def chosen_variants(compression: Mapping[str, Any]) -> tuple[Variant, ...]:
+    """Return the variants of ``config.compression``, those that others compress first.
+
+    Raises:
+        ValueError: with the dotted name of what is wrong.
+    """
+    given = compression["variants"]
+    variants = {name: _variant(name, compression) for name in given}
+    for name, variant in variants.items():
+        _check_base(name, variant, variants)
+    chosen = [name.strip() for name in compression["only"].split(",") if name.strip()]
+    for name in chosen:
+        if name not in variants:
+            near = difflib.get_close_matches(name, variants, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"config.compression.only: there is no {name!r}; there are "
+                f"{', '.join(variants)}{hint}"
+            )
+    kept = {*(chosen or variants)}
+    kept |= {variants[name].of for name in kept}
+    ordered = sorted(variants.values(), key=lambda variant: bool(variant.of))
+    return tuple(variant for variant in ordered if variant.name in kept)
+
+
+def _check_base(name: str, variant: Variant, variants: Mapping[str, Variant]) -> None:
+    if not variant.of:
+        return
+    units = [other for other, value in variants.items() if value.unit is not None]
+    if variant.of not in units:
+        listed = ", ".join(units) or "none"
+        raise ValueError(
+            f"config.compression.variants.{name}.of names a variant that has a unit (there are: "
+            f"{listed}), but is {variant.of!r}"
+        )
+
+
+def _variant(name: str, compression: Mapping[str, Any]) -> Variant:
+    dotted = f"config.compression.variants.{name}"
+    given = compression["variants"][name]
+    if name == "standard" or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) is None:
+        raise ValueError(
+            f"{dotted}: a variant's name is that of its folder; use letters, digits, _ and -, and "
+            "not 'standard'"
+        )
+    if not isinstance(given, Mapping) or ("method" in given) == ("unit" in given):
+        raise ValueError(
+            f"{dotted} must be a group with a method, such as "
+            f"{{'method': 'falcon', 'rank': 2}}, or with a unit, such as {{'unit': 'pdp'}}, but is "
+            f"{given!r}"
+        )
+    options = dict(given)
+    try:
+        width = options.pop("width", 1.0)
+        if isinstance(width, bool) or not isinstance(width, (int, float)) or width <= 0:
+            raise ValueError(f"width must be a number above 0, but is {width!r}")
+        if "unit" in options:
+            kind = options.pop("unit")
+            unit = get_unit(kind, **options)
+            return Variant(
+                name=name,
+                method=None,
+                rules=(),
+                solver="random",
+                width=float(width),
+                unit=unit,
+                kind=kind,
+            )
+        solver = options.pop("solver", compression["solver"])
+        check_solver(solver)
+        pairs = options.pop("rules", compression["rules"])
+        of = options.pop("of", "")
+        if of and width != 1:
+            raise ValueError(f"its width is that of {of!r}; leave width out")
+        method = _method(options)
+        rules = [
+            Rule(path=path, method=None if other is None else get_method(other))
+            for path, other in pairs
+        ]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{dotted}: {error}") from None
+    return Variant(
+        name=name,
+        method=method,
+        rules=(*rules, Rule(method=method)),
+        solver=solver,
+        of=of,
+        width=float(width),
+        kind=method.name,
+    )
+
+
+def _method(options: dict[str, Any]) -> Method:
+    """Return the method; ``energy`` and ``budget`` stand for the ranks of these names."""
+    for name, rank in (("energy", Energy), ("budget", Budget)):
+        if name in options:
+            if "rank" in options:
+                raise ValueError(f"give either rank or {name}, not both")
+            options["rank"] = rank(options.pop(name))
+    name = options.pop("method")
+    if name in UNIT_NAMES:
+        raise ValueError(
+            f"{name!r} is a conv unit: it stands for convolution, BatchNorm and activation together "
+            "and is no drop-in for a bare convolution; give it as 'unit' to build the network of it"
+        )
+    return get_method(name, **options)
