@@ -1,7 +1,7 @@
 """Every method of the paper on one network: one recipe, several seeds, one table, the claims.
 
     python -m benchmarks.compare --config=configs/compare.py:digits --workdir=runs/compare \
-        --seeds=3 --out=results/compare_digits
+        --seeds=2 --out=results/compare_digits
 
 The standard model is trained once; every method starts from it where it can be fitted, from random
 weights where it cannot. The same command again goes on where it was interrupted. OUT gets the table
@@ -81,7 +81,7 @@ COLUMNS = (
 def main(arguments: Sequence[str]) -> int:
     """Run the comparison, or what is left of it, and report."""
     parser = argparse.ArgumentParser(description="Compare every method of the paper.")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--out", type=pathlib.Path)
     options, rest = parser.parse_known_args(arguments[1:])
     try:

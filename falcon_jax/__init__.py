@@ -9,6 +9,7 @@ from falcon_jax.compression import Profile as Profile
 from falcon_jax.compression import ProfileRow as ProfileRow
 from falcon_jax.compression import Rule as Rule
 from falcon_jax.compression import compress as compress
+from falcon_jax.compression import fold_batchnorm as fold_batchnorm
 from falcon_jax.compression import load_compressed as load_compressed
 from falcon_jax.compression import make_plan as make_plan
 from falcon_jax.compression import narrow as narrow
@@ -23,9 +24,12 @@ from falcon_jax.methods import CP as CP
 from falcon_jax.methods import Budget as Budget
 from falcon_jax.methods import ConvSpec as ConvSpec
 from falcon_jax.methods import Cost as Cost
+from falcon_jax.methods import Decoupled as Decoupled
 from falcon_jax.methods import DepthwiseSeparable as DepthwiseSeparable
+from falcon_jax.methods import DifferentiableFilterSummary as DifferentiableFilterSummary
 from falcon_jax.methods import Energy as Energy
 from falcon_jax.methods import Falcon as Falcon
+from falcon_jax.methods import FilterSummary as FilterSummary
 from falcon_jax.methods import Method as Method
 from falcon_jax.methods import Tucker as Tucker
 from falcon_jax.methods import fit as fit

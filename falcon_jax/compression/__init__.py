@@ -2,6 +2,7 @@
 
 from falcon_jax.compression.batchnorm import reestimate_batchnorm as reestimate_batchnorm
 from falcon_jax.compression.compress import compress as compress
+from falcon_jax.compression.folding import fold_batchnorm as fold_batchnorm
 from falcon_jax.compression.inputs import Inputs as Inputs
 from falcon_jax.compression.latency import measure_latency as measure_latency
 from falcon_jax.compression.narrowing import narrow as narrow

@@ -74,7 +74,9 @@ def compress(
     inputs = None if isinstance(model, nnx.Module) else plan.inputs
     inspected = inspect_model(model, inputs, variables)
     check_plan(plan, inspected.layers)
-    kernels = {row.path: inspected.kernels[row.path] for row in plan.replaced}
+    kernels = {r.path: k for r in plan.replaced if (k := inspected.kernels.get(r.path)) is not None}
+    if len(kernels) < len(plan.replaced):
+        raise ValueError("the model has shapes in place of kernels; give one that has arrays.")
     for path, kernel in kernels.items():
         check_finite(kernel, f"the kernel of {path!r}")
     key = jax.random.key(0) if key is None else key
@@ -134,7 +136,7 @@ def _replace_params(
     variables: Mapping[str, Any], fitted: Mapping[str, Params]
 ) -> Mapping[str, Any]:
     """Return variables whose convolutions have a method's parameters in place of a kernel."""
-    flat = flatten_dict(unfreeze(variables["params"]))
+    flat = flatten_dict(unfreeze(variables["params"]), keep_empty_nodes=True)
     for path, params in fitted.items():
         parts = tuple(path.split("/")) if path else ()
         del flat[*parts, "kernel"]

@@ -134,14 +134,15 @@ def _marks_passed(jaxpr: Any, times: int) -> Iterator[tuple[str, Call]]:
             )
             continue
         inner = times * int(eqn.params.get("length", 1)) if eqn.primitive.name == "scan" else times
-        for sub in _inner_jaxprs(tuple(eqn.params.values())):
+        for sub in inner_jaxprs(tuple(eqn.params.values())):
             yield from _marks_passed(sub, inner)
 
 
-def _inner_jaxprs(value: Any) -> Iterator[Any]:
+def inner_jaxprs(value: Any) -> Iterator[Any]:
+    """Yield the jaxprs in the parameters of an equation."""
     if isinstance(value, (tuple, list)):
         for item in value:
-            yield from _inner_jaxprs(item)
+            yield from inner_jaxprs(item)
     elif hasattr(value, "eqns"):
         yield value
     elif hasattr(value, "jaxpr"):

@@ -1,5 +1,7 @@
 """How much of a matrix its best approximations keep."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -25,6 +27,35 @@ def kept_energy(matrices: Float[Array, "b p q"]) -> Float[Array, "ranks"]:
     >>> [round(float(share), 3) for share in kept_energy(matrix[None])]
     [0.8, 1.0]
     """
+    lost, total = _lost_and_total(matrices)
+    total = jnp.sum(total)
+    return jnp.where(total > 0, 1 - jnp.sum(lost, axis=1) / jnp.where(total > 0, total, 1), 1)
+
+
+def mean_kept_energy(matrices: Float[Array, "b p q"]) -> Float[Array, "ranks"]:
+    """Return the share that every matrix keeps, averaged over the matrices that are not zero.
+
+    ``e_k = mean_b (1 - ||A_b - A_b^(k)||^2 / ||A_b||^2)``
+
+    Args:
+        matrices: a batch of p x q matrices; if all are zero, they keep everything.
+
+    Returns:
+        ``e_1`` to ``e_min(p, q)``.
+
+    Reference:
+        Network Decoupling (Guo et al., BMVC 2018), Section 3.
+    """
+    lost, total = _lost_and_total(matrices)
+    some = total > 0
+    kept = jnp.where(some[None], 1 - lost / jnp.where(some, total, 1)[None], 0)
+    count = jnp.sum(some)
+    return jnp.where(count > 0, jnp.sum(kept, axis=1) / jnp.maximum(count, 1), 1)
+
+
+def _lost_and_total(
+    matrices: Float[Array, "b p q"],
+) -> tuple[Float[Array, "ranks b"], Float[Array, "b"]]:
     a = matrices.astype(jnp.promote_types(matrices.dtype, jnp.float32))
     largest = jnp.max(jnp.abs(a), initial=0)
     a = a / jnp.where(largest > 0, largest, 1)
@@ -32,21 +63,24 @@ def kept_energy(matrices: Float[Array, "b p q"]) -> Float[Array, "ranks"]:
 
     def remove(residual: Array, term: tuple[Array, Array]) -> tuple[Array, Array]:
         residual = residual - term[0][:, :, None] * term[1][:, None, :]
-        return residual, jnp.sum(residual * residual)
+        return residual, jnp.sum(residual * residual, axis=(1, 2))
 
-    terms = (jnp.moveaxis(left, 2, 0), jnp.moveaxis(right, 1, 0))
-    _, lost = lax.scan(remove, a, terms)
-    return jnp.where(
-        largest > 0, 1 - lost / jnp.maximum(jnp.sum(a * a), jnp.finfo(a.dtype).tiny), 1
-    )
+    _, lost = lax.scan(remove, a, (jnp.moveaxis(left, 2, 0), jnp.moveaxis(right, 1, 0)))
+    return lost, jnp.sum(a * a, axis=(1, 2))
 
 
-def smallest_rank(stack: Float[Array, "layers b p q"], energy: float) -> int:
+def smallest_rank(
+    stack: Float[Array, "layers b p q"],
+    energy: float,
+    *,
+    measure: Callable[[Array], Array] = kept_energy,
+) -> int:
     """Return the smallest rank at which the matrices of every layer keep a share of their energy.
 
     Args:
         stack: the matrices of one layer, or of several that must have one rank.
         energy: the share, from 0 to 1; rounding errors of float32 (1e-6) are forgiven.
+        measure: gives the shares of one layer, rank by rank.
 
     Raises:
         ValueError: under jit, vmap or grad, where a rank cannot depend on values.
@@ -56,5 +90,5 @@ def smallest_rank(stack: Float[Array, "layers b p q"], energy: float) -> int:
             "a rank chosen by energy depends on the kernel's values, so it cannot be found under "
             "jit, vmap or grad; choose it outside, or give a number."
         )
-    reached = jnp.all(jax.vmap(kept_energy)(stack) >= energy - 1e-6, axis=0)
+    reached = jnp.all(jax.vmap(measure)(stack) >= energy - 1e-6, axis=0)
     return int(jnp.argmax(reached)) + 1

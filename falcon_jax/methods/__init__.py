@@ -6,8 +6,13 @@ from falcon_jax.methods.base import Params as Params
 from falcon_jax.methods.base import standard_cost as standard_cost
 from falcon_jax.methods.channel_ranks import Budget as Budget
 from falcon_jax.methods.cp import CP as CP
+from falcon_jax.methods.decoupled import Decoupled as Decoupled
 from falcon_jax.methods.depthwise_separable import DepthwiseSeparable as DepthwiseSeparable
 from falcon_jax.methods.falcon import Falcon as Falcon
+from falcon_jax.methods.filter_summary import (
+    DifferentiableFilterSummary as DifferentiableFilterSummary,
+)
+from falcon_jax.methods.filter_summary import FilterSummary as FilterSummary
 from falcon_jax.methods.fitting import Solver as Solver
 from falcon_jax.methods.fitting import check_kernel as check_kernel
 from falcon_jax.methods.fitting import fit as fit

@@ -25,7 +25,7 @@ class Budget:
         ValueError: if the ratio is not above 0.
     """
 
-    ratio: float
+    ratio: float | int
 
     def __post_init__(self):
         if not self.ratio > 0:

@@ -26,7 +26,7 @@ class Energy:
         ValueError: if the share is out of these bounds.
     """
 
-    share: float
+    share: float | int
 
     def __post_init__(self):
         if not 0 < self.share <= 1:
@@ -82,9 +82,14 @@ class RankMethod(Method):
             return dataclasses.replace(self, rank=min(shape[1:]))  # type: ignore[type-var]
         if kernels is None:
             raise ValueError(f"a rank by {self.rank} needs a trained kernel to choose it from.")
-        stack = jax.vmap(lambda kernel: self.matrices(kernel, spec))(kernels)
-        rank = smallest_rank(stack, self.rank.share)
+        rank = smallest_rank(self.stacked_matrices(kernels, spec), self.rank.share)
         return dataclasses.replace(self, rank=rank)  # type: ignore[type-var]
+
+    def stacked_matrices(
+        self, kernels: Float[Array, "layers *kernel_shape"], spec: ConvSpec
+    ) -> Float[Array, "layers b taps q"]:
+        """Return the matrices of every kernel of a stack."""
+        return jax.vmap(lambda kernel: self.matrices(kernel, spec))(kernels)
 
     def terms(self, spec: ConvSpec, kernel: Float[Array, "*kernel_shape"] | None = None) -> int:
         """Return the rank in this layer as a number.

@@ -37,17 +37,28 @@ def get_method(name: str, **options: Any) -> Method:
     >>> get_method("falcon", rank=2)
     Falcon(rank=2, impl='separable')
     """
+    known = method_settings(name)
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(
+            f"method {name!r} has no setting {', '.join(unknown)}; it has {', '.join(known)}."
+        )
+    return _METHODS[name](**options)
+
+
+def method_settings(name: str) -> tuple[str, ...]:
+    """Return the settings that a method has.
+
+    Args:
+        name: as in ``Falcon.name``.
+
+    Raises:
+        ValueError: if there is no such method.
+    """
     if name not in _METHODS:
         near = difflib.get_close_matches(name, _METHODS, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
             f"no method is called {name!r}; there are {', '.join(method_names())}.{hint}"
         )
-    cls = _METHODS[name]
-    known = list(cls.__dataclass_fields__)  # type: ignore[attr-defined]
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        raise ValueError(
-            f"method {name!r} has no setting {', '.join(unknown)}; it has {', '.join(known)}."
-        )
-    return cls(**options)
+    return tuple(_METHODS[name].__dataclass_fields__)  # type: ignore[attr-defined]

@@ -17,6 +17,11 @@ from falcon_jax.models.residual import Bottleneck as Bottleneck
 from falcon_jax.models.resnet import CifarResNet as CifarResNet
 from falcon_jax.models.resnet import resnet18_cifar as resnet18_cifar
 from falcon_jax.models.resnet import resnet34_cifar as resnet34_cifar
+from falcon_jax.models.resnet_cifar import ThreeStageResNet as ThreeStageResNet
+from falcon_jax.models.resnet_cifar import resnet20_cifar as resnet20_cifar
+from falcon_jax.models.resnet_cifar import resnet56_cifar as resnet56_cifar
+from falcon_jax.models.resnet_cifar import resnet110_cifar as resnet110_cifar
+from falcon_jax.models.resnet_cifar import resnet164_cifar as resnet164_cifar
 from falcon_jax.models.resnet_imagenet import ResNet as ResNet
 from falcon_jax.models.resnet_imagenet import resnet18 as resnet18
 from falcon_jax.models.resnet_imagenet import resnet34 as resnet34

@@ -9,6 +9,12 @@ from flax import nnx
 from jaxtyping import Array
 
 from falcon_jax.models.resnet import resnet18_cifar, resnet34_cifar
+from falcon_jax.models.resnet_cifar import (
+    resnet20_cifar,
+    resnet56_cifar,
+    resnet110_cifar,
+    resnet164_cifar,
+)
 from falcon_jax.models.resnet_imagenet import resnet18, resnet34, resnet50, resnet101, resnet152
 from falcon_jax.models.vgg import vgg8_cifar, vgg16_cifar, vgg19_cifar
 from falcon_jax.models.vgg_imagenet import (
@@ -28,6 +34,10 @@ MODELS: Mapping[str, Callable[..., nnx.Module]] = MappingProxyType(
         for model in (
             resnet18_cifar,
             resnet34_cifar,
+            resnet20_cifar,
+            resnet56_cifar,
+            resnet110_cifar,
+            resnet164_cifar,
             vgg8_cifar,
             vgg16_cifar,
             vgg19_cifar,

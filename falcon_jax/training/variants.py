@@ -9,6 +9,7 @@ from typing import Any
 from falcon_jax.compression import Rule
 from falcon_jax.methods import Budget, Energy, Method, Solver, get_method
 from falcon_jax.methods.fitting import check_solver
+from falcon_jax.methods.registry import method_settings
 from falcon_jax.models.unit_registry import UNIT_NAMES, get_unit
 from falcon_jax.models.units import UnitFactory
 
@@ -138,15 +139,17 @@ def _variant(name: str, compression: Mapping[str, Any]) -> Variant:
 
 def _method(options: dict[str, Any]) -> Method:
     """Return the method; ``energy`` and ``budget`` stand for the ranks of these names."""
-    for name, rank in (("energy", Energy), ("budget", Budget)):
-        if name in options:
-            if "rank" in options:
-                raise ValueError(f"give either rank or {name}, not both")
-            options["rank"] = rank(options.pop(name))
     name = options.pop("method")
     if name in UNIT_NAMES:
         raise ValueError(
-            f"{name!r} is a conv unit: it stands for convolution, BatchNorm and activation together "
-            "and is no drop-in for a bare convolution; give it as 'unit' to build the network of it"
+            f"{name!r} is a conv unit: it stands for convolution, BatchNorm and activation "
+            "together and is no drop-in for a bare convolution; give it as 'unit' to build the "
+            "network of it"
         )
+    settings = method_settings(name)
+    for short, rank in (("energy", Energy), ("budget", Budget)):
+        if short in options and short not in settings:
+            if "rank" in options:
+                raise ValueError(f"give either rank or {short}, not both")
+            options["rank"] = rank(options.pop(short))
     return get_method(name, **options)

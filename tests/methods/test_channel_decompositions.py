@@ -137,8 +137,8 @@ def test_settings_that_make_no_sense():
             fj.Tucker(rank=rank)
     with pytest.raises(ValueError, match="'vbmf' or a Budget; got 0"):
         fj.CP(rank=0)
-    with pytest.raises(ValueError, match=r"above 0; got 0\.0"):
-        fj.Budget(0.0)
+    with pytest.raises(ValueError, match=r"above 0; got 0"):
+        fj.Budget(0)
     spec = spec_of({"kernel_size": (3, 3)})
     with pytest.raises(ValueError, match="VBMF needs a trained kernel"):
         fj.Tucker().init(jax.random.key(0), spec)

@@ -30,7 +30,9 @@ def test_an_unknown_setting_lists_the_known_ones():
 @pytest.mark.parametrize("method_class", [fj.Falcon, fj.DepthwiseSeparable])
 @pytest.mark.parametrize("rank", [0, -1])
 def test_ranks_are_whole_numbers_from_one_on(method_class, rank):
-    with pytest.raises(ValueError, match=f"whole number of at least 1; got {rank}"):
+    with pytest.raises(
+        ValueError, match=f"whole number of at least 1, 'full' or an Energy; got {rank}"
+    ):
         method_class(rank=rank)
 
 

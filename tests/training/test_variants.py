@@ -19,6 +19,7 @@ def test_methods_units_and_what_compresses_what():
             "b": {"method": "tucker", "budget": 8.0},
             "c": {"method": "falcon", "energy": 0.9, "width": 0.5},
             "d": {"method": "tucker", "rank": [2, 3]},
+            "e": {"method": "decoupled", "energy": 0.9},
             "units": {"unit": "branch", "width": 2},
         }
     )
@@ -27,6 +28,7 @@ def test_methods_units_and_what_compresses_what():
     assert found["b"].method == fj.Tucker(rank=fj.Budget(8.0))
     assert found["c"].method == fj.Falcon(rank=fj.Energy(0.9))
     assert found["c"].width == 0.5
+    assert found["e"].method == fj.Decoupled(energy=0.9)
     assert found["units"].method is None and found["units"].width == 2.0
     assert [found[name].kind for name in "abcd"] == ["falcon", "tucker", "falcon", "tucker"]
     ranks = [found[name].rank for name in ("a", "c", "d", "units")]
