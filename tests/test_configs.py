@@ -14,7 +14,7 @@ from falcon_jax.models import get_model
 from falcon_jax.training.config import check_config
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
-SHARED = {"__init__", "paper"}
+SHARED = {"__init__", "paper", "compare"}  # tests/test_comparison.py has the last
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in SHARED)
 PAPER = [name for name in NAMES if name != "demo"]
 PAPER_VARIANTS = ["dpconv", "falcon_k1", "falcon_k1_unfitted", "falcon_k2", "falcon_k3", "gep_in"]

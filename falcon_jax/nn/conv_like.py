@@ -1,7 +1,7 @@
 """From a method, or a trained convolution, to the NNX module that stands for it."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar, TypedDict, TypeVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -42,10 +42,6 @@ class ConvLike(MethodConv):
 
     method_class: ClassVar[type[Method]]
 
-    def __init_subclass__(cls, **options: Any):
-        super().__init_subclass__(**options)
-        _NAMED_LAYERS[cls.method_class] = cls
-
     def __init__(
         self,
         method: Method,
@@ -65,6 +61,15 @@ class ConvLike(MethodConv):
             **geometry,
         )
         super().__init__(method, spec, **options)
+
+
+L = TypeVar("L", bound=type[ConvLike])
+
+
+def named_layer(cls: L) -> L:
+    """Make a class the one that `method_conv` returns for its method. Use as a decorator."""
+    _NAMED_LAYERS[cls.method_class] = cls
+    return cls
 
 
 def method_conv(method: Method, spec: ConvSpec, **options: Any) -> MethodConv:

@@ -11,9 +11,10 @@ from falcon_jax.methods.falcon import Impl
 from falcon_jax.methods.ranks import Rank
 from falcon_jax.methods.spec import PerAxis
 from falcon_jax.methods.tucker import ChannelRanks
-from falcon_jax.nn.conv_like import ConvLike, ConvOptions, fit_conv
+from falcon_jax.nn.conv_like import ConvLike, ConvOptions, fit_conv, named_layer
 
 
+@named_layer
 class FalconConv(ConvLike):
     """A rank-k FALCON convolution, to be used like ``nnx.Conv``.
 
@@ -34,6 +35,7 @@ class FalconConv(ConvLike):
     Reference:
         FALCON, Sections 3.3 and 3.4.
 
+    >>> import jax.numpy as jnp
     >>> layer = FalconConv(16, 32, (3, 3), rank=2, rngs=nnx.Rngs(0))
     >>> layer(jnp.ones((1, 8, 8, 16))).shape
     (1, 8, 8, 32)
@@ -67,6 +69,7 @@ class FalconConv(ConvLike):
         return layer
 
 
+@named_layer
 class DepthwiseSeparableConv(ConvLike):
     """A depthwise-then-pointwise convolution of rank k, to be used like ``nnx.Conv``.
 
@@ -112,6 +115,7 @@ class DepthwiseSeparableConv(ConvLike):
         return layer
 
 
+@named_layer
 class TuckerConv(ConvLike):
     """Pointwise, spatial and pointwise convolution, to be used like ``nnx.Conv``.
 
@@ -157,6 +161,7 @@ class TuckerConv(ConvLike):
         return layer
 
 
+@named_layer
 class CPConv(ConvLike):
     """Pointwise, one depthwise step an axis, pointwise; to be used like ``nnx.Conv``.
 

@@ -201,10 +201,10 @@ def test_a_plan_of_another_model_is_refused():
     with pytest.raises(ValueError, match="'conv1' is ConvSpec"):
         fj.compress(Small(nnx.Rngs(0), m=8), plan)
     small = fj.compress(model, plan)
-    with pytest.raises(ValueError, match=r"'conv1', which is a FalconConv.*Make a plan"):
+    with pytest.raises(ValueError, match=r"'conv1'.*compressed already by Falcon.*Make a plan"):
         fj.compress(small, plan)
     model.conv1 = OwnConv(3, 4, (3, 3), rngs=nnx.Rngs(0), **WEIGHTS)
-    with pytest.raises(ValueError, match="'conv1', which is a OwnConv"):
+    with pytest.raises(ValueError, match=r"'conv1'.*OwnConv is a subclass"):
         fj.compress(model, plan)
 
 

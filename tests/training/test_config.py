@@ -112,8 +112,10 @@ def test_unknown_fields_name_the_nearest(field, dotted, near):
 
 
 def test_unknown_model_and_source_list_what_there_is():
-    message = refused(model__name="vgg19")
-    assert message.startswith("config.model.name: there is no 'vgg19'; there are resnet18_cifar, ")
+    message = refused(model__name="vgg19_cifr")
+    assert message.startswith(
+        "config.model.name: there is no 'vgg19_cifr'; there are resnet18_cifar, "
+    )
     assert message.endswith("did you mean 'vgg19_cifar'?")
     message = refused(data__source="digit")
     assert message.startswith("config.data.source: there is no 'digit'; there are digits, idx, ")
