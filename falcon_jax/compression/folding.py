@@ -1,22 +1,20 @@
 """BatchNorm folded into the convolution before it."""
 
 import collections
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.xla_metadata import set_xla_metadata
 from jaxtyping import Array
 
 from falcon_jax.compression.inputs import Inputs
 from falcon_jax.compression.layers import inner_jaxprs
-from falcon_jax.compression.nnx_layers import map_modules, named_modules
+from falcon_jax.compression.nnx_layers import jaxpr_through, map_modules, named_modules
 
-_CONV, _NORM = "falcon_jax conv ", "falcon_jax norm "
+_BEFORE, _AFTER = "falcon_jax before ", "falcon_jax after "
 
 
 class FoldedBatchNorm(nnx.Module):
@@ -86,44 +84,38 @@ def _fold(conv: nnx.Conv, norm: nnx.BatchNorm) -> None:
 def _conv_of_norm(model: nnx.Module, inputs: Inputs) -> Mapping[str, str]:
     """Return, by path of every BatchNorm that can be folded, the path of its convolution."""
 
-    def marked(path: str, module: nnx.Module) -> None:
-        if type(module) is nnx.Conv and module.mask is None:
-            module.__class__ = _marking(nnx.Conv, before=None, after=_CONV + path)
-        elif type(module) is nnx.BatchNorm and module.axis == -1:
-            module.__class__ = _marking(nnx.BatchNorm, before=_NORM + path, after=None)
+    def chosen(module: nnx.Module) -> bool:
+        if type(module) is nnx.Conv:
+            return module.mask is None
+        return type(module) is nnx.BatchNorm and module.axis == -1
 
-    copy = map_modules(marked, model)
-    copy.eval()
-    graphdef, state = nnx.split(copy)
+    def marked(path: str, layer: Callable[[Array], Array], x: Array) -> Array:
+        y = layer(checkpoint_name(x, _BEFORE + path))
+        return checkpoint_name(y, _AFTER + path)
 
-    def forward(state: nnx.State, arrays: list[Array]) -> Any:
-        return inputs.with_arrays(arrays).call(nnx.merge(graphdef, state))  # type: ignore[arg-type]
-
-    try:
-        with set_xla_metadata(falcon_jax_trace=uuid.uuid4().hex):
-            jaxpr = jax.make_jaxpr(forward)(state, inputs.arrays)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{type(model).__name__} cannot be called on the sample: {error}"
-        ) from error
-    followed = list(_followed(jaxpr.jaxpr))
-    uses = collections.Counter(_marks(jaxpr.jaxpr))
+    jaxpr = jaxpr_through(model, inputs, chosen, marked)
+    kinds = {path: type(module) for path, module in named_modules(model)}
+    uses = collections.Counter(_marks(jaxpr))
     return {
-        norm: conv for norm, conv in followed if uses[_NORM + norm] == 1 and uses[_CONV + conv] == 1
+        norm: conv
+        for norm, conv in _followed(jaxpr)
+        if (kinds[norm], kinds[conv]) == (nnx.BatchNorm, nnx.Conv)
+        and uses[_BEFORE + norm] == uses[_BEFORE + conv] == 1
     }
 
 
 def _followed(jaxpr: Any) -> Iterator[tuple[str, str]]:
-    """Yield BatchNorm and convolution where the one alone uses what the other gives."""
-    made = {e.outvars[0]: _mark(e)[len(_CONV) :] for e in jaxpr.eqns if _mark(e).startswith(_CONV)}
+    """Yield the paths of two layers where the one alone uses what the other gives."""
+    given = [eqn for eqn in jaxpr.eqns if _mark(eqn).startswith(_AFTER)]
+    made = {eqn.outvars[0]: _mark(eqn)[len(_AFTER) :] for eqn in given}
     operands = [v for e in jaxpr.eqns for v in e.invars] + list(jaxpr.outvars)
     uses = collections.Counter(id(v) for v in operands)
     for eqn in jaxpr.eqns:
         x = eqn.invars[0] if eqn.invars else None
-        if _mark(eqn).startswith(_NORM) and uses[id(x)] == 1:
+        if _mark(eqn).startswith(_BEFORE) and uses[id(x)] == 1:
             conv = next((path for var, path in made.items() if var is x), None)
             if conv is not None:
-                yield _mark(eqn)[len(_NORM) :], conv
+                yield _mark(eqn)[len(_BEFORE) :], conv
         for sub in inner_jaxprs(tuple(eqn.params.values())):
             yield from _followed(sub)
 
@@ -137,12 +129,3 @@ def _marks(jaxpr: Any) -> Iterator[str]:
 
 def _mark(eqn: Any) -> str:
     return str(eqn.params.get("name", ""))
-
-
-def _marking(cls: type[nnx.Module], *, before: str | None, after: str | None) -> Any:
-    def call(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        x = x if before is None else checkpoint_name(x, before)
-        y = cls.__call__(self, x, *args, **kwargs)  # type: ignore[operator]
-        return y if after is None else checkpoint_name(y, after)
-
-    return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})

@@ -71,6 +71,14 @@ class Inputs:
         args, kwargs = jax.tree.unflatten(structure, leaves)
         return Inputs(*args, **kwargs)
 
+    def refused_by(self, model: Any, error: Exception) -> ValueError:
+        """Return what to raise if a model cannot be called on the inputs."""
+        return ValueError(
+            f"{type(model).__name__} cannot be called on the sample; give an example input with a "
+            "leading batch axis, a tuple of arguments or falcon_jax.Inputs(x, train=False). "
+            f"It said: {error}"
+        )
+
     def call(self, function: Callable[..., Any]) -> Any:
         """Return ``function(*args, **kwargs)``."""
         return function(*self.args, **self.kwargs)

@@ -98,21 +98,25 @@ def mark_output(path: str, y: Array, input_shape: tuple[int, ...]) -> Array:
     return checkpoint_name(y, _MARK + json.dumps([path, input_shape, y.shape]))
 
 
-def traced_calls(forward: Callable[..., Any], *args: Any) -> dict[str, tuple[Call, ...]]:
-    """Return the calls of layers in a forward pass, by path in the order of first use.
-
-    The layers mark their outputs; the jaxpr tells how often each mark is passed, inside loops,
-    vmapped or jitted parts, too.
+def traced_jaxpr(forward: Callable[..., Any], *args: Any) -> Any:
+    """Return the jaxpr of ``forward(*args)``, traced anew down to the last jitted part.
 
     Args:
-        forward: calls layers that `mark_output`.
+        forward: a function of arrays.
         *args: arrays or shapes.
     """
-    # In a context that never was before, JAX traces anew what its cache holds of jitted parts.
+    # In a context that never was before, JAX's cache holds nothing of jitted parts.
     with set_xla_metadata(falcon_jax_trace=uuid.uuid4().hex):
-        jaxpr = jax.make_jaxpr(forward)(*args)
+        return jax.make_jaxpr(forward)(*args).jaxpr
+
+
+def calls_in(jaxpr: Any) -> dict[str, tuple[Call, ...]]:
+    """Return the calls of layers that `mark_output`, by path in the order of first use.
+
+    The jaxpr tells how often each mark is passed, inside loops, vmapped or jitted parts, too.
+    """
     calls: dict[str, list[Call]] = {}
-    for path, call in _marks_passed(jaxpr.jaxpr, 1):
+    for path, call in _marks_passed(jaxpr, 1):
         calls.setdefault(path, []).append(call)
     return {path: tuple(found) for path, found in calls.items()}
 

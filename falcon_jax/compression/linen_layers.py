@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array
 
 from falcon_jax.compression.inputs import Inputs
-from falcon_jax.compression.layers import Layer, mark_output, traced_calls
+from falcon_jax.compression.layers import Layer, calls_in, mark_output, traced_jaxpr
 from falcon_jax.methods import ConvSpec, Method
 from falcon_jax.nn.linen import ConvLike
 from falcon_jax.nn.linen_compressed import CompressedModule
@@ -35,7 +35,7 @@ def abstract_variables(module: nn.Module, inputs: Inputs) -> Variables:
             lambda *args, **kwargs: module.init(jax.random.key(0), *args, **kwargs)
         )
 
-    return _explained(module, lambda: jax.eval_shape(init, inputs.shapes.arrays))
+    return _explained(module, inputs, lambda: jax.eval_shape(init, inputs.shapes.arrays))
 
 
 def find_layers(module: nn.Module, inputs: Inputs, variables: Variables) -> list[Layer]:
@@ -63,7 +63,10 @@ def find_layers(module: nn.Module, inputs: Inputs, variables: Variables) -> list
 
         return inputs.with_arrays(arrays).call(apply)
 
-    calls = _explained(module, lambda: traced_calls(forward, variables, inputs.shapes.arrays))
+    jaxpr = _explained(
+        module, inputs, lambda: traced_jaxpr(forward, variables, inputs.shapes.arrays)
+    )
+    calls = calls_in(jaxpr)
     own: dict[str, dict[str, tuple[int, ...]]] = {}
     for path, leaf in named_params(variables).items():
         owner, _, name = path.rpartition("/")
@@ -242,12 +245,8 @@ def _stacking_obstacle(shapes: Mapping[str, tuple[int, ...]], seen: _Seen) -> st
     return None
 
 
-def _explained(module: nn.Module, trace: Callable[[], Any]) -> Any:
+def _explained(module: nn.Module, inputs: Inputs, trace: Callable[[], Any]) -> Any:
     try:
         return trace()
-    except (TypeError, ValueError, errors.FlaxError) as error:
-        raise ValueError(
-            f"{type(module).__name__} cannot be called on the sample; give an example input with a "
-            "leading batch axis, a tuple of arguments or falcon_jax.Inputs(x, train=False). "
-            f"It said: {error}"
-        ) from error
+    except (TypeError, ValueError, NameError, errors.FlaxError) as error:
+        raise inputs.refused_by(module, error) from error

@@ -5,7 +5,7 @@ from typing import Any
 from flax import nnx
 
 from falcon_jax.compression.differences import differences
-from falcon_jax.compression.nnx_layers import map_modules, named_variables
+from falcon_jax.compression.nnx_layers import map_modules, weights
 
 
 def narrow(model: nnx.Module, narrower: nnx.Module) -> nnx.Module:
@@ -29,7 +29,7 @@ def narrow(model: nnx.Module, narrower: nnx.Module) -> nnx.Module:
         FALCON, Section 3.4, the width multiplier.
     """
     copy = map_modules(lambda path, module: None, narrower)
-    new, old = _weights(copy), _weights(model)
+    new, old = weights(copy), weights(model)
     if new.keys() != old.keys():
         raise ValueError(
             "the narrower model has other variables than the trained one:\n"
@@ -44,10 +44,6 @@ def narrow(model: nnx.Module, narrower: nnx.Module) -> nnx.Module:
             )
         variable.set_value(value[tuple(slice(size) for size in shape)])
     return copy
-
-
-def _weights(model: nnx.Module) -> dict[str, nnx.Variable]:
-    return {n: v for n, v in named_variables(model) if not isinstance(v, nnx.RngState)}
 
 
 def _values(variables: dict[str, nnx.Variable]) -> dict[str, Any]:

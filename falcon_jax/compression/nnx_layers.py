@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from falcon_jax.compression.inputs import Inputs
-from falcon_jax.compression.layers import Call, Layer, mark_output, traced_calls
+from falcon_jax.compression.layers import Call, Layer, calls_in, mark_output, traced_jaxpr
 from falcon_jax.methods import ConvSpec
 from falcon_jax.nn.method_conv import MethodConv
 from falcon_jax.nn.trained import conv_obstacle, conv_spec
@@ -86,6 +86,11 @@ def named_variables(model: nnx.Module) -> Iterator[tuple[str, nnx.Variable]]:
             yield from walk(child, (*path, name))
 
     yield from walk(model, ())
+
+
+def weights(model: nnx.Module) -> dict[str, nnx.Variable]:
+    """Return the variables by path, all but the states of random number generators."""
+    return {n: v for n, v in named_variables(model) if not isinstance(v, nnx.RngState)}
 
 
 def kernels(model: nnx.Module) -> dict[str, Any]:
@@ -224,11 +229,35 @@ def _describe(path: str, module: nnx.Module) -> Layer | None:
 
 
 def _trace(model: nnx.Module, inputs: Inputs) -> dict[str, tuple[Call, ...]]:
-    def recorded(path: str, module: nnx.Module) -> None:
-        if _is_leaf(module):
-            module.__class__ = _marking_class(type(module), path)
+    def marked(path: str, layer: Callable[[Any], Any], x: Any) -> Any:
+        return mark_output(path, layer(x), x.shape)
 
-    copy = map_modules(recorded, model)
+    return calls_in(jaxpr_through(model, inputs, _is_leaf, marked))
+
+
+def jaxpr_through(
+    model: nnx.Module,
+    inputs: Inputs,
+    chosen: Callable[[nnx.Module], bool],
+    around: Callable[[str, Callable[[Any], Any], Any], Any],
+) -> Any:
+    """Return the jaxpr of a model's call in evaluation mode, with a function around some modules.
+
+    Args:
+        model: it is not changed.
+        inputs: what it is called with.
+        chosen: says whether ``around`` goes around a module.
+        around: gets path, the module's call and its input; returns its output.
+
+    Raises:
+        ValueError: if the model cannot be called on the inputs.
+    """
+
+    def replace_call(path: str, module: nnx.Module) -> None:
+        if chosen(module):
+            module.__class__ = _wrapped(type(module), functools.partial(around, path))
+
+    copy = map_modules(replace_call, model)
     copy.eval()
     graphdef, state = nnx.split(copy)
 
@@ -236,20 +265,15 @@ def _trace(model: nnx.Module, inputs: Inputs) -> dict[str, tuple[Call, ...]]:
         return inputs.with_arrays(arrays).call(nnx.merge(graphdef, state))  # type: ignore[arg-type]
 
     try:
-        return traced_calls(forward, state, inputs.shapes.arrays)
-    except TypeError as error:
-        raise ValueError(
-            f"{type(model).__name__} cannot be called on the sample; give an example input with a "
-            "leading batch axis, a tuple of arguments or falcon_jax.Inputs(x, train=False). "
-            f"It said: {error}"
-        ) from error
+        return traced_jaxpr(forward, state, inputs.shapes.arrays)
+    except (TypeError, ValueError) as error:
+        raise inputs.refused_by(model, error) from error
 
 
-def _marking_class(cls: type[nnx.Module], path: str) -> type[nnx.Module]:
-    """Return a subclass whose instances mark their output; only the traced copy gets it."""
+def _wrapped(cls: type[nnx.Module], around: Callable[..., Any]) -> Any:
+    """Return a subclass with a function around its call; only the traced copy gets it."""
 
-    def call(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        y = cls.__call__(self, inputs, *args, **kwargs)  # type: ignore[operator]
-        return mark_output(path, y, inputs.shape)
+    def call(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        return around(lambda x: cls.__call__(self, x, *args, **kwargs), x)  # type: ignore[operator]
 
     return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})

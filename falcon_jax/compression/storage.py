@@ -1,9 +1,9 @@
 """Compressed models on disk: the plan and the arrays in one Orbax directory, with digests."""
 
 import hashlib
-import json
 import os
 import pathlib
+import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,8 +20,9 @@ from falcon_jax.compression.compress import check_plan, compressed_module, repla
 from falcon_jax.compression.differences import differences
 from falcon_jax.compression.inspection import Model, inspect_model
 from falcon_jax.compression.linen_layers import abstract_variables
-from falcon_jax.compression.nnx_layers import named_variables
+from falcon_jax.compression.nnx_layers import weights
 from falcon_jax.compression.plan import Plan, PlanRow
+from falcon_jax.manifest import MANIFEST, check_manifest, write_manifest
 from falcon_jax.methods import Params
 from falcon_jax.nn.linen_compressed import CompressedModule
 from falcon_jax.nn.trained import fit_stacked
@@ -66,15 +67,20 @@ def save_compressed(
             for name, array in named.items()
         },
     }
+    unfinished = directory.with_name(directory.name + ".unfinished")
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         checkpointer.save(
-            directory,
+            unfinished,
             args=ocp.args.Composite(
                 arrays=ocp.args.StandardSave(_nested(named)),  # type: ignore[call-arg]
-                plan=ocp.args.JsonSave(data | {"sha256": _data_digest(data)}),  # type: ignore[call-arg]
+                plan=ocp.args.JsonSave(data),  # type: ignore[call-arg]
             ),
-            force=overwrite,
+            force=True,
         )
+    write_manifest(unfinished)
+    if directory.exists():
+        shutil.rmtree(directory)
+    unfinished.rename(directory)
 
 
 def load_compressed(
@@ -117,7 +123,7 @@ def load_compressed(
     check_plan(plan, inspected.layers)
     blank = {row.path: _blank_params(row, inspected.kernels[row.path]) for row in plan.replaced}
     compressed = replace_convs(model, plan, blank)
-    holders = _stored_variables(compressed)
+    holders = weights(compressed)
     _check_same(directory, {name: v.get_value() for name, v in holders.items()}, saved)
     for name, array in _read_arrays(directory, data, saved).items():
         holders[name].set_value(array)
@@ -148,15 +154,11 @@ def _check_carried_out(model: Model, plan: Plan, variables: Mapping[str, Any] | 
 
 def _arrays(model: Model, variables: Mapping[str, Any] | None) -> dict[str, np.ndarray]:
     if isinstance(model, nnx.Module):
-        named = {name: v.get_value() for name, v in _stored_variables(model).items()}
+        named = {name: v.get_value() for name, v in weights(model).items()}
     else:
         assert variables is not None
         named = _named(variables)
     return {name: np.asarray(array) for name, array in named.items()}
-
-
-def _stored_variables(model: nnx.Module) -> dict[str, nnx.Variable]:
-    return {n: v for n, v in named_variables(model) if not isinstance(v, nnx.RngState)}
 
 
 def _named(variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -179,12 +181,10 @@ def _check_same(
 
 
 def _read_data(directory: pathlib.Path) -> dict[str, Any]:
-    data = _restore(directory, "plan", ocp.args.JsonRestore())
-    if not isinstance(data, dict) or "sha256" not in data:
+    if not (directory / MANIFEST).is_file():
         raise ValueError(f"{directory} holds no compressed model of falcon_jax.")
-    digest = data.pop("sha256")
-    if digest != _data_digest(data):
-        raise ValueError(f"{directory} is damaged: its plan is not what was saved.")
+    check_manifest(directory)
+    data = _restore(directory, "plan", ocp.args.JsonRestore())
     if data["version"] != _VERSION:
         raise ValueError(
             f"{directory} has version {data['version']}; this falcon_jax reads {_VERSION}."
@@ -207,20 +207,9 @@ def _read_arrays(
 
 def _restore(directory: pathlib.Path, item: str, how: Any) -> Any:
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        try:
-            return checkpointer.restore(directory, args=ocp.args.Composite(**{item: how}))[item]
-        except Exception as error:
-            # Orbax raises anything when files are missing or damaged, bare Exception too.
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(
-                f"{directory} holds no compressed model, or a damaged one: {reason}"
-            ) from error
+        return checkpointer.restore(directory, args=ocp.args.Composite(**{item: how}))[item]
 
 
 def _array_digest(array: np.ndarray) -> str:
     header = f"{array.dtype} {array.shape} ".encode()
     return hashlib.sha256(header + np.ascontiguousarray(array).tobytes()).hexdigest()
-
-
-def _data_digest(data: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

@@ -1,9 +1,9 @@
 """Methods by name, for configs, plans and the command line."""
 
-import difflib
 from typing import Any, TypeVar
 
 from falcon_jax.methods.base import Method
+from falcon_jax.names import no_such
 
 _METHODS: dict[str, type[Method]] = {}
 
@@ -56,9 +56,5 @@ def method_settings(name: str) -> tuple[str, ...]:
         ValueError: if there is no such method.
     """
     if name not in _METHODS:
-        near = difflib.get_close_matches(name, _METHODS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"no method is called {name!r}; there are {', '.join(method_names())}.{hint}"
-        )
+        raise ValueError(no_such("method", name, method_names()))
     return tuple(_METHODS[name].__dataclass_fields__)  # type: ignore[attr-defined]

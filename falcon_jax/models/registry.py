@@ -1,6 +1,5 @@
 """Models by name, for configs and the command line."""
 
-import difflib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -27,6 +26,7 @@ from falcon_jax.models.vgg_imagenet import (
     vgg19,
     vgg19_bn,
 )
+from falcon_jax.names import no_such
 
 MODELS: Mapping[str, Callable[..., nnx.Module]] = MappingProxyType(
     {
@@ -75,9 +75,7 @@ def get_model(name: str, *, rngs: nnx.Rngs, **options: Any) -> nnx.Module:
         ValueError: if there is no such model; the message lists those there are.
     """
     if name not in MODELS:
-        near = difflib.get_close_matches(name, MODELS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"no model is called {name!r}; there are {', '.join(MODELS)}.{hint}")
+        raise ValueError(no_such("model", name, MODELS))
     return MODELS[name](rngs=rngs, **options)
 
 

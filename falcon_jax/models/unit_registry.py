@@ -1,6 +1,5 @@
 """Conv units by name, for configs."""
 
-import difflib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -10,6 +9,7 @@ from falcon_jax.models.gdg import gdg_unit
 from falcon_jax.models.pdp import pdp_unit
 from falcon_jax.models.pdp_split import pdp_split_unit
 from falcon_jax.models.units import UnitFactory
+from falcon_jax.names import no_such
 
 _UNITS: Mapping[str, Callable[..., UnitFactory]] = MappingProxyType(
     {
@@ -37,9 +37,7 @@ def get_unit(name: str, **options: Any) -> UnitFactory:
         ValueError: if there is no such unit, or it has no such option.
     """
     if name not in _UNITS:
-        near = difflib.get_close_matches(name, _UNITS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"no unit is called {name!r}; there are {', '.join(_UNITS)}.{hint}")
+        raise ValueError(no_such("unit", name, _UNITS))
     known = _OPTIONS.get(name, ())
     unknown = sorted(set(options) - set(known))
     if unknown:

@@ -1,7 +1,6 @@
 """The config of an experiment: its fields, their defaults, and what they may be."""
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ from ml_collections import ConfigDict
 from falcon_jax.data.augmentation import Augmentation
 from falcon_jax.data.loading import SOURCES
 from falcon_jax.models import MODELS
+from falcon_jax.names import unknown_field
 from falcon_jax.training.loop import LogSettings
 from falcon_jax.training.settings import TrainSettings, defaults
 from falcon_jax.training.variants import Variant, chosen_variants
@@ -100,9 +100,9 @@ def check_config(config: Any) -> Experiment:
     _check_complete(fields, known, "config")
     model, data, compression = fields["model"], fields["data"], fields["compression"]
     if model["name"] not in MODELS:
-        raise ValueError(_unknown("config.model.name", model["name"], MODELS))
+        raise ValueError(unknown_field("config.model.name", model["name"], MODELS))
     if data["source"] not in SOURCES:
-        raise ValueError(_unknown("config.data.source", data["source"], SOURCES))
+        raise ValueError(unknown_field("config.data.source", data["source"], SOURCES))
     if compression["batchnorm_batches"] < 0:
         raise ValueError("config.compression.batchnorm_batches must be 0 or more")
     if fields["checkpoint"]["keep"] < 1:
@@ -136,7 +136,7 @@ def check_override(dotted: str) -> None:
         if known is _FREE_FORM:
             return
         if not isinstance(known, dict) or field not in known:
-            raise ValueError(_unknown(dotted, field, known if isinstance(known, dict) else ()))
+            raise ValueError(unknown_field(dotted, field, known if isinstance(known, dict) else ()))
         known = _FREE_FORM if field == "variants" else known[field]
 
 
@@ -147,7 +147,7 @@ def _check_fields(given: Mapping[str, Any], known: Mapping[str, Any], name: str)
     for field, value in given.items():
         dotted = f"{name}.{field}"
         if field not in known:
-            raise ValueError(_unknown(dotted, field, known))
+            raise ValueError(unknown_field(dotted, field, known))
         default = known[field]
         if dotted == "config.compression.variants":
             continue
@@ -192,10 +192,3 @@ def _built(name: str, cls: Any, fields: Mapping[str, Any]) -> Any:
         return cls(**values)
     except ValueError as error:
         raise ValueError(f"{name}.{error}") from None
-
-
-def _unknown(dotted: str, value: str, known: Any) -> str:
-    near = difflib.get_close_matches(value, list(known), n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    listed = ", ".join(map(str, known)) or "no fields below it"
-    return f"{dotted}: there is no {value!r}; there are {listed}{hint}"

@@ -1,7 +1,6 @@
 """The variants of an experiment: the ways in which a network is compressed or built anew."""
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +11,7 @@ from falcon_jax.methods.fitting import check_solver
 from falcon_jax.methods.registry import method_settings
 from falcon_jax.models.unit_registry import UNIT_NAMES, get_unit
 from falcon_jax.models.units import UnitFactory
+from falcon_jax.names import unknown_field
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,12 +58,7 @@ def chosen_variants(compression: Mapping[str, Any]) -> tuple[Variant, ...]:
     chosen = [name.strip() for name in compression["only"].split(",") if name.strip()]
     for name in chosen:
         if name not in variants:
-            near = difflib.get_close_matches(name, variants, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(
-                f"config.compression.only: there is no {name!r}; there are "
-                f"{', '.join(variants)}{hint}"
-            )
+            raise ValueError(unknown_field("config.compression.only", name, variants))
     kept = {*(chosen or variants)}
     kept |= {variants[name].of for name in kept}
     ordered = sorted(variants.values(), key=lambda variant: bool(variant.of))
