@@ -7,13 +7,19 @@ from falcon_jax.compression import Plan as Plan
 from falcon_jax.compression import PlanRow as PlanRow
 from falcon_jax.compression import Profile as Profile
 from falcon_jax.compression import ProfileRow as ProfileRow
+from falcon_jax.compression import Quantization as Quantization
+from falcon_jax.compression import QuantizationRow as QuantizationRow
+from falcon_jax.compression import QuantizedArray as QuantizedArray
 from falcon_jax.compression import Rule as Rule
+from falcon_jax.compression import calibrate as calibrate
 from falcon_jax.compression import compress as compress
 from falcon_jax.compression import fold_batchnorm as fold_batchnorm
 from falcon_jax.compression import load_compressed as load_compressed
 from falcon_jax.compression import make_plan as make_plan
 from falcon_jax.compression import narrow as narrow
 from falcon_jax.compression import profile as profile
+from falcon_jax.compression import quantize_linear as quantize_linear
+from falcon_jax.compression import quantize_weights as quantize_weights
 from falcon_jax.compression import reestimate_batchnorm as reestimate_batchnorm
 from falcon_jax.compression import save_compressed as save_compressed
 from falcon_jax.fitting import AdamWSettings as AdamWSettings
@@ -22,6 +28,7 @@ from falcon_jax.gep import gep as gep
 from falcon_jax.gep import separable_kernel as separable_kernel
 from falcon_jax.methods import CP as CP
 from falcon_jax.methods import Budget as Budget
+from falcon_jax.methods import ChannelDecomposition as ChannelDecomposition
 from falcon_jax.methods import ConvSpec as ConvSpec
 from falcon_jax.methods import Cost as Cost
 from falcon_jax.methods import Decoupled as Decoupled
@@ -31,6 +38,7 @@ from falcon_jax.methods import Energy as Energy
 from falcon_jax.methods import Falcon as Falcon
 from falcon_jax.methods import FilterSummary as FilterSummary
 from falcon_jax.methods import Method as Method
+from falcon_jax.methods import SpatialDecomposition as SpatialDecomposition
 from falcon_jax.methods import Tucker as Tucker
 from falcon_jax.methods import fit as fit
 from falcon_jax.methods import get_method as get_method

@@ -16,7 +16,7 @@ from falcon_jax.training.config import check_config
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 SHARED = {"__init__", "paper", "compare"}  # tests/test_comparison.py has the last
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in SHARED)
-PAPER = [name for name in NAMES if name != "demo"]
+PAPER = [name for name in NAMES if name.startswith(("vgg19_", "resnet34_"))]
 PAPER_VARIANTS = ["dpconv", "falcon_k1", "falcon_k1_unfitted", "falcon_k2", "falcon_k3", "gep_in"]
 
 
@@ -48,14 +48,16 @@ def convolutions(model):
 @pytest.fixture(scope="module")
 def replaced(shapes):
     """Say which layers a variant replaces; equal rules on equal models are planned once."""
-    sample = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
 
     @functools.cache
-    def paths(model, rules):
+    def paths(model, side, rules):
+        sample = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
         plan = make_plan(shapes(model), rules, sample, solver="random")
         return {row.path for row in plan.replaced}
 
-    return lambda experiment, variant: paths(experiment.model, variant.rules)
+    return lambda experiment, variant: paths(
+        experiment.model, experiment.data["image_size"], variant.rules
+    )
 
 
 def test_all_that_should_ship_do():
@@ -64,7 +66,7 @@ def test_all_that_should_ship_do():
         for model in ("vgg19", "resnet34")
         for data in ("cifar10", "cifar100", "svhn", "fashion_mnist")
     }
-    assert set(NAMES) == expected | {"demo"}
+    assert set(NAMES) == expected | {"demo", "vgg16_imagenet_decomposed"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -161,3 +163,17 @@ def test_the_demo_keeps_the_first_convolution(shapes, replaced):
     every = set(convolutions(shapes(experiment.model)))
     for variant in experiment.variants:
         assert replaced(experiment, variant) == every - {"stages/0/0/conv"}
+
+
+@pytest.mark.parametrize(
+    ("variant", "published"),
+    [("nd", 8.61), ("sd", 7.20), ("cd", 6.52), ("sd_nd", 4.15), ("cd_nd", 4.72), ("cd_sd", 4.32)],
+)
+def test_vgg16_costs_what_was_published(variant, published, shapes):
+    """Mult-adds of the convolutions, in G (arXiv 1808.05517); 15.35 before."""
+    experiment = check_config(load("vgg16_imagenet_decomposed"))
+    rules = next(v.rules for v in experiment.variants if v.name == variant)
+    sample = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    rows = make_plan(shapes("vgg16"), rules, sample, solver="random").rows
+    assert sum(row.before.mult_adds for row in rows) == pytest.approx(15.35e9, rel=2e-3)
+    assert sum(row.after.mult_adds for row in rows) == pytest.approx(published * 1e9, rel=0.02)

@@ -1,6 +1,7 @@
 """Whole models: rules, plans, and carrying them out."""
 
 from falcon_jax.compression.batchnorm import reestimate_batchnorm as reestimate_batchnorm
+from falcon_jax.compression.calibration import calibrate as calibrate
 from falcon_jax.compression.compress import compress as compress
 from falcon_jax.compression.folding import fold_batchnorm as fold_batchnorm
 from falcon_jax.compression.inputs import Inputs as Inputs
@@ -12,6 +13,11 @@ from falcon_jax.compression.planning import make_plan as make_plan
 from falcon_jax.compression.profile import Profile as Profile
 from falcon_jax.compression.profile import ProfileRow as ProfileRow
 from falcon_jax.compression.profile import profile as profile
+from falcon_jax.compression.quantization import Quantization as Quantization
+from falcon_jax.compression.quantization import QuantizationRow as QuantizationRow
+from falcon_jax.compression.quantization import QuantizedArray as QuantizedArray
+from falcon_jax.compression.quantization import quantize_linear as quantize_linear
+from falcon_jax.compression.quantization import quantize_weights as quantize_weights
 from falcon_jax.compression.rules import Rule as Rule
 from falcon_jax.compression.storage import load_compressed as load_compressed
 from falcon_jax.compression.storage import save_compressed as save_compressed

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from falcon_jax.compression.nnx_layers import map_modules, named_modules
+from falcon_jax.compression.nnx_tree import map_modules, named_modules
 
 
 def reestimate_batchnorm(model: nnx.Module, batches: Iterable[Any]) -> nnx.Module:

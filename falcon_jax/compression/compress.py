@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from falcon_jax.compression.inspection import Model, inspect_model
 from falcon_jax.compression.layers import Layer
-from falcon_jax.compression.nnx_layers import map_modules
+from falcon_jax.compression.nnx_tree import map_modules
 from falcon_jax.compression.plan import Plan, PlanRow
 from falcon_jax.methods import ConvSpec, Method, Params, Solver
 from falcon_jax.methods.fitting import check_finite
@@ -115,7 +115,25 @@ def check_plan(plan: Plan, layers: Sequence[Layer]) -> None:
 def compressed_module(module: nn.Module, plan: Plan) -> CompressedModule:
     """Return the Linen module that a plan makes, without variables."""
     layers = tuple((r.path, r.method, r.spec) for r in plan.replaced if r.method is not None)
-    return CompressedModule(original=Definition(module), layers=layers)
+    base = _as_compressed(module)
+    return base.clone(layers=(*base.layers, *layers))
+
+
+def with_folded(module: nn.Module, folded: tuple[tuple[str, str], ...]) -> CompressedModule:
+    """Return a Linen module without BatchNorms whose work a convolution does, without variables.
+
+    Args:
+        module: any Linen module.
+        folded: paths of each BatchNorm and its convolution.
+    """
+    base = _as_compressed(module)
+    return base.clone(folded=(*base.folded, *folded))
+
+
+def _as_compressed(module: nn.Module) -> CompressedModule:
+    if isinstance(module, CompressedModule):
+        return module
+    return CompressedModule(original=Definition(module), layers=())
 
 
 def replace_convs(model: nnx.Module, plan: Plan, fitted: Mapping[str, Params]) -> nnx.Module:

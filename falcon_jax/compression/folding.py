@@ -1,20 +1,19 @@
 """BatchNorm folded into the convolution before it."""
 
-import collections
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, overload
 
-import jax
-import jax.numpy as jnp
+from flax import linen as nn
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
+from falcon_jax.compression.batchnorm_pairs import conv_of_norm, folded_arrays, mark_call
 from falcon_jax.compression.inputs import Inputs
-from falcon_jax.compression.layers import inner_jaxprs
-from falcon_jax.compression.nnx_layers import jaxpr_through, map_modules, named_modules
-
-_BEFORE, _AFTER = "falcon_jax before ", "falcon_jax after "
+from falcon_jax.compression.inspection import Model
+from falcon_jax.compression.linen_folding import fold_linen
+from falcon_jax.compression.nnx_layers import jaxpr_through
+from falcon_jax.compression.nnx_tree import map_modules, named_modules
+from falcon_jax.nn.linen_compressed import CompressedModule
 
 
 class FoldedBatchNorm(nnx.Module):
@@ -25,37 +24,63 @@ class FoldedBatchNorm(nnx.Module):
         return x
 
 
-def fold_batchnorm(model: nnx.Module, sample: Any) -> nnx.Module:
+@overload
+def fold_batchnorm(model: nnx.Module, sample: Any, variables: None = None) -> nnx.Module: ...
+@overload
+def fold_batchnorm(
+    model: nn.Module, sample: Any, variables: Mapping[str, Any]
+) -> tuple[CompressedModule, Mapping[str, Any]]: ...
+def fold_batchnorm(
+    model: Model, sample: Any, variables: Mapping[str, Any] | None = None
+) -> nnx.Module | tuple[CompressedModule, Mapping[str, Any]]:
     """Return a copy of a model without the BatchNorms that a convolution can do the work of.
 
     ``K' = K g / sqrt(v + eps)``, ``b' = (b - m) g / sqrt(v + eps) + beta``
 
-    A BatchNorm is folded if its input is the output of an ``nnx.Conv``, nothing else uses that
-    output, and both are used once. The copy gives what the model gives in evaluation mode; it is
-    for deployment or training-free compression, not for further training.
+    A BatchNorm is folded if its input is the output of a convolution of Flax, nothing else uses
+    that output, and both are used once. The copy gives what the model gives in evaluation mode; it
+    is for deployment or training-free compression, not for further training.
 
     Args:
-        model: an NNX model; it is not changed.
-        sample: what it is called with, arrays or shapes, to see what follows what.
+        model: an NNX model or a Linen module; it is not changed.
+        sample: what it is called with, arrays or shapes, to see what follows what; a Linen module
+            in evaluation mode, such as ``falcon_jax.Inputs(x, train=False)``.
+        variables: of a Linen module; they are not changed.
 
     Returns:
-        The copy, in evaluation mode. BatchNorms that were not folded are left in it.
+        The NNX copy in evaluation mode; or a Linen module that is used as the original, and its
+        variables. BatchNorms that were not folded are left in it.
 
     Raises:
-        ValueError: if the model cannot be called on the sample.
+        ValueError: if the model cannot be called on the sample, or the sample is for training.
 
     Reference:
         Network Decoupling (Guo et al., BMVC 2018), Section 4.
     """
-    pairs = _conv_of_norm(model, Inputs.of(sample).shapes)
+    inputs = Inputs.of(sample).shapes
+    if isinstance(model, nnx.Module):
+        return _fold_nnx(model, inputs)
+    if variables is None:
+        raise ValueError("the parameters of a Linen module are in its variables; give them, too.")
+    return fold_linen(model, inputs, variables)
+
+
+def _fold_nnx(model: nnx.Module, inputs: Inputs) -> nnx.Module:
+    def chosen(module: nnx.Module) -> bool:
+        if type(module) is nnx.Conv:
+            return module.mask is None
+        return type(module) is nnx.BatchNorm and module.axis == -1
+
     modules = dict(named_modules(model))
-    convs = {conv: modules[norm] for norm, conv in pairs.items()}
+    norms = {path for path, module in modules.items() if type(module) is nnx.BatchNorm}
+    pairs = conv_of_norm(jaxpr_through(model, inputs, chosen, mark_call), norms)
+    norm_of_conv = {conv: modules[norm] for norm, conv in pairs.items()}
 
     def folded(path: str, module: nnx.Module) -> nnx.Module | None:
         if path in pairs:
             return FoldedBatchNorm()
-        if path in convs:
-            norm = convs[path]
+        if path in norm_of_conv:
+            norm = norm_of_conv[path]
             assert isinstance(module, nnx.Conv) and isinstance(norm, nnx.BatchNorm)
             _fold(module, norm)
         return None
@@ -66,66 +91,15 @@ def fold_batchnorm(model: nnx.Module, sample: Any) -> nnx.Module:
 
 
 def _fold(conv: nnx.Conv, norm: nnx.BatchNorm) -> None:
-    gain = jax.lax.rsqrt(norm.var[...] + norm.epsilon)
-    if norm.scale is not None:
-        gain = gain * norm.scale[...]
-    kernel = conv.kernel[...]
-    stack = gain.ndim - 1
-    axes = tuple(range(stack, kernel.ndim - 1))
-    bias = jnp.zeros_like(gain) if conv.bias is None else conv.bias[...]
-    bias = (bias - norm.mean[...]) * gain
-    if norm.bias is not None:
-        bias = bias + norm.bias[...]
-    conv.kernel[...] = (kernel * jnp.expand_dims(gain, axes)).astype(kernel.dtype)
-    conv.bias = nnx.Param(bias.astype(kernel.dtype))
+    kernel, bias = folded_arrays(
+        conv.kernel[...],
+        None if conv.bias is None else conv.bias[...],
+        mean=norm.mean[...],
+        var=norm.var[...],
+        scale=None if norm.scale is None else norm.scale[...],
+        offset=None if norm.bias is None else norm.bias[...],
+        epsilon=norm.epsilon,
+    )
+    conv.kernel[...] = kernel
+    conv.bias = nnx.Param(bias)
     conv.use_bias = True
-
-
-def _conv_of_norm(model: nnx.Module, inputs: Inputs) -> Mapping[str, str]:
-    """Return, by path of every BatchNorm that can be folded, the path of its convolution."""
-
-    def chosen(module: nnx.Module) -> bool:
-        if type(module) is nnx.Conv:
-            return module.mask is None
-        return type(module) is nnx.BatchNorm and module.axis == -1
-
-    def marked(path: str, layer: Callable[[Array], Array], x: Array) -> Array:
-        y = layer(checkpoint_name(x, _BEFORE + path))
-        return checkpoint_name(y, _AFTER + path)
-
-    jaxpr = jaxpr_through(model, inputs, chosen, marked)
-    kinds = {path: type(module) for path, module in named_modules(model)}
-    uses = collections.Counter(_marks(jaxpr))
-    return {
-        norm: conv
-        for norm, conv in _followed(jaxpr)
-        if (kinds[norm], kinds[conv]) == (nnx.BatchNorm, nnx.Conv)
-        and uses[_BEFORE + norm] == uses[_BEFORE + conv] == 1
-    }
-
-
-def _followed(jaxpr: Any) -> Iterator[tuple[str, str]]:
-    """Yield the paths of two layers where the one alone uses what the other gives."""
-    given = [eqn for eqn in jaxpr.eqns if _mark(eqn).startswith(_AFTER)]
-    made = {eqn.outvars[0]: _mark(eqn)[len(_AFTER) :] for eqn in given}
-    operands = [v for e in jaxpr.eqns for v in e.invars] + list(jaxpr.outvars)
-    uses = collections.Counter(id(v) for v in operands)
-    for eqn in jaxpr.eqns:
-        x = eqn.invars[0] if eqn.invars else None
-        if _mark(eqn).startswith(_BEFORE) and uses[id(x)] == 1:
-            conv = next((path for var, path in made.items() if var is x), None)
-            if conv is not None:
-                yield _mark(eqn)[len(_BEFORE) :], conv
-        for sub in inner_jaxprs(tuple(eqn.params.values())):
-            yield from _followed(sub)
-
-
-def _marks(jaxpr: Any) -> Iterator[str]:
-    for eqn in jaxpr.eqns:
-        yield _mark(eqn)
-        for sub in inner_jaxprs(tuple(eqn.params.values())):
-            yield from _marks(sub)
-
-
-def _mark(eqn: Any) -> str:
-    return str(eqn.params.get("name", ""))

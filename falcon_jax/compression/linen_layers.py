@@ -54,19 +54,7 @@ def find_layers(module: nn.Module, inputs: Inputs, variables: Variables) -> list
         ValueError: if the module cannot be called on the inputs.
     """
     watched = _Watch()
-
-    def forward(variables: Variables, arrays: list[Array]) -> Any:
-        def apply(*args: Any, **kwargs: Any) -> Any:
-            rngs = {"params": jax.random.key(0)}  # stands in for every other stream
-            with nn.intercept_methods(watched.intercept):
-                return module.apply(variables, *args, rngs=rngs, mutable=True, **kwargs)
-
-        return inputs.with_arrays(arrays).call(apply)
-
-    jaxpr = _explained(
-        module, inputs, lambda: traced_jaxpr(forward, variables, inputs.shapes.arrays)
-    )
-    calls = calls_in(jaxpr)
+    calls = calls_in(intercepted_jaxpr(module, inputs, variables, watched.intercept))
     own: dict[str, dict[str, tuple[int, ...]]] = {}
     for path, leaf in named_params(variables).items():
         owner, _, name = path.rpartition("/")
@@ -89,6 +77,34 @@ def find_layers(module: nn.Module, inputs: Inputs, variables: Variables) -> list
     return layers
 
 
+def intercepted_jaxpr(
+    module: nn.Module, inputs: Inputs, variables: Variables, intercept: Callable[..., Any]
+) -> Any:
+    """Return the jaxpr of a module's call with every method going through an interceptor.
+
+    Args:
+        module: any Linen module.
+        inputs: what it is called with.
+        variables: its variables, arrays or shapes.
+        intercept: as ``linen.intercept_methods`` takes it.
+
+    Raises:
+        ValueError: if the module cannot be called on the inputs.
+    """
+
+    def forward(variables: Variables, arrays: list[Array]) -> Any:
+        def apply(*args: Any, **kwargs: Any) -> Any:
+            rngs = {"params": jax.random.key(0)}  # stands in for every other stream
+            with nn.intercept_methods(intercept):
+                return module.apply(variables, *args, rngs=rngs, mutable=True, **kwargs)
+
+        return inputs.with_arrays(arrays).call(apply)
+
+    return _explained(
+        module, inputs, lambda: traced_jaxpr(forward, variables, inputs.shapes.arrays)
+    )
+
+
 def named_params(variables: Variables) -> dict[str, Any]:
     """Return the parameters by ``/``-joined path."""
     params = nn.meta.unbox(variables.get("params", {}))
@@ -108,6 +124,7 @@ class _Watch:
     def __init__(self):
         self.layers: dict[str, _Seen] = {}
         self._replaced: dict[str, tuple[Method, ConvSpec]] = {}
+        self._biased: set[str] = set()
         self._normalised = 0
 
     def intercept(
@@ -120,6 +137,7 @@ class _Watch:
         module = context.module
         if isinstance(module, CompressedModule) and context.method_name == "__call__":
             self._replaced |= module.replaced()
+            self._biased |= set(module.folded_convs().values())
         normalises = isinstance(module, _NORMALISED)
         self._normalised += normalises
         try:
@@ -154,6 +172,8 @@ class _Watch:
         if isinstance(module, nn.Conv):
             obstacle = "kernel normalised anew in every call" if self._normalised else None
             spec = conv_spec(module, x.shape[-1])
+            if path in self._biased:
+                spec = dataclasses.replace(spec, use_bias=True)
             return Layer(
                 path=path,
                 kind="conv",

@@ -5,7 +5,7 @@ from typing import Any
 from flax import nnx
 
 from falcon_jax.compression.differences import differences
-from falcon_jax.compression.nnx_layers import map_modules, weights
+from falcon_jax.compression.nnx_tree import map_modules, weights
 
 
 def narrow(model: nnx.Module, narrower: nnx.Module) -> nnx.Module:

@@ -1,9 +1,9 @@
-"""Layers of NNX models: found, traced and replaced."""
+"""Layers of NNX models: found, and traced."""
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,13 +12,10 @@ from jaxtyping import Array
 
 from falcon_jax.compression.inputs import Inputs
 from falcon_jax.compression.layers import Call, Layer, calls_in, mark_output, traced_jaxpr
+from falcon_jax.compression.nnx_tree import is_leaf, map_modules, named_modules
 from falcon_jax.methods import ConvSpec
 from falcon_jax.nn.method_conv import MethodConv
 from falcon_jax.nn.trained import conv_obstacle, conv_spec
-
-_WALKED = (nnx.Module, nnx.Variable, dict, list, tuple, functools.partial)
-
-Visit = Callable[[str, nnx.Module], nnx.Module | None]
 
 
 def find_layers(model: nnx.Module, inputs: Inputs | None = None) -> list[Layer]:
@@ -54,45 +51,6 @@ def find_layers(model: nnx.Module, inputs: Inputs | None = None) -> list[Layer]:
     return [dataclasses.replace(layer, calls=calls.get(layer.path, ())) for layer in layers]
 
 
-def named_modules(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
-    """Yield every module with its path, once, parents first; inside tuples and partials, too."""
-    seen: set[int] = set()
-
-    def walk(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, nnx.Module]]:
-        if isinstance(value, nnx.Module):
-            if id(value) in seen:
-                return
-            seen.add(id(value))
-            yield "/".join(path), value
-            if _is_leaf(value):
-                return
-        for name, child in _children(value):
-            yield from walk(child, (*path, name))
-
-    yield from walk(model, ())
-
-
-def named_variables(model: nnx.Module) -> Iterator[tuple[str, nnx.Variable]]:
-    """Yield every variable with its path, once; inside tuples and partials, too."""
-    seen: set[int] = set()
-
-    def walk(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, nnx.Variable]]:
-        if id(value) in seen:
-            return
-        seen.add(id(value))
-        if isinstance(value, nnx.Variable):
-            yield "/".join(path), value
-        for name, child in _children(value):
-            yield from walk(child, (*path, name))
-
-    yield from walk(model, ())
-
-
-def weights(model: nnx.Module) -> dict[str, nnx.Variable]:
-    """Return the variables by path, all but the states of random number generators."""
-    return {n: v for n, v in named_variables(model) if not isinstance(v, nnx.RngState)}
-
-
 def kernels(model: nnx.Module) -> dict[str, Any]:
     """Return the kernels of the convolutions, or their shapes, by path."""
     return {
@@ -100,87 +58,6 @@ def kernels(model: nnx.Module) -> dict[str, Any]:
         for path, module in named_modules(model)
         if isinstance(module, nnx.Conv)
     }
-
-
-def map_modules(visit: Visit, model: nnx.Module) -> nnx.Module:
-    """Return a copy of a model in which some modules are replaced.
-
-    Args:
-        visit: gets path and module (of the copy); returns what replaces it, or None.
-        model: it is not changed. Arrays are shared with the copy, variables are not.
-
-    Returns:
-        The copy. A module used in several places is replaced by one module.
-    """
-    done: dict[int, nnx.Module] = {}
-
-    def walk(value: Any, path: tuple[str, ...]) -> Any:
-        if isinstance(value, nnx.Module):
-            if id(value) not in done:
-                new = visit("/".join(path), value)
-                done[id(value)] = value if new is None else new
-                if new is None and not _is_leaf(value):
-                    for name, child in list(_children(value)):
-                        replaced = walk(child, (*path, name))
-                        if replaced is not child:
-                            setattr(value, name, replaced)
-            return done[id(value)]
-        if not _holds_module(value):
-            return value
-        if isinstance(value, functools.partial):
-            # NNX does not look into partials, so a clone of the model shares what they hold.
-            value = _clone_partial(value)
-        children = {name: walk(child, (*path, name)) for name, child in _children(value)}
-        return _rebuild(value, children)
-
-    return walk(nnx.clone(model), ())
-
-
-def _holds_module(value: Any) -> bool:
-    return isinstance(value, nnx.Module) or any(_holds_module(c) for _, c in _children(value))
-
-
-def _is_leaf(module: nnx.Module) -> bool:
-    return isinstance(module, (nnx.Conv, nnx.ConvTranspose, nnx.Linear, MethodConv))
-
-
-def _children(value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, nnx.Module):
-        items = ((k, v) for k, v in vars(value).items() if not k.startswith("_pytree__"))
-    elif isinstance(value, dict):
-        items = ((str(k), v) for k, v in value.items())
-    elif isinstance(value, (list, tuple)):
-        items = ((str(i), v) for i, v in enumerate(value))
-    elif isinstance(value, functools.partial):
-        items = [("func", value.func), ("args", value.args), ("keywords", value.keywords)]
-    else:
-        return
-    for name, child in items:
-        if isinstance(child, _WALKED):
-            yield name, child
-
-
-def _clone_partial(value: functools.partial) -> functools.partial:
-    parts = (value.func, value.args, value.keywords)
-    func, args, keywords = jax.tree.map(
-        lambda part: nnx.clone(part) if isinstance(part, nnx.Module) else part,
-        parts,
-        is_leaf=lambda part: isinstance(part, nnx.Module),
-    )
-    return functools.partial(func, *args, **keywords)
-
-
-def _rebuild(value: Any, children: dict[str, Any]) -> Any:
-    if isinstance(value, dict):
-        return type(value)({k: children.get(str(k), v) for k, v in value.items()})
-    if isinstance(value, functools.partial):
-        return functools.partial(
-            children.get("func", value.func),
-            *children.get("args", value.args),
-            **children.get("keywords", value.keywords),
-        )
-    items = [children.get(str(i), v) for i, v in enumerate(value)]
-    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
 
 
 def _describe(path: str, module: nnx.Module) -> Layer | None:
@@ -232,7 +109,7 @@ def _trace(model: nnx.Module, inputs: Inputs) -> dict[str, tuple[Call, ...]]:
     def marked(path: str, layer: Callable[[Any], Any], x: Any) -> Any:
         return mark_output(path, layer(x), x.shape)
 
-    return calls_in(jaxpr_through(model, inputs, _is_leaf, marked))
+    return calls_in(jaxpr_through(model, inputs, is_leaf, marked))
 
 
 def jaxpr_through(
@@ -252,14 +129,7 @@ def jaxpr_through(
     Raises:
         ValueError: if the model cannot be called on the inputs.
     """
-
-    def replace_call(path: str, module: nnx.Module) -> None:
-        if chosen(module):
-            module.__class__ = _wrapped(type(module), functools.partial(around, path))
-
-    copy = map_modules(replace_call, model)
-    copy.eval()
-    graphdef, state = nnx.split(copy)
+    graphdef, state = nnx.split(with_calls_wrapped(model, chosen, around))
 
     def forward(state: nnx.State, arrays: list[Array]) -> Any:
         return inputs.with_arrays(arrays).call(nnx.merge(graphdef, state))  # type: ignore[arg-type]
@@ -270,8 +140,30 @@ def jaxpr_through(
         raise inputs.refused_by(model, error) from error
 
 
+def with_calls_wrapped(
+    model: nnx.Module,
+    chosen: Callable[[nnx.Module], bool],
+    around: Callable[[str, Callable[[Any], Any], Any], Any],
+) -> nnx.Module:
+    """Return a copy of a model in evaluation mode with a function around some modules.
+
+    Args:
+        model: it is not changed.
+        chosen: says whether ``around`` goes around a module.
+        around: gets path, the module's call and its input; returns its output.
+    """
+
+    def replace_call(path: str, module: nnx.Module) -> None:
+        if chosen(module):
+            module.__class__ = _wrapped(type(module), functools.partial(around, path))
+
+    copy = map_modules(replace_call, model)
+    copy.eval()
+    return copy
+
+
 def _wrapped(cls: type[nnx.Module], around: Callable[..., Any]) -> Any:
-    """Return a subclass with a function around its call; only the traced copy gets it."""
+    """Return a subclass with a function around its call; only a copy's modules get it."""
 
     def call(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         return around(lambda x: cls.__call__(self, x, *args, **kwargs), x)  # type: ignore[operator]

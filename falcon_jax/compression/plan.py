@@ -173,18 +173,13 @@ def _cells(row: PlanRow, traced: bool) -> tuple[str, ...]:
         row.path or "(model)",
         kernel,
         "x".join(map(str, sorted(set(spec.strides)))),
-        "-" if row.method is None else _method_label(row.method),
+        "-" if row.method is None else row.method.label(),
         _change(row.before.params, row.after.params),
         _change(row.before.mult_adds, row.after.mult_adds) if traced else "",
         "" if row.error is None else f"{row.error:.4f}",
         "" if row.energy is None else f"{row.energy:.2%}",
         row.reason,
     )
-
-
-def _method_label(method: Method) -> str:
-    rank = method.options().get("rank")
-    return method.name if rank is None else f"{method.name} {rank}"
 
 
 def _total(label: str, before: Cost, after: Cost, traced: bool) -> tuple[str, ...]:

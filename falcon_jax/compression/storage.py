@@ -20,7 +20,7 @@ from falcon_jax.compression.compress import check_plan, compressed_module, repla
 from falcon_jax.compression.differences import differences
 from falcon_jax.compression.inspection import Model, inspect_model
 from falcon_jax.compression.linen_layers import abstract_variables
-from falcon_jax.compression.nnx_layers import weights
+from falcon_jax.compression.nnx_tree import weights
 from falcon_jax.compression.plan import Plan, PlanRow
 from falcon_jax.manifest import MANIFEST, check_manifest, write_manifest
 from falcon_jax.methods import Params

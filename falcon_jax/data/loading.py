@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 
 from falcon_jax.data.dataset import (
@@ -18,6 +17,7 @@ from falcon_jax.data.idx import load_idx
 from falcon_jax.data.resizing import resize_images
 from falcon_jax.data.source import SourceOptions, SourceSplits
 from falcon_jax.data.tfds import load_tfds
+from falcon_jax.names import no_such
 
 SOURCES: Mapping[str, Callable[[SourceOptions], SourceSplits]] = {
     "digits": load_digits,
@@ -65,11 +65,7 @@ def load_dataset(
         ImportError: if the source needs a package that is not installed.
     """
     if source not in SOURCES:
-        near = difflib.get_close_matches(source, SOURCES, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"unknown data source {source!r}; known sources: {', '.join(SOURCES)}{hint}"
-        )
+        raise ValueError(no_such("data source", source, SOURCES))
     splits = SOURCES[source](
         SourceOptions(name=name, data_dir=data_dir, image_size=image_size, seed=seed)
     )

@@ -8,7 +8,7 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from falcon_jax.fitting.low_rank import best_low_rank
+from falcon_jax.fitting.low_rank import MOST_ROTATED, best_low_rank
 
 
 def kept_energy(matrices: Float[Array, "b p q"]) -> Float[Array, "ranks"]:
@@ -59,6 +59,12 @@ def _lost_and_total(
     a = matrices.astype(jnp.promote_types(matrices.dtype, jnp.float32))
     largest = jnp.max(jnp.abs(a), initial=0)
     a = a / jnp.where(largest > 0, largest, 1)
+    total = jnp.sum(a * a, axis=(1, 2))
+    if min(a.shape[1:]) > MOST_ROTATED:
+        squares = jnp.linalg.svd(a, compute_uv=False) ** 2
+        # From the smallest up, so that little is not lost beside much.
+        tails = jnp.cumsum(squares[:, ::-1], axis=1)[:, ::-1]
+        return jnp.pad(tails[:, 1:], ((0, 0), (0, 1))).T, total
     left, right = best_low_rank(a, rank=min(a.shape[1:]))
 
     def remove(residual: Array, term: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -66,7 +72,7 @@ def _lost_and_total(
         return residual, jnp.sum(residual * residual, axis=(1, 2))
 
     _, lost = lax.scan(remove, a, (jnp.moveaxis(left, 2, 0), jnp.moveaxis(right, 1, 0)))
-    return lost, jnp.sum(a * a, axis=(1, 2))
+    return lost, total
 
 
 def smallest_rank(

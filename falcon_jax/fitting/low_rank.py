@@ -1,11 +1,11 @@
 """Best rank-k approximation of many small matrices at once (Eckart-Young), accurate in float32.
 
-The matrices of a convolution are short and wide, D^2 x M. Their left singular vectors are found in
-two passes: Jacobi rotations on the Gram matrix, then again on the Gram matrix of the rows rotated
-so far. Those rows are nearly orthogonal, so the second Gram matrix is known to high relative
-accuracy even where the spectrum falls by many orders of magnitude. Rotations are elementwise
-operations over the whole batch: no LAPACK call, hence nothing that stalls when several fits run at
-once on a few cores.
+The matrices of a convolution are short and wide, D^2 x M. Up to 32 rows, their left singular
+vectors are found in two passes: Jacobi rotations on the Gram matrix, then again on the Gram matrix
+of the rows rotated so far. Those rows are nearly orthogonal, so the second Gram matrix is known to
+high relative accuracy even where the spectrum falls by many orders of magnitude. Rotations are
+elementwise operations over the whole batch: no LAPACK call, hence nothing that stalls when several
+fits run at once on a few cores. Larger matrices, such as a whole kernel as one, go to LAPACK.
 """
 
 import functools
@@ -13,8 +13,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
+MOST_ROTATED = 32  # rows; LAPACK is faster beyond
 _MAX_SWEEPS = 16  # five or six suffice for 9 x 9; a bound, not a setting
 
 
@@ -51,8 +53,14 @@ def best_low_rank(
 def _decomposed(matrices: Array) -> tuple[Array, Array, Array]:
     """Return the left singular vectors, the rows ``s_r v_r^T``, and the scale taken out of them."""
     a, scale = _scaled(matrices)
-    basis = singular_basis(a)
-    return basis, _transposed_product(basis, a), scale
+    if a.shape[1] <= MOST_ROTATED:
+        basis = singular_basis(a)
+        return basis, _transposed_product(basis, a), scale
+    basis, values, rows = jnp.linalg.svd(a, full_matrices=False)
+    if not isinstance(basis, Tracer):
+        # LAPACK calls of several fits at once stall on a few cores.
+        jax.block_until_ready(basis)
+    return basis, values[:, :, None] * rows, scale
 
 
 @functools.partial(jax.jit, static_argnames="rank")

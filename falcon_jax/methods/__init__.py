@@ -3,7 +3,9 @@
 from falcon_jax.methods.base import Cost as Cost
 from falcon_jax.methods.base import Method as Method
 from falcon_jax.methods.base import Params as Params
+from falcon_jax.methods.base import ResponseMethod as ResponseMethod
 from falcon_jax.methods.base import standard_cost as standard_cost
+from falcon_jax.methods.channel_decomposition import ChannelDecomposition as ChannelDecomposition
 from falcon_jax.methods.channel_ranks import Budget as Budget
 from falcon_jax.methods.cp import CP as CP
 from falcon_jax.methods.decoupled import Decoupled as Decoupled
@@ -20,5 +22,6 @@ from falcon_jax.methods.fitting import relative_error as relative_error
 from falcon_jax.methods.ranks import Energy as Energy
 from falcon_jax.methods.registry import get_method as get_method
 from falcon_jax.methods.registry import method_names as method_names
+from falcon_jax.methods.spatial_decomposition import SpatialDecomposition as SpatialDecomposition
 from falcon_jax.methods.spec import ConvSpec as ConvSpec
 from falcon_jax.methods.tucker import Tucker as Tucker

@@ -92,11 +92,42 @@ class Method(abc.ABC):
             for field in dataclasses.fields(self)  # type: ignore[arg-type]
         }
 
+    def label(self) -> str:
+        """Return the name, with the rank of a method that has one, for tables."""
+        rank = self.options().get("rank")
+        return self.name if rank is None else f"{self.name} {rank}"
+
     def require(self, spec: ConvSpec) -> None:
         """Raise ValueError with the reason if the method cannot replace such a convolution."""
         reason = self.supports(spec)
         if reason is not None:
             raise ValueError(f"{self} cannot replace {spec}: {reason}.")
+
+
+class ResponseMethod(Method):
+    """A method that can be fitted to what a layer answers to data, not only to its kernel."""
+
+    @abc.abstractmethod
+    def fit_responses(
+        self,
+        kernel: Float[Array, "*kernel_shape"],
+        bias: Float[Array, " n"] | None,
+        spec: ConvSpec,
+        responses: Float[Array, "samples n"],
+        targets: Float[Array, "samples n"],
+    ) -> tuple[Params, Float[Array, " n"] | None]:
+        """Return the parameters and the bias that bring the responses nearest to the targets.
+
+        Args:
+            kernel: of the trained convolution.
+            bias: of the trained convolution, or None.
+            spec: the convolution.
+            responses: what the trained convolution gives for the inputs that the method will get.
+            targets: what it gives for the inputs that it got in the trained network.
+
+        Returns:
+            The method's parameters, and a bias unless ``bias`` is None.
+        """
 
 
 def standard_cost(spec: ConvSpec, input_shape: Sequence[int]) -> Cost:

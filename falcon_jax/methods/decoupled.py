@@ -58,6 +58,10 @@ class Decoupled(Method):
         if self.terms is not None:
             self._separable(self.terms)
 
+    def label(self) -> str:
+        """Return name, order and number of terms."""
+        return f"{self.name} {self.order} {self.terms or self.energy}"
+
     def _separable(self, rank: int | Literal["full"]) -> RankMethod:
         return Falcon(rank=rank) if self.order == "pw-dw" else DepthwiseSeparable(rank=rank)
 

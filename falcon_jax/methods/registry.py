@@ -1,8 +1,11 @@
 """Methods by name, for configs, plans and the command line."""
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from falcon_jax.methods.base import Method
+from falcon_jax.methods.channel_ranks import Budget
+from falcon_jax.methods.ranks import Energy
 from falcon_jax.names import no_such
 
 _METHODS: dict[str, type[Method]] = {}
@@ -44,6 +47,32 @@ def get_method(name: str, **options: Any) -> Method:
             f"method {name!r} has no setting {', '.join(unknown)}; it has {', '.join(known)}."
         )
     return _METHODS[name](**options)
+
+
+def method_from(given: Mapping[str, Any]) -> Method:
+    """Return the method that plain data, of a config or a plan, describes.
+
+    Args:
+        given: the name under ``method``, and settings; ``energy`` and ``budget`` stand for the
+            ranks of these names where the method has no such setting.
+
+    Raises:
+        ValueError: if there is no such method, or it has no such setting.
+
+    >>> method_from({"method": "tucker", "budget": 8.0})
+    Tucker(rank=Budget(ratio=8.0))
+    """
+    options = dict(given)
+    if "method" not in options:
+        raise ValueError(f"the name of a method is missing: give it as 'method' in {options}.")
+    name = options.pop("method")
+    settings = method_settings(name)
+    for short, rank in (("energy", Energy), ("budget", Budget)):
+        if short in options and short not in settings:
+            if "rank" in options:
+                raise ValueError(f"give either rank or {short}, not both")
+            options["rank"] = rank(options.pop(short))
+    return get_method(name, **options)
 
 
 def method_settings(name: str) -> tuple[str, ...]:

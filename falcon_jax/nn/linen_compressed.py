@@ -1,4 +1,4 @@
-"""A Linen module whose convolutions are carried out by compression methods."""
+"""A Linen module whose convolutions are carried out by compression methods, or do more work."""
 
 import contextlib
 import dataclasses
@@ -22,26 +22,33 @@ class Definition:
 
 
 class CompressedModule(nn.Module):
-    """A Linen module with convolutions replaced by methods; made by `compress`.
+    """A Linen module with convolutions replaced by methods, or BatchNorms folded into them.
 
-    Its variables have the paths of the original's; a replaced convolution has the method's
-    parameters instead of ``kernel``. It initialises, applies, mutates and nests as the original
-    does, under jit, vmap, remat and scan.
+    Made by `compress` and `fold_batchnorm`. Its variables have the paths of the original's; a
+    replaced convolution has the method's parameters instead of ``kernel``, one that a BatchNorm was
+    folded into has a ``bias``, and the BatchNorm nothing. It initialises, applies, mutates and
+    nests as the original does, under jit, vmap, remat and scan.
 
     Attributes:
         original: the module whose code runs.
         layers: path below this module, method and spec of every replaced convolution.
+        folded: paths below this module of each folded BatchNorm and its convolution.
     """
 
     original: Definition
     layers: tuple[tuple[str, Method, ConvSpec], ...]
+    folded: tuple[tuple[str, str], ...] = ()
 
     def replaced(self) -> Replaced:
         """Return method and spec of the replaced convolutions, by path from the root."""
-        return {
-            "/".join((*self.path, path) if path else self.path): (method, spec)
-            for path, method, spec in self.layers
-        }
+        return {self._from_root(path): (method, spec) for path, method, spec in self.layers}
+
+    def folded_convs(self) -> Mapping[str, str]:
+        """Return the convolution that each folded BatchNorm is in, by paths from the root."""
+        return {self._from_root(norm): self._from_root(conv) for norm, conv in self.folded}
+
+    def _from_root(self, path: str) -> str:
+        return "/".join((*self.path, path) if path else self.path)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the original with its convolutions replaced."""
@@ -60,24 +67,35 @@ class CompressedModule(nn.Module):
         """
         module = self.original.module.clone(parent=self.scope)
         with contextlib.ExitStack() as contexts:
-            contexts.enter_context(nn.intercept_methods(_replacing(self.replaced())))
+            intercept = _replacing(self.replaced(), self.folded_convs())
+            contexts.enter_context(nn.intercept_methods(intercept))
             if self.is_initializing():
                 # Without variables, parts under linen.jit look the same to JAX's cache as those of
                 # the original; a context of their own tells them apart.
-                contexts.enter_context(set_xla_metadata(falcon_jax=str(hash(self.layers))))
+                layers = (self.layers, self.folded)
+                contexts.enter_context(set_xla_metadata(falcon_jax=str(hash(layers))))
             return getattr(module, name)(*args, **kwargs)
 
 
-def _replacing(replaced: Replaced) -> Callable[..., Any]:
+def _replacing(replaced: Replaced, folded: Mapping[str, str]) -> Callable[..., Any]:
+    biased = set(folded.values())
+
     def intercept(
         next_fun: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         context: nn.module.InterceptorContext,
     ) -> Any:
-        conv = context.module
-        found = replaced.get("/".join(conv.path)) if type(conv) is nn.Conv else None
-        if found is None or context.method_name != "__call__":
+        conv, path = context.module, "/".join(context.module.path)
+        if context.method_name != "__call__":
+            return next_fun(*args, **kwargs)
+        if type(conv) is nn.BatchNorm and path in folded:
+            return args[0] if args else kwargs["x"]
+        found = replaced.get(path) if type(conv) is nn.Conv else None
+        if found is None:
+            if type(conv) is nn.Conv and path in biased:
+                # A bound module is frozen; this one lives as long as the call.
+                object.__setattr__(conv, "use_bias", True)
             return next_fun(*args, **kwargs)
         assert isinstance(conv, nn.Conv)
         method, spec = found

@@ -28,6 +28,8 @@ class Experiment:
         finetune: of the compressed ones.
         start: ``train``, ``scratch`` or the folder of a trained standard model.
         variants: in the order of the report.
+        calibration_batches: training batches for methods that are fitted to responses, too; 0 for
+            fits to kernels only.
         batchnorm_batches: training batches for BatchNorm statistics after the fit; 0 for none.
         keep: latest checkpoints kept beside the best.
         log: what is shown and kept.
@@ -41,6 +43,7 @@ class Experiment:
     finetune: TrainSettings
     start: str
     variants: tuple[Variant, ...]
+    calibration_batches: int
     batchnorm_batches: int
     keep: int
     log: LogSettings
@@ -67,6 +70,7 @@ def default_config() -> ConfigDict:
             "compression": {
                 "start": "train",
                 "solver": "exact",
+                "calibration_batches": 8,
                 "batchnorm_batches": 8,
                 "rules": (),
                 "variants": {},
@@ -103,8 +107,9 @@ def check_config(config: Any) -> Experiment:
         raise ValueError(unknown_field("config.model.name", model["name"], MODELS))
     if data["source"] not in SOURCES:
         raise ValueError(unknown_field("config.data.source", data["source"], SOURCES))
-    if compression["batchnorm_batches"] < 0:
-        raise ValueError("config.compression.batchnorm_batches must be 0 or more")
+    for field in ("calibration_batches", "batchnorm_batches"):
+        if compression[field] < 0:
+            raise ValueError(f"config.compression.{field} must be 0 or more")
     if fields["checkpoint"]["keep"] < 1:
         raise ValueError("config.checkpoint.keep must be 1 or more")
     return Experiment(
@@ -116,6 +121,7 @@ def check_config(config: Any) -> Experiment:
         finetune=_built("config.finetune", TrainSettings, fields["finetune"]),
         start=compression["start"],
         variants=chosen_variants(compression),
+        calibration_batches=compression["calibration_batches"],
         batchnorm_batches=compression["batchnorm_batches"],
         keep=fields["checkpoint"]["keep"],
         log=_built("config.log", LogSettings, fields["log"]),

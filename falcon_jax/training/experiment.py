@@ -10,6 +10,7 @@ from flax import nnx
 
 from falcon_jax.compression import (
     Plan,
+    calibrate,
     compress,
     make_plan,
     narrow,
@@ -17,6 +18,7 @@ from falcon_jax.compression import (
     reestimate_batchnorm,
 )
 from falcon_jax.data.loading import load_dataset
+from falcon_jax.methods import ResponseMethod
 from falcon_jax.report.experiment import write_report
 from falcon_jax.training.config import Experiment
 from falcon_jax.training.loop import train
@@ -54,18 +56,7 @@ def run_experiment(
         OSError: if files are missing or cannot be written.
         FloatingPointError: if a loss is not finite.
     """
-    dataset = load_dataset(**experiment.data)
-    claim_workdir(workdir, config)
-    setting = Setting(
-        experiment=experiment,
-        workdir=workdir,
-        config=config,
-        dataset=dataset,
-        preprocessing=Preprocessing(
-            mean=dataset.mean, std=dataset.std, augmentation=experiment.augmentation
-        ),
-        mesh=data_mesh(),
-    )
+    setting = begin(experiment, workdir, config)
     trained, row = _standard(setting)
     rows = [] if row is None else [row]
     for variant in experiment.variants:
@@ -80,6 +71,39 @@ def run_experiment(
         row["params_ratio"] = standard.params / row["params"]
         row["mult_adds_ratio"] = standard.mult_adds / row["mult_adds"]
     return rows, write_report(rows, workdir)
+
+
+def begin(experiment: Experiment, workdir: pathlib.Path, config: Mapping[str, Any]) -> Setting:
+    """Load the data of an experiment and claim its folder.
+
+    Args:
+        experiment: what to do.
+        workdir: where everything goes; made if missing.
+        config: the config that ``experiment`` was made from.
+
+    Raises:
+        ValueError: if the data or the devices do not fit, or ``workdir`` holds another experiment.
+        OSError: if files are missing or cannot be written.
+    """
+    dataset = load_dataset(**experiment.data)
+    claim_workdir(workdir, config)
+    return Setting(
+        experiment=experiment,
+        workdir=workdir,
+        config=config,
+        dataset=dataset,
+        preprocessing=Preprocessing(
+            mean=dataset.mean, std=dataset.std, augmentation=experiment.augmentation
+        ),
+        mesh=data_mesh(),
+    )
+
+
+def trained_model(setting: Setting) -> nnx.Module:
+    """Return the standard model of an experiment, trained now unless it was before."""
+    (params, statistics), _ = _standard(setting)
+    network, _, _ = Network.split(setting.model(setting.experiment.train, seed=0))
+    return network.merge(params, statistics)
 
 
 def _standard(setting: Setting) -> tuple[tuple[Arrays, Arrays], Row | None]:
@@ -129,9 +153,26 @@ def _compressed(setting: Setting, variant: Variant, params: Arrays, statistics: 
     (directory / "plan.txt").write_text(f"{plan}\n")
     plan.save(directory / "plan.json")
     model = compress(source, plan, key=jax.random.key(experiment.seed))
-    if experiment.batchnorm_batches and variant.solver != "random":
-        model = reestimate_batchnorm(model, setting.inputs(experiment.finetune))
+    if variant.solver != "random":
+        model = _fitted_to_data(setting, source, model, plan)
     return _finetuned(setting, variant, plan, *Network.split(model))
+
+
+def _fitted_to_data(
+    setting: Setting, source: nnx.Module, model: nnx.Module, plan: Plan
+) -> nnx.Module:
+    """Return a compressed model after a look at a few training batches, without labels."""
+    experiment = setting.experiment
+    settings = experiment.finetune
+    if experiment.calibration_batches and any(
+        isinstance(row.method, ResponseMethod) for row in plan.replaced
+    ):
+        batches = list(setting.inputs(settings, experiment.calibration_batches))
+        model = calibrate(source, model, plan, batches)
+    if experiment.batchnorm_batches:
+        batches = setting.inputs(settings, experiment.batchnorm_batches)
+        model = reestimate_batchnorm(model, batches)
+    return model
 
 
 def _source(setting: Setting, variant: Variant, params: Arrays, statistics: Arrays) -> nnx.Module:

@@ -140,12 +140,12 @@ class Setting:
         if jax.process_index() == 0:
             write_json(self.workdir / label / "result.json", row)
 
-    def inputs(self, settings: TrainSettings) -> Iterator[jax.Array]:
-        """Yield a few training batches as the network sees them, without augmentation."""
+    def inputs(self, settings: TrainSettings, count: int) -> Iterator[jax.Array]:
+        """Yield so many training batches as the network sees them, without augmentation."""
         batches = train_batches(
             self.dataset.train, settings.batch_size, seed=self.experiment.seed, epoch=0
         )
-        for batch in itertools.islice(batches, self.experiment.batchnorm_batches):
+        for batch in itertools.islice(batches, count):
             images = jax.numpy.asarray(batch["image"])
             yield normalize(images, self.preprocessing.mean, self.preprocessing.std)
 

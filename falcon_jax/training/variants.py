@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from falcon_jax.compression import Rule
-from falcon_jax.methods import Budget, Energy, Method, Solver, get_method
+from falcon_jax.methods import Method, Solver, get_method
 from falcon_jax.methods.fitting import check_solver
-from falcon_jax.methods.registry import method_settings
+from falcon_jax.methods.registry import method_from
 from falcon_jax.models.unit_registry import UNIT_NAMES, get_unit
 from falcon_jax.models.units import UnitFactory
 from falcon_jax.names import unknown_field
@@ -115,10 +115,7 @@ def _variant(name: str, compression: Mapping[str, Any]) -> Variant:
         if of and width != 1:
             raise ValueError(f"its width is that of {of!r}; leave width out")
         method = _method(options)
-        rules = [
-            Rule(path=path, method=None if other is None else get_method(other))
-            for path, other in pairs
-        ]
+        rules = [Rule(path=path, method=_other_method(other)) for path, other in pairs]
     except (TypeError, ValueError) as error:
         raise ValueError(f"{dotted}: {error}") from None
     return Variant(
@@ -132,19 +129,19 @@ def _variant(name: str, compression: Mapping[str, Any]) -> Variant:
     )
 
 
-def _method(options: dict[str, Any]) -> Method:
-    """Return the method; ``energy`` and ``budget`` stand for the ranks of these names."""
-    name = options.pop("method")
+def _other_method(given: str | Mapping[str, Any] | None) -> Method | None:
+    """Return the method of a rule: none, one by its name, or one with settings."""
+    if given is None:
+        return None
+    return get_method(given) if isinstance(given, str) else _method(given)
+
+
+def _method(options: Mapping[str, Any]) -> Method:
+    name = options["method"]
     if name in UNIT_NAMES:
         raise ValueError(
             f"{name!r} is a conv unit: it stands for convolution, BatchNorm and activation "
             "together and is no drop-in for a bare convolution; give it as 'unit' to build the "
             "network of it"
         )
-    settings = method_settings(name)
-    for short, rank in (("energy", Energy), ("budget", Budget)):
-        if short in options and short not in settings:
-            if "rank" in options:
-                raise ValueError(f"give either rank or {short}, not both")
-            options["rank"] = rank(options.pop(short))
-    return get_method(name, **options)
+    return method_from(options)

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ from tests.compression.networks import (
     forward,
     images,
     randomised,
+    scaled,
 )
 from tests.nn.weights import WEIGHTS
 
@@ -230,3 +233,33 @@ def test_training_mode_is_kept():
     assert not fj.compress(model, plan).norm1.use_running_average
     model.eval()
     assert fj.compress(model, plan).norm1.use_running_average
+
+
+class Aliased(nnx.Module):
+    """Convolutions used under two names, the first of them last in the alphabet."""
+
+    def __init__(self, rngs):
+        self.z = conv(3, 3, rngs=rngs)
+        self.a = self.z
+        self.partial = functools.partial(scaled, self.z, scale=0.5)
+        self.blocks = nnx.List([nnx.Sequential(conv(3, 3, rngs=rngs), jax.nn.relu)])
+        self.also = functools.partial(scaled, self.blocks[0], scale=2.0)
+
+    def __call__(self, x):
+        return self.also(self.blocks[0](self.partial(self.a(self.z(x)))))
+
+
+def test_modules_under_several_names_are_one_whatever_the_names(tmp_path):
+    model = Aliased(nnx.Rngs(0))
+    plan = fj.make_plan(model, [fj.Rule(method=fj.Falcon(rank=1))], images())
+    assert [row.path for row in plan.replaced] == ["a", "also/args/0/layers/0"]
+    assert plan.after.mult_adds == 5 * 64 * (3 * 3 + 9 * 3 + 3)
+    small = fj.compress(model, plan)
+    assert type(small.z) is fj.FalconConv
+    assert small.z is small.a is small.partial.args[0]
+    assert small.blocks[0] is small.also.args[0]
+    counted = fj.profile(small, images())
+    assert (counted.params, counted.mult_adds) == (plan.after.params, plan.after.mult_adds)
+    fj.save_compressed(tmp_path / "model", small, plan)
+    loaded = fj.load_compressed(tmp_path / "model", lambda: Aliased(nnx.Rngs(1)))
+    np.testing.assert_array_equal(loaded(images()), small(images()))

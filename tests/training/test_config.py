@@ -133,6 +133,7 @@ def test_unknown_model_and_source_list_what_there_is():
             "config.data.augmentation.crop_padding must be 0 or more, but is -1",
         ),
         ("compression__batchnorm_batches", -1, "config.compression.batchnorm_batches must be 0"),
+        ("compression__calibration_batches", -1, "config.compression.calibration_batches must be"),
         ("checkpoint__keep", 0, "config.checkpoint.keep must be 1 or more"),
     ],
 )

@@ -262,3 +262,18 @@ def test_a_rule_that_matches_nothing_is_told(finished, tmp_path):
     config = small(compression__start=str(finished[0]), compression__rules=(("stem/conv", None),))
     with pytest.raises(ValueError, match="no convolution matches path='stem/conv'"):
         run(config, tmp_path)
+
+
+def test_decomposed_variants_are_fitted_to_training_batches(tmp_path):
+    channels = {"method": "channel_decomposition", "rank": 3, "inner": "falcon"}
+    spatial = {"method": "spatial_decomposition", "budget": 2.0}
+    variants = {"cd": channels, "sd": spatial}
+    stays = (("stages/0/0/conv", None),)
+    config = small(compression__variants=variants, compression__rules=stays, finetune__epochs=0)
+    _, cd, sd = run(config, tmp_path / "calibrated")[0]
+    config.compression.calibration_batches = 0
+    config.compression.start = str(tmp_path / "calibrated")
+    rows = {row["label"]: row for row in run(config, tmp_path / "kernels")[0]}
+    assert cd["params"] == rows["cd"]["params"] and sd["rank"] == rows["sd"]["rank"]
+    assert cd["accuracy_after"] != rows["cd"]["accuracy_after"]
+    assert sd["accuracy_after"] == rows["sd"]["accuracy_after"]

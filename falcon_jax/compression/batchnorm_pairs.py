@@ -1,0 +1,100 @@
+"""Which BatchNorm follows which convolution, and the convolution that is both."""
+
+import collections
+from collections.abc import Callable, Container, Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from falcon_jax.compression.layers import inner_jaxprs
+
+_BEFORE, _AFTER = "falcon_jax before ", "falcon_jax after "
+
+
+def mark_call(path: str, layer: Callable[[Array], Array], x: Array) -> Array:
+    """Call a convolution or a BatchNorm, its input and output under names that tell of it."""
+    y = layer(checkpoint_name(x, _BEFORE + path))
+    return checkpoint_name(y, _AFTER + path)
+
+
+def conv_of_norm(jaxpr: Any, norms: Container[str]) -> Mapping[str, str]:
+    """Return, by path of every BatchNorm that can be folded, the path of its convolution.
+
+    Its input is the convolution's output, nothing else uses that, and both are used once.
+
+    Args:
+        jaxpr: of a forward pass in which convolutions and BatchNorms are called by `mark_call`.
+        norms: paths of the BatchNorms; all others are convolutions.
+    """
+    uses = collections.Counter(_marks(jaxpr))
+    return {
+        second: first
+        for second, first in _followed(jaxpr)
+        if second in norms
+        and first not in norms
+        and uses[_BEFORE + second] == uses[_BEFORE + first] == 1
+    }
+
+
+def folded_arrays(
+    kernel: Float[Array, "*stack_kernel_shape"],
+    bias: Float[Array, "*stack n"] | None,
+    *,
+    mean: Float[Array, "*stack n"],
+    var: Float[Array, "*stack n"],
+    scale: Float[Array, "*stack n"] | None,
+    offset: Float[Array, "*stack n"] | None,
+    epsilon: float,
+) -> tuple[Float[Array, "*stack_kernel_shape"], Float[Array, "*stack n"]]:
+    """Return kernel and bias of the convolution that does a BatchNorm's work, too.
+
+    ``K' = K g / sqrt(v + eps)``, ``b' = (b - m) g / sqrt(v + eps) + beta``
+
+    Args:
+        kernel: of the convolution, with leading axes if layers are stacked.
+        bias: of the convolution, or None.
+        mean: m, the BatchNorm's.
+        var: v.
+        scale: g, or None.
+        offset: beta, or None.
+        epsilon: eps.
+    """
+    gain = lax.rsqrt(var + epsilon)
+    if scale is not None:
+        gain = gain * scale
+    axes = tuple(range(gain.ndim - 1, kernel.ndim - 1))
+    new = (-mean if bias is None else bias - mean) * gain
+    if offset is not None:
+        new = new + offset
+    scaled = kernel * jnp.expand_dims(gain, axes)
+    return scaled.astype(kernel.dtype), new.astype(kernel.dtype)
+
+
+def _followed(jaxpr: Any) -> Iterator[tuple[str, str]]:
+    """Yield the paths of two layers where the one alone uses what the other gives."""
+    given = [eqn for eqn in jaxpr.eqns if _mark(eqn).startswith(_AFTER)]
+    made = {eqn.outvars[0]: _mark(eqn)[len(_AFTER) :] for eqn in given}
+    operands = [v for e in jaxpr.eqns for v in e.invars] + list(jaxpr.outvars)
+    uses = collections.Counter(id(v) for v in operands)
+    for eqn in jaxpr.eqns:
+        x = eqn.invars[0] if eqn.invars else None
+        if _mark(eqn).startswith(_BEFORE) and uses[id(x)] == 1:
+            first = next((path for var, path in made.items() if var is x), None)
+            if first is not None:
+                yield _mark(eqn)[len(_BEFORE) :], first
+        for sub in inner_jaxprs(tuple(eqn.params.values())):
+            yield from _followed(sub)
+
+
+def _marks(jaxpr: Any) -> Iterator[str]:
+    for eqn in jaxpr.eqns:
+        yield _mark(eqn)
+        for sub in inner_jaxprs(tuple(eqn.params.values())):
+            yield from _marks(sub)
+
+
+def _mark(eqn: Any) -> str:
+    return str(eqn.params.get("name", ""))

@@ -1,0 +1,188 @@
+"""Weights rounded to a grid of a few bits after training, and what they take up then."""
+
+import dataclasses
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, UInt8
+
+from falcon_jax.compression.inspection import Model, inspect_model
+from falcon_jax.compression.nnx_tree import map_modules, named_modules, named_variables
+from falcon_jax.methods.fitting import check_finite
+from falcon_jax.nn.method_conv import MethodConv
+
+_KERNELS = (nnx.Conv, nnx.ConvTranspose, nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
+
+
+class QuantizedArray(NamedTuple):
+    """An array on an even grid: ``minimum + scale * codes``.
+
+    Attributes:
+        codes: which point of the grid each entry is.
+        minimum: the first point.
+        scale: from one point to the next; 0 if all entries are equal.
+    """
+
+    codes: UInt8[Array, "*shape"]
+    minimum: Float[Array, ""]
+    scale: Float[Array, ""]
+
+    def values(self) -> Float[Array, "*shape"]:
+        """Return the entries, float32."""
+        return self.minimum + self.scale * self.codes.astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizationRow:
+    """One quantised tensor.
+
+    Attributes:
+        path: where it is, joined with ``/``.
+        size: its entries.
+        effective_size: 32-bit floats that codes, minimum and scale take up.
+    """
+
+    path: str
+    size: int
+    effective_size: float | int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """What `quantize_weights` did to a model.
+
+    Attributes:
+        rows: one for every quantised tensor, in the order of definition.
+        params: trainable parameters of the model, as `profile` counts them.
+    """
+
+    rows: tuple[QuantizationRow, ...]
+    params: int
+
+    @property
+    def effective_params(self) -> float | int:
+        """32-bit floats that the parameters take up, those that were not quantised in full."""
+        return self.params + sum(row.effective_size - row.size for row in self.rows)
+
+    @property
+    def ratio(self) -> float:
+        """How many times fewer the effective parameters are."""
+        return self.params / self.effective_params
+
+    def __str__(self) -> str:
+        sizes = [(row.path, row.size, row.effective_size) for row in self.rows]
+        rest = self.params - sum(row.size for row in self.rows)
+        sizes += [("everything else", rest, rest), ("total", self.params, self.effective_params)]
+        lines = [(name, f"{size:,}", f"{effective:,.2f}") for name, size, effective in sizes]
+        lines.insert(0, ("tensor", "params", "effective params"))
+        a, b, c = (max(map(len, column)) for column in zip(*lines, strict=True))
+        text = [f"{x.ljust(a)}  {y.rjust(b)}  {z.rjust(c)}" for x, y, z in lines]
+        return "\n".join([*text, f"{self.ratio:.1f} times fewer"])
+
+
+def quantize_linear(values: Float[ArrayLike, "*shape"], *, bits: int = 8) -> QuantizedArray:
+    """Round an array to the nearest of ``2^bits`` evenly spaced numbers.
+
+    ``codes = round((values - min) / scale)``, ``scale = (max - min) / (2^bits - 1)``
+
+    An entry is off by at most ``scale / 2``, and float32 rounding. Works under jit (``bits``
+    static) and vmap, where one value that is not finite makes all of them NaN.
+
+    Args:
+        values: any shape, also none or empty.
+        bits: of a code, 1 to 8.
+
+    Returns:
+        Codes of the shape of ``values``, minimum and scale.
+
+    Raises:
+        ValueError: if there are no such bits, or values, or their range in float32, are not finite.
+
+    Reference:
+        FSNet (Yang et al., 2019, arXiv 1902.03264), FSNet-WQ.
+
+    >>> quantize_linear(jnp.array([0.0, 0.5, 51.0])).codes.tolist()
+    [0, 2, 255]
+    """
+    if isinstance(bits, bool) or bits not in range(1, 9):
+        raise ValueError(f"bits is a whole number from 1 to 8; got {bits!r}.")
+    values = jnp.asarray(values, jnp.float32)
+    check_finite(values, "the array")
+    if not values.size:
+        return QuantizedArray(values.astype(jnp.uint8), jnp.float32(0), jnp.float32(0))
+    minimum, last = jnp.min(values), 2**bits - 1
+    scale = (jnp.max(values) - minimum) / last
+    check_finite(scale, "the range of the array, in float32,")
+    codes = jnp.round((values - minimum) / jnp.where(scale > 0, scale, 1))
+    return QuantizedArray(jnp.clip(codes, 0, last).astype(jnp.uint8), minimum, scale)
+
+
+def quantize_weights(
+    model: Model, *, bits: int = 8, path: str = r".*"
+) -> tuple[nnx.Module, Quantization]:
+    """Return a copy of a model with weights rounded to a grid of each tensor, and a report.
+
+    ``effective_size = size * bits / 32 + 2``
+
+    Quantised are the kernels of convolutions and fully connected layers, and all parameters of a
+    convolution under a method; no bias, no norm. Layers stacked by scan or vmap are one tensor. The
+    copy has floats on the grid and is no smaller: the report says what codes would take up. Unlike
+    the paper's counts, the report's leave out BatchNorm's running statistics.
+
+    Args:
+        model: an NNX model; it is not changed.
+        bits: of a code, 1 to 8.
+        path: regular expression that must match the whole ``/``-joined path of such a tensor.
+
+    Returns:
+        The copy and the report.
+
+    Raises:
+        ValueError: if the model is not NNX, weights are not finite, or bits or path fit nothing.
+
+    Reference:
+        FSNet (Yang et al., 2019, arXiv 1902.03264), FSNet-WQ.
+    """
+    if not isinstance(model, nnx.Module):
+        raise ValueError(
+            f"quantize_weights takes NNX models; got {type(model).__name__}. For a Linen module, "
+            "round the kernels in its variables: quantize_linear(kernel).values()."
+        )
+    rounded, rows = {}, []
+    for name, variable in _chosen(model, path).items():
+        values = variable.get_value()
+        if isinstance(values, jax.ShapeDtypeStruct):
+            raise ValueError("the model has shapes in place of weights; give one that has arrays.")
+        check_finite(values, name)
+        rounded[name] = quantize_linear(values, bits=bits).values().astype(values.dtype)
+        size = values.size * bits / 32 + 2
+        rows.append(QuantizationRow(path=name, size=values.size, effective_size=size))
+    copy = map_modules(lambda path, module: None, model)
+    for name, variable in named_variables(copy):
+        if name in rounded:
+            variable.set_value(rounded[name])
+    params = sum(layer.params for layer in inspect_model(model, None, None).layers)
+    return copy, Quantization(rows=tuple(rows), params=params)
+
+
+def _chosen(model: nnx.Module, pattern: str) -> dict[str, nnx.Variable]:
+    names = set()
+    for path, module in named_modules(model):
+        of_module = module.param_names if isinstance(module, MethodConv) else ("kernel",)
+        if isinstance(module, (MethodConv, *_KERNELS)):
+            names |= {f"{path}/{name}".lstrip("/") for name in of_module}
+    found = {name: v for name, v in named_variables(model) if name in names}
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no convolution or fully connected layer.")
+    try:
+        chosen = {name: v for name, v in found.items() if re.fullmatch(pattern, name)}
+    except re.error as error:
+        raise ValueError(f"path {pattern!r} is no regular expression: {error}.") from None
+    if not chosen:
+        paths = "".join(f"\n  {name}" for name in found)
+        raise ValueError(f"no tensor matches path={pattern!r} as a whole. The paths are:{paths}")
+    return chosen

@@ -1,0 +1,113 @@
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax.core import freeze
+from flax.traverse_util import flatten_dict
+
+import falcon_jax as fj
+from tests.compression.linen_networks import NETWORKS, Block, Compact, drawn, inputs, shapes
+
+X = inputs().args[0]
+FOLDED = {
+    "setup": ["blocks_0/BatchNorm_0"],
+    "compact": ["Block_0/BatchNorm_0"],
+    "lifted": ["CheckpointBlock_0/BatchNorm_0", "JitBlock_0/BatchNorm_0", "scanned/BatchNorm_0"],
+}
+
+
+def norms_in(variables):
+    paths = flatten_dict(variables.get("batch_stats", {}), sep="/")
+    return sorted({path.rpartition("/")[0] for path in paths})
+
+
+def fold(name):
+    module = NETWORKS[name]()
+    variables = drawn(module)
+    return module, variables, *fj.fold_batchnorm(module, inputs(), variables)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_outputs_stay_and_every_norm_goes(name):
+    module, variables, folded, new = fold(name)
+    assert norms_in(variables) == FOLDED[name]
+    assert "batch_stats" not in new
+    expected = module.apply(variables, X, train=False)
+    close = {"atol": 1e-5 * float(np.abs(expected).max())}
+    np.testing.assert_allclose(folded.apply(new, X, train=False), expected, **close)
+    jitted = jax.jit(lambda v, x: folded.apply(v, x, train=False))
+    np.testing.assert_allclose(jitted(new, X), expected, **close)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_init_makes_the_folded_variables(name):
+    _, _, folded, new = fold(name)
+    made = jax.eval_shape(lambda: folded.init(jax.random.key(0), X, train=False))
+    assert shapes(made) == shapes(new)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_folded_then_compressed_then_stored(name, tmp_path):
+    module, variables, folded, new = fold(name)
+    plan = fj.make_plan(folded, [fj.Rule(method=fj.Falcon(rank="full"))], inputs(), new)
+    assert plan.replaced
+    small, compressed = fj.compress(folded, plan, new)
+    expected = module.apply(variables, X, train=False)
+    close = {"atol": 1e-4 * float(np.abs(expected).max())}
+    np.testing.assert_allclose(small.apply(compressed, X, train=False), expected, **close)
+    counted = fj.profile(small, inputs(), compressed)
+    assert (counted.params, counted.mult_adds) == (plan.after.params, plan.after.mult_adds)
+    assert counted.params == sum(leaf.size for leaf in jax.tree.leaves(compressed["params"]))
+    fj.save_compressed(tmp_path / "model", small, plan, compressed)
+
+    def build():
+        return fj.fold_batchnorm(NETWORKS[name](), inputs(), drawn(NETWORKS[name](), seed=1))[0]
+
+    loaded, found = fj.load_compressed(tmp_path / "model", build)
+    np.testing.assert_array_equal(
+        loaded.apply(found, X, train=False), small.apply(compressed, X, train=False)
+    )
+
+
+def test_a_bias_of_a_folded_convolution_is_counted():
+    module = Block()
+    variables = drawn(module)
+    folded, new = fj.fold_batchnorm(module, inputs(), variables)
+    counted = fj.profile(folded, inputs(), new)
+    assert counted.params == 9 * 3 * 4 + 4
+    assert counted.mult_adds == 64 * (9 * 3 * 4 + 4)
+    assert isinstance(fj.fold_batchnorm(module, inputs(), freeze(variables))[1], type(freeze({})))
+
+
+class Awkward(nn.Module):
+    """BatchNorms that must stay, and one without scale."""
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        norm = lambda **options: nn.BatchNorm(use_running_average=not train, **options)  # noqa: E731
+        x = norm(use_scale=False, name="bare")(nn.Conv(4, (3, 3), use_bias=False)(x))
+        y = nn.Conv(4, (3, 3))(x)
+        x = y + norm(name="branch")(y)
+        x = nn.WeightNorm(nn.Conv(4, (3, 3)), variable_filter={"kernel"})(x)
+        x = norm(name="weighed")(x)
+        x = nn.Conv(4, (3, 3), mask=np.ones((3, 3, 4, 4)))(x)
+        return norm(name="masked")(x)
+
+
+def test_what_cannot_be_folded_stays():
+    variables = drawn(Awkward())
+    folded, new = fj.fold_batchnorm(Awkward(), inputs(), variables)
+    assert norms_in(new) == ["branch", "masked", "weighed"]
+    expected = Awkward().apply(variables, X, train=False)
+    found = folded.apply(new, X, train=False)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * float(np.abs(expected).max()))
+
+
+def test_bad_input_is_told():
+    variables = drawn(Compact())
+    with pytest.raises(ValueError, match=r"'Block_0/BatchNorm_0' in training mode.*train=False"):
+        fj.fold_batchnorm(Compact(), inputs(train=True), variables)
+    with pytest.raises(ValueError, match="are in its variables; give them"):
+        fj.fold_batchnorm(Compact(), inputs())
+    with pytest.raises(ValueError, match="Compact cannot be called on the sample"):
+        fj.fold_batchnorm(Compact(), fj.Inputs(X[..., :2], train=False), variables)

@@ -1,0 +1,198 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import falcon_jax as fj
+from falcon_jax.compression.nnx_tree import named_variables
+from falcon_jax.models import model_shapes
+from tests.compression.networks import Nested, Scanned, Small, forward, images, randomised
+from tests.models.test_resnet_cifar import PUBLISHED, statistics
+from tests.nn.weights import draw
+
+NUMBERS = st.floats(-(2.0**100), 2.0**100, width=32, allow_subnormal=False)
+SPEC = fj.ConvSpec(kernel_size=(3, 3), in_features=4, out_features=6)
+
+
+def on_grid(values, bits=8):
+    """The nearest point of the grid for each entry, in float64, by looking at all of them."""
+    values = np.asarray(values, np.float64)
+    grid = np.linspace(values.min(), values.max(), 2**bits)
+    codes = np.abs(values.reshape(-1, 1) - grid).argmin(axis=1).reshape(values.shape)
+    return codes, grid[codes], (values.max() - values.min()) / (2**bits - 1)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 7, 8])
+def test_codes_are_the_nearest_points_of_the_grid(bits):
+    values = draw(3, 3, 4, 8) + 3
+    quantized = fj.quantize_linear(values, bits=bits)
+    codes, nearest, scale = on_grid(values, bits)
+    assert quantized.minimum.dtype == quantized.scale.dtype == jnp.float32
+    np.testing.assert_array_equal(quantized.codes, codes)
+    np.testing.assert_allclose(quantized.values(), nearest, rtol=1e-6)
+    np.testing.assert_allclose(quantized.scale, scale, rtol=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(NUMBERS, min_size=6, max_size=6), st.integers(1, 8))
+@example([1e30, -1e30, 0.0, 1.0, -1.0, 1e-30], 8)
+def test_no_entry_is_further_off_than_half_a_step(numbers, bits):
+    values = np.array(numbers, np.float32)
+    quantized = fj.quantize_linear(values, bits=bits)
+    # Steps below the least float32 are 0 on a machine that flushes them.
+    rounding = 8 * np.finfo(np.float32).eps * np.abs(values).max() + 255 * np.finfo("f").tiny
+    error = np.abs(np.asarray(quantized.values(), np.float64) - values)
+    assert error.max() <= on_grid(values, bits)[2] / 2 + rounding
+    assert int(quantized.codes.max()) < 2**bits
+
+
+def test_the_rounding_is_that_of_torch():
+    torch = pytest.importorskip("torch")
+    values = np.clip(np.asarray(draw(500)), -2, 127 / 64)
+    values[:2] = -2, 127 / 64
+    expected = torch.fake_quantize_per_tensor_affine(torch.tensor(values), 1 / 64, 128, 0, 255)
+    np.testing.assert_array_equal(fj.quantize_linear(values).values(), expected.numpy())
+
+
+def test_arrays_without_a_range():
+    for values in (jnp.full((2, 3), -0.3), jnp.float32(1e-3), jnp.zeros(4), jnp.zeros((0, 3))):
+        quantized = fj.quantize_linear(values)
+        assert (float(quantized.scale), quantized.codes.dtype) == (0, jnp.uint8)
+        np.testing.assert_array_equal(quantized.values(), values)
+
+
+def test_under_jit_and_vmap():
+    values = draw(3, 40)
+    jitted = jax.jit(fj.quantize_linear, static_argnames="bits")(values, bits=4)
+    mapped = jax.vmap(fj.quantize_linear)(values)
+    np.testing.assert_array_equal(jitted.codes, on_grid(values, 4)[0])
+    np.testing.assert_array_equal(mapped.codes, [on_grid(row)[0] for row in values])
+    assert jnp.isnan(jax.jit(fj.quantize_linear)(values.at[0, 0].set(jnp.inf)).values()).all()
+
+
+def test_arrays_and_bits_that_cannot_be():
+    values = draw(3)
+    for bits in (0, 9, -1, True):
+        with pytest.raises(ValueError, match=f"from 1 to 8; got {bits}"):
+            fj.quantize_linear(values, bits=bits)
+    for value in (jnp.nan, jnp.inf, -jnp.inf):
+        with pytest.raises(ValueError, match="the array holds values that are not finite"):
+            fj.quantize_linear(values.at[1].set(value))
+    with pytest.raises(ValueError, match="the range of the array"):
+        fj.quantize_linear(jnp.array([-3e38, 3e38]))
+
+
+class Several(nnx.Module):
+    """Layers of the kinds that the other networks lack."""
+
+    def __init__(self, rngs):
+        fixed, moving = fj.FilterSummary(ratio=3), fj.DifferentiableFilterSummary(ratio=3)
+        moved = {"summary": draw(72), "shift": draw(6)}
+        self.moving = fj.MethodConv(moving, SPEC, params=moved, bias=draw(6))
+        self.summary = fj.MethodConv(fixed, SPEC, rngs=rngs)
+        self.general = nnx.LinearGeneral(4, (2, 3), rngs=rngs)
+        self.einsum = nnx.Einsum("ab,bc->ac", (4, 5), (5,), rngs=rngs)
+        self.embed = nnx.Embed(3, 4, rngs=rngs)
+        self.norm = nnx.LayerNorm(4, rngs=rngs)
+
+
+CONVS = "stem blocks/0/0 blocks/1/0 sequence/layers/0 table/left pair/0 partial/args/0 up own"
+METHODS = {"summary/summary", "moving/summary", "moving/shift"}
+WEIGHTS_OF = {
+    Nested: {f"{path}/kernel" for path in (*CONVS.split(), "head")},
+    Several: METHODS | {"general/kernel", "einsum/kernel"},
+    Scanned: {"stem/kernel", "layers/kernel"},
+    functools.partial(nnx.Linear, 4, 5): {"kernel"},
+}
+
+
+@pytest.mark.parametrize("network", WEIGHTS_OF)
+def test_weights_of_convolutions_and_dense_layers_are_rounded_and_nothing_else(network):
+    model = network(rngs=nnx.Rngs(0))
+    before = {name: np.array(v[...]) for name, v in named_variables(model)}
+    quantized, report = fj.quantize_weights(model, bits=6)
+    after = dict(named_variables(quantized))
+    assert {row.path for row in report.rows} == WEIGHTS_OF[network]
+    assert after.keys() == before.keys()
+    for name, variable in named_variables(model):
+        np.testing.assert_array_equal(variable[...], before[name])
+        rounded = name in WEIGHTS_OF[network]
+        expected = on_grid(before[name], 6)[1] if rounded else before[name]
+        np.testing.assert_allclose(after[name][...], expected, atol=1e-6 * rounded, rtol=0)
+
+
+def test_shared_modules_stay_shared_under_their_first_name_and_in_their_type():
+    layer = nnx.Linear(4, 5, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    model = nnx.Dict(z=layer, a=layer)
+    quantized, report = fj.quantize_weights(model, bits=2)
+    assert [row.path for row in report.rows] == ["a/kernel"]
+    (kernel,) = (v[...] for name, v in named_variables(quantized) if "kernel" in name)
+    assert kernel.dtype == jnp.bfloat16
+    nearest = on_grid(layer.kernel[...], 2)[1]
+    np.testing.assert_array_equal(kernel, jnp.asarray(nearest, jnp.bfloat16))
+
+
+def test_the_report_by_hand():
+    model = Small(nnx.Rngs(0))
+    _, report = fj.quantize_weights(model, bits=4)
+    sizes = {row.path[:5]: (row.size, row.effective_size) for row in report.rows}
+    assert sizes == {"conv1": (108, 15.5), "conv2": (144, 20), "head/": (20, 4.5)}
+    assert report.params == fj.profile(model, images()).params == 108 + 144 + 20 + 29
+    assert report.effective_params == 15.5 + 20 + 4.5 + 29
+    assert report.ratio == 301 / 69
+    *table, ratio = str(report).splitlines()
+    assert len({len(line) for line in table}) == 1
+    assert (table[-1].split(), ratio) == (["total", "301", "69.00"], "4.4 times fewer")
+
+
+def test_a_pattern_chooses_tensors():
+    model = Small(nnx.Rngs(0))
+    quantized, report = fj.quantize_weights(model, path=r"conv\d/.*")
+    assert [row.path for row in report.rows] == ["conv1/kernel", "conv2/kernel"]
+    head = dict(named_variables(quantized))["head/kernel"][...]
+    np.testing.assert_array_equal(head, model.head.kernel[...])
+    with pytest.raises(ValueError, match=r"no tensor matches path='conv1'.* The paths") as caught:
+        fj.quantize_weights(model, path="conv1")
+    assert str(caught.value).split()[-3:] == ["conv1/kernel", "conv2/kernel", "head/kernel"]
+    with pytest.raises(ValueError, match="is no regular expression"):
+        fj.quantize_weights(model, path="(")
+
+
+def test_models_that_cannot_be_quantised():
+    with pytest.raises(ValueError, match=r"takes NNX models; got Dense\. For a Linen module"):
+        fj.quantize_weights(linen.Dense(3))
+    with pytest.raises(ValueError, match="BatchNorm has no convolution or fully connected"):
+        fj.quantize_weights(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="has shapes in place of weights"):
+        fj.quantize_weights(nnx.eval_shape(lambda: Small(nnx.Rngs(0))))
+    model = Small(nnx.Rngs(0))
+    model.conv2.kernel[0, 0, 0, 0] = jnp.nan
+    with pytest.raises(ValueError, match="conv2/kernel holds values that are not finite"):
+        fj.quantize_weights(model)
+
+
+def test_outputs_stay_close():
+    model = randomised(Small(nnx.Rngs(0)))
+    expected = np.asarray(forward(model, images()))
+    quantized = [fj.quantize_weights(model, bits=bits)[0] for bits in (8, 3)]
+    fine, coarse = (np.abs(forward(q, images()) - expected).max() for q in quantized)
+    assert 0 < fine < 0.01 * np.abs(expected).max() < coarse
+
+
+def test_the_published_effective_size_of_resnet_110():
+    """Counts with BatchNorm's statistics and PyTorch's counters; 0.116M, 14.9 times, without."""
+    shapes = model_shapes("resnet110_cifar")
+    rules = [fj.Rule(method=fj.FilterSummary(ratio=4.0))]
+    plan = fj.make_plan(shapes, rules, solver="random")
+    small = nnx.eval_shape(lambda model: fj.compress(model, plan), shapes)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), nnx.state(small))
+    _, report = fj.quantize_weights(nnx.merge(nnx.graphdef(small), zeros))
+    standard, summaries = PUBLISHED["resnet110_cifar"]
+    assert report.params + statistics(small) == summaries
+    effective = report.effective_params + statistics(small)
+    assert (f"{effective / 1e6:.3f}M", f"{standard / effective:.1f}") == ("0.125M", "13.9")
