@@ -4,9 +4,10 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+from falcon_jax.compression.alignment import aligned
 from falcon_jax.compression.inputs import Inputs
 from falcon_jax.methods import ConvSpec, Cost, Method, Solver, get_method
 
@@ -135,7 +136,7 @@ class Plan:
         lines += [_cells(row, self.traced) for row in self.rows]
         lines.append(_total("everything else", self.rest, self.rest, self.traced))
         lines.append(_total("total", self.before, self.after, self.traced))
-        return _align(lines)
+        return aligned(lines, right=range(4, 8))
 
 
 def _row_to_json(row: PlanRow) -> dict[str, Any]:
@@ -189,15 +190,3 @@ def _total(label: str, before: Cost, after: Cost, traced: bool) -> tuple[str, ..
 
 def _change(before: int, after: int) -> str:
     return f"{before:,}" if before == after else f"{before:,} -> {after:,}"
-
-
-def _align(lines: Sequence[Sequence[str]]) -> str:
-    numbers = range(4, 8)
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if i in numbers else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from falcon_jax.compression.alignment import aligned
 from falcon_jax.compression.inputs import Inputs
 from falcon_jax.compression.inspection import Model, inspect_model
 from falcon_jax.compression.latency import measure_latency
@@ -61,18 +62,10 @@ class Profile:
             for r in self.rows
         ]
         lines.append(("total", "", f"{self.params:,}", f"{self.mult_adds:,}"))
-        widths = [max(len(line[i]) for line in lines) for i in range(4)]
-        left, right = str.ljust, str.rjust
-        sides = (left, left, right, right)
-        text = [
-            "  ".join(
-                pad(cell, width) for pad, cell, width in zip(sides, line, widths, strict=True)
-            )
-            for line in lines
-        ]
+        text = aligned(lines, right=(2, 3))
         if self.latency_ms is not None:
-            text.append(f"latency {self.latency_ms:.2f} ms")
-        return "\n".join(text)
+            text += f"\nlatency {self.latency_ms:.2f} ms"
+        return text
 
 
 def profile(

@@ -10,6 +10,7 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, UInt8
 
+from falcon_jax.compression.alignment import aligned
 from falcon_jax.compression.inspection import Model, inspect_model
 from falcon_jax.compression.nnx_tree import map_modules, named_modules, named_variables
 from falcon_jax.methods.fitting import check_finite
@@ -79,9 +80,7 @@ class Quantization:
         sizes += [("everything else", rest, rest), ("total", self.params, self.effective_params)]
         lines = [(name, f"{size:,}", f"{effective:,.2f}") for name, size, effective in sizes]
         lines.insert(0, ("tensor", "params", "effective params"))
-        a, b, c = (max(map(len, column)) for column in zip(*lines, strict=True))
-        text = [f"{x.ljust(a)}  {y.rjust(b)}  {z.rjust(c)}" for x, y, z in lines]
-        return "\n".join([*text, f"{self.ratio:.1f} times fewer"])
+        return aligned(lines, right=(1, 2)) + f"\n{self.ratio:.1f} times fewer"
 
 
 def quantize_linear(values: Float[ArrayLike, "*shape"], *, bits: int = 8) -> QuantizedArray:
