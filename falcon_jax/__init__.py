@@ -1,5 +1,6 @@
 """falcon_jax: trained convolutional networks made smaller and faster, in JAX and Flax."""
 
+from falcon_jax import convert as convert
 from falcon_jax import models as models
 from falcon_jax import ops as ops
 from falcon_jax.compression import Inputs as Inputs

@@ -1,0 +1,156 @@
+"""A family of models: where the entries of a state dict belong in ours."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Shaped
+
+from falcon_jax.compression.differences import differences
+
+Head = Literal["keep", "new"]
+
+_LEAVES = MappingProxyType(
+    {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+)
+_IGNORED = "num_batches_tracked"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """The names of a family of models.
+
+    Attributes:
+        names: regular expressions of our paths of modules, and what they are called in the state
+            dict; the first that matches the whole path decides.
+        head: the path of our last layer.
+        aliases: regular expressions of other names that are in use, and those of ``names``.
+    """
+
+    names: tuple[tuple[str, str], ...]
+    head: str
+    aliases: tuple[tuple[str, str], ...] = ()
+
+    def theirs(self, path: str) -> str:
+        """Return the name of one of our variables in the state dict."""
+        module, _, leaf = path.rpartition("/")
+        return f"{_renamed(module, self.names)}.{_LEAVES.get(leaf, leaf)}"
+
+    def usual(self, name: str) -> str:
+        """Return the name in the state dict for one of the aliases, or the name itself."""
+        module, _, leaf = name.rpartition(".")
+        return f"{_renamed(module, self.aliases)}.{leaf}" if module else name
+
+
+def with_weights(
+    model: nnx.Module, family: Family, state_dict: Mapping[str, np.ndarray], *, head: Head
+) -> nnx.Module:
+    """Return a copy of a model with the weights of a state dict.
+
+    Args:
+        model: gives the structure; it is not changed.
+        family: where what belongs.
+        state_dict: arrays by name, in PyTorch's layout.
+        head: ``keep`` the last layer of the state dict, or leave the model a ``new`` one.
+
+    Returns:
+        The copy; its parameters and statistics have the types that those of ``model`` have.
+
+    Raises:
+        ValueError: if anything is missing, unexpected or misshapen, naming all of it.
+    """
+    if head not in ("keep", "new"):
+        raise ValueError(f"head is one of keep, new; got {head!r}.")
+    graphdef, state, rest = nnx.split(model, nnx.Any(nnx.Param, nnx.BatchStat), ...)
+    variables = dict(nnx.to_flat_state(state))
+    places = {family.theirs("/".join(map(str, path))): path for path in variables}
+    given = {family.usual(name): array for name, array in state_dict.items()}
+    given = {name: array for name, array in given.items() if not name.endswith(_IGNORED)}
+    last = [family.theirs(f"{family.head}/{leaf}") for leaf in ("kernel", "bias")]
+    if head == "new":
+        given = {name: array for name, array in given.items() if name not in last}
+        places = {name: path for name, path in places.items() if name not in last}
+    expected = {name: _in_their_layout(variables[path]) for name, path in places.items()}
+    given = {name: _flattened(array, expected.get(name)) for name, array in given.items()}
+    _check(expected, given, last, type(model).__name__)
+    for name, path in places.items():
+        array = jnp.array(_in_our_layout(given[name]), dtype=variables[path].dtype)
+        variables[path] = variables[path].replace(array)
+    return nnx.merge(graphdef, nnx.from_flat_state(variables), rest)
+
+
+def _check(
+    expected: Mapping[str, jax.ShapeDtypeStruct],
+    given: Mapping[str, np.ndarray],
+    last: Sequence[str],
+    model_name: str,
+) -> None:
+    found = {
+        name: jax.ShapeDtypeStruct(array.shape, _taken_type(array, expected.get(name)))
+        for name, array in given.items()
+    }
+    names = [*expected, *(name for name in found if name not in expected)]
+    # Name by name, as a whole list would be cut short.
+    lines = [differences(_only(name, expected), _only(name, found)) for name in names]
+    if not any(lines):
+        return
+    different = "\n".join(line for line in lines if line)
+    message = f"the weights do not fit this {model_name}:\n{different}"
+    classes = {(found[n].shape[:1], expected[n].shape[:1]) for n in last if n in found}
+    for theirs, ours in classes:
+        if theirs != ours:
+            message += (
+                f"\nThe last layer has {_count(theirs)} classes in the weights and {_count(ours)} "
+                "in the model: make a model of as many, or give head='new' (--head=new on the command line) "
+                "to keep the model's own."
+            )
+    raise ValueError(message)
+
+
+def _only(name: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: arrays[name]} if name in arrays else {}
+
+
+def _count(shape: tuple[int, ...]) -> int | str:
+    return shape[0] if shape else "no"
+
+
+def _taken_type(array: np.ndarray, expected: jax.ShapeDtypeStruct | None) -> np.dtype:
+    """Return the type that an array will have: any floating type becomes the model's."""
+    if expected is None or not jnp.issubdtype(array.dtype, jnp.floating):
+        return array.dtype
+    return expected.dtype
+
+
+def _renamed(module: str, table: tuple[tuple[str, str], ...]) -> str:
+    for pattern, name in table:
+        if match := re.fullmatch(pattern, module):
+            return match.expand(name)
+    return module.replace("/", ".")
+
+
+def _in_their_layout(variable: nnx.Variable) -> jax.ShapeDtypeStruct:
+    """Return the shape with outputs first, then inputs, then what is left."""
+    shape = variable.shape
+    theirs = (*shape[:-3:-1], *shape[:-2]) if len(shape) > 1 else shape
+    return jax.ShapeDtypeStruct(theirs, variable.dtype)
+
+
+def _in_our_layout(array: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
+    """Return an array with inputs and outputs last."""
+    return array.transpose(*range(2, array.ndim), 1, 0) if array.ndim > 1 else array
+
+
+def _flattened(
+    array: Shaped[np.ndarray, "..."], expected: jax.ShapeDtypeStruct | None
+) -> Shaped[np.ndarray, "..."]:
+    """Return the matrix of a convolution that does a fully connected layer's work."""
+    if expected is None or (array.ndim, len(expected.shape)) != (4, 2):
+        return array
+    return array.reshape(expected.shape) if array.size == expected.size else array
