@@ -107,8 +107,8 @@ def _check(
         if theirs != ours:
             message += (
                 f"\nThe last layer has {_count(theirs)} classes in the weights and {_count(ours)} "
-                "in the model: make a model of as many, or give head='new' (--head=new on the command line) "
-                "to keep the model's own."
+                "in the model: make a model of as many, or give head='new' (on the command line "
+                "--head=new) to keep the model's own."
             )
     raise ValueError(message)
 

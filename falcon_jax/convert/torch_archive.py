@@ -90,11 +90,13 @@ def _is_pickle(name: str) -> bool:
 def _tensors(content: Any) -> dict[str, Tensor]:
     """Return the tensors of a state dict, out of the dictionary around it if there is one."""
     if not isinstance(content, dict):
-        raise ValueError(f"it holds a {type(content).__name__}, not a state dict")
+        raise ValueError(f"it holds {type(content).__name__}, not a state dict")
     if not any(isinstance(value, Tensor) for value in content.values()):
         content = _unwrapped(content)
-    strange = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
-    strange += [str(name) for name in content if not isinstance(name, str)]
+    numbers = [str(name) for name in content if not isinstance(name, str)]
+    if numbers:
+        raise ValueError(f"its state dict has names that are no text: {', '.join(numbers[:5])}")
+    strange = [name for name, value in content.items() if not isinstance(value, Tensor)]
     if strange:
         raise ValueError(
             f"its state dict has entries that are no tensors: {', '.join(strange[:5])}. "

@@ -76,7 +76,9 @@ class Tensor:
     def __post_init__(self):
         sizes = (self.offset, *self.shape, *self.strides)
         if len(self.shape) != len(self.strides) or any(s < 0 for s in sizes):
-            raise ValueError(f"a tensor has shape {self.shape} with strides {self.strides}")
+            raise ValueError(
+                f"a tensor has shape {self.shape}, strides {self.strides} and offset {self.offset}"
+            )
         reach = sum((n - 1) * step for n, step in zip(self.shape, self.strides, strict=True))
         if 0 not in self.shape and self.offset + reach >= self.storage.size:
             raise ValueError(
@@ -123,7 +125,8 @@ def _opcodes(data: bytes) -> Iterator[tuple[str, Any]]:
         for opcode, argument, _ in pickletools.genops(data):
             if opcode.name != "STOP":
                 yield opcode.name, argument
-    except (ValueError, OverflowError) as error:
+    # pickletools warns of odd escapes, which is an error where warnings are.
+    except (ValueError, OverflowError, Warning) as error:
         raise ValueError(f"its pickle is damaged ({error})") from None
 
 
@@ -224,12 +227,12 @@ def _set_items(target: Any, items: list[Any]) -> None:
     keys = items[::2]
     for key in keys:
         if type(key) not in (str, int):
-            raise ValueError(f"a key of a dictionary is a {type(key).__name__}, not text")
+            raise ValueError(f"a key of a dictionary is of type {type(key).__name__}, not text")
     _expect(dict, target).update(zip(keys, items[1::2], strict=True))
 
 
 def _expect(kind: type, value: Any) -> Any:
     if type(value) is not kind:
         wanted, found = kind.__name__.strip("_"), type(value).__name__.strip("_")
-        raise ValueError(f"its pickle has a {found} where a {wanted} must be")
+        raise ValueError(f"its pickle has {found} in place of {wanted}")
     return value

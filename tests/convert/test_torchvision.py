@@ -34,7 +34,9 @@ def images(side, count=2):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_logits_are_those_of_torchvision(arch, torch, torchvision_models, randomize, arrays, logits_of):
+def test_logits_are_those_of_torchvision(
+    arch, torch, torchvision_models, randomize, arrays, logits_of
+):
     with torch.device("meta"):
         theirs = getattr(torchvision_models, arch)(num_classes=7)
     theirs = randomize(theirs.to_empty(device="cpu"))
@@ -83,9 +85,7 @@ def test_weights_have_our_layout_and_the_model_stays_as_it_was():
     state = small_weights(model)
     new = fj.convert.torchvision(model, state)
     kernel = np.asarray(new.layer2[0].unit1.conv.kernel[...])
-    np.testing.assert_array_equal(
-        kernel.transpose(3, 2, 0, 1), state["layer2.0.conv1.weight"]
-    )
+    np.testing.assert_array_equal(kernel.transpose(3, 2, 0, 1), state["layer2.0.conv1.weight"])
     np.testing.assert_array_equal(new.stem.norm.var[...], state["bn1.running_var"])
     np.testing.assert_array_equal(np.asarray(new.head.kernel[...]).T, state["fc.weight"])
     after = jax.tree.map(np.asarray, nnx.state(model, nnx.Param))
@@ -124,7 +124,9 @@ def test_everything_that_does_not_fit_is_told_at_once():
 def test_another_number_of_classes_offers_a_new_head_and_gives_it():
     state = small_weights(small_resnet(num_classes=5))
     model = small_resnet(num_classes=3)
-    with pytest.raises(ValueError, match="5 classes in the weights and 3 in the model.*head='new'"):
+    with pytest.raises(
+        ValueError, match=r"5 classes in the weights and 3 in the model.*head='new'"
+    ):
         fj.convert.torchvision(model, state)
     new = fj.convert.torchvision(model, state, head="new")
     np.testing.assert_array_equal(new.head.kernel[...], model.head.kernel[...])
@@ -139,23 +141,23 @@ def test_weights_of_another_arch_are_refused():
         fj.convert.torchvision(model_shapes("vgg11"), state)
 
 
-def test_models_without_torchvision_weights_and_wrong_options_are_refused():
-    with pytest.raises(ValueError, match="no torchvision weights for VGG; .*resnet18"):
+def test_models_without_torchvision_weights_are_refused():
+    with pytest.raises(ValueError, match=r"no torchvision weights for VGG; .*resnet18"):
         fj.convert.torchvision(model_shapes("vgg8_cifar"), {})
 
 
 def test_timm_names_of_a_vgg_are_those_of_torchvision():
     shapes = model_shapes("vgg11", num_classes=3)
-    ones = np.ones(())
+    ones = np.ones((), np.float32)
     state = {}
     for index, layer in enumerate(shapes.features):
         if isinstance(layer, nnx.Conv):
             m, n = layer.in_features, layer.out_features
             state[f"features.{index}.weight"] = np.broadcast_to(ones, (n, m, 3, 3))
             state[f"features.{index}.bias"] = np.zeros(n)
-    first = np.random.default_rng(0).standard_normal((4096, 512, 7, 7), np.float32)
+    first = np.arange(512 * 7 * 7, dtype=np.float32).reshape(512, 7, 7)
     timm = {
-        "pre_logits.fc1.weight": first,
+        "pre_logits.fc1.weight": np.broadcast_to(first, (4096, 512, 7, 7)),
         "pre_logits.fc1.bias": np.zeros(4096),
         "pre_logits.fc2.weight": np.broadcast_to(ones, (4096, 4096, 1, 1)),
         "pre_logits.fc2.bias": np.zeros(4096),
@@ -163,5 +165,5 @@ def test_timm_names_of_a_vgg_are_those_of_torchvision():
         "head.fc.bias": np.arange(3.0),
     }
     ours = fj.convert.torchvision(shapes, state | timm)
-    np.testing.assert_array_equal(ours.classifier[0].kernel[...], first.reshape(4096, -1).T)
+    np.testing.assert_array_equal(ours.classifier[0].kernel[...][:, 5], first.reshape(-1))
     np.testing.assert_array_equal(ours.classifier[6].bias[...], np.arange(3.0))
