@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from falcon_jax.cli_convert import add_convert
+from falcon_jax.cli_convert import add_compress, add_convert
+from falcon_jax.cli_evaluate import add_evaluate, add_profile
 from falcon_jax.data.prepare import prepare
 
 BAD_INPUT = 2
@@ -54,4 +55,10 @@ def add_prepare(commands: Any) -> None:
     parser.set_defaults(run=lambda parsed: print(prepare(parsed.name, parsed.data_dir)))
 
 
-COMMANDS: tuple[Callable[[Any], None], ...] = (add_prepare, add_convert)
+COMMANDS: tuple[Callable[[Any], None], ...] = (
+    add_convert,
+    add_compress,
+    add_evaluate,
+    add_profile,
+    add_prepare,
+)

@@ -1,17 +1,22 @@
-"""The sub-command `convert`: weights of torchvision to a checkpoint."""
+"""The sub-commands `convert` and `compress`: weights of others, and stored models, made smaller."""
 
 from __future__ import annotations
 
 import argparse
+import pathlib
 from typing import Any
 
+from falcon_jax.cli_data import add_data_options, load_data, training_inputs
+from falcon_jax.compression import reestimate_batchnorm
 from falcon_jax.convert import convert_file
+from falcon_jax.convert.checkpoint import require_absent
 from falcon_jax.methods import Method
 from falcon_jax.methods.registry import method_from
+from falcon_jax.models.stored import Stored, compressed, load_stored, save_stored
 
 
 def add_convert(commands: Any) -> None:
-    """Adds `convert`: weights of torchvision or timm to a checkpoint, compressed or not.
+    """Add `convert`: weights of torchvision or timm to a stored model, compressed or not.
 
     Args:
         commands: the sub-commands of the parser, as `add_subparsers` gives them.
@@ -28,13 +33,46 @@ def add_convert(commands: Any) -> None:
         default="keep",
         help="the last layer: that of the weights, or a new one for another number of classes",
     )
-    parser.add_argument("--method", help="replaces all convolutions but the first: falcon, ...")
-    parser.add_argument("--rank", help="of the method: a number, or full")
+    _add_method(parser, required=False)
     parser.set_defaults(run=_convert)
 
 
+def add_compress(commands: Any) -> None:
+    """Add `compress`: a stored model to a smaller one.
+
+    Args:
+        commands: as in `add_convert`.
+    """
+    text = "compress a checkpoint"
+    parser = commands.add_parser("compress", help=text, description=text.capitalize() + ".")
+    parser.add_argument("checkpoint", help="made by convert or by train.py")
+    parser.add_argument("--out", required=True, help="directory to make")
+    _add_method(parser, required=True)
+    parser.add_argument(
+        "--keep",
+        action="append",
+        default=[],
+        metavar="REGEX",
+        help="paths of layers that stay, may be repeated (default: the first convolution)",
+    )
+    add_data_options(parser, required=False)
+    parser.add_argument(
+        "--batches",
+        type=int,
+        default=8,
+        help="with --data: training batches for new BatchNorm statistics (default: 8)",
+    )
+    parser.set_defaults(run=_compress)
+
+
+def _add_method(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    what = "replaces all convolutions but the first: falcon, ..."
+    parser.add_argument("--method", required=required, help=what)
+    parser.add_argument("--rank", help="of the method: a number, or full")
+
+
 def _convert(parsed: argparse.Namespace) -> None:
-    plan = convert_file(
+    stored = convert_file(
         parsed.weights,
         parsed.out,
         arch=parsed.arch,
@@ -42,9 +80,32 @@ def _convert(parsed: argparse.Namespace) -> None:
         method=_method(parsed.method, parsed.rank),
         head=parsed.head,
     )
-    if plan.replaced:
-        print(plan)
-    print(parsed.out)
+    _tell(stored, parsed.out)
+
+
+def _compress(parsed: argparse.Namespace) -> None:
+    method = _method(parsed.method, parsed.rank)
+    require_absent(pathlib.Path(parsed.out))
+    if parsed.batches < 1:
+        raise ValueError(f"--batches must be 1 or more, but is {parsed.batches}")
+    stored = load_stored(parsed.checkpoint)
+    dataset = load_data(parsed, stored.description) if parsed.data else None
+    small = compressed(stored, method, keep=parsed.keep)
+    if dataset is not None:
+        inputs = training_inputs(parsed, dataset, small.description, parsed.batches)
+        small = Stored(
+            model=reestimate_batchnorm(small.model, inputs),
+            plan=small.plan,
+            description=small.description,
+        )
+    save_stored(parsed.out, small)
+    _tell(small, parsed.out)
+
+
+def _tell(stored: Stored, out: str) -> None:
+    if stored.plan.replaced:
+        print(stored.plan)
+    print(out)
 
 
 def _method(name: str | None, rank: str | None) -> Method | None:

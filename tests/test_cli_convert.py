@@ -3,6 +3,7 @@
 import hashlib
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -11,12 +12,12 @@ from safetensors.numpy import save_file
 
 import falcon_jax as fj
 from falcon_jax import cli
-from falcon_jax.convert import checkpoint
-from falcon_jax.models import ResNet, residual
+from falcon_jax.compression import read_metadata, storage
+from falcon_jax.models import ResNet, residual, stored
 from tests.convert.test_torchvision import small_resnet, small_weights
 
 
-def small(*, num_classes=1000, rngs):
+def small(*, num_classes=1000, in_features=3, rngs):
     return ResNet(
         residual.BasicBlock, (1, 1, 1, 1), num_classes=num_classes, width=1 / 16, rngs=rngs
     )
@@ -30,7 +31,7 @@ def weights(tmp_path, monkeypatch):
         assert arch == "resnet18"
         return small(**options)
 
-    monkeypatch.setattr(checkpoint, "get_model", get_model)
+    monkeypatch.setattr(stored, "get_model", get_model)
     path = tmp_path / "weights.safetensors"
     state = {k: v for k, v in small_weights(small_resnet(5)).items() if v.ndim}
     save_file(state, path)
@@ -59,19 +60,21 @@ def test_weights_become_a_checkpoint_with_metadata(weights, tmp_path, capsys):
     assert capsys.readouterr().out == f"{out}\n"
     expected = fj.convert.torchvision(build(), fj.convert.load_torch(weights))
     np.testing.assert_array_equal(logits(fj.load_compressed(out, build)), logits(expected))
-    assert json.loads((out / "metadata.json").read_text()) == fj.convert.read_metadata(out)
-    assert fj.convert.read_metadata(out) == {
+    assert json.loads((out / "metadata.json").read_text()) == read_metadata(out)
+    assert read_metadata(out) == {
+        "version": 1,
         "arch": "resnet18",
         "classes": 5,
-        "head": "keep",
+        "width": 1.0,
+        "unit": None,
         "source": {
             "file": "weights.safetensors",
             "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+            "head": "keep",
         },
         "preprocessing": {
-            "resize": 256,
-            "crop": 224,
-            "interpolation": "bilinear",
+            "image_size": 224,
+            "shorter_side": 256,
             "mean": [0.485, 0.456, 0.406],
             "std": [0.229, 0.224, 0.225],
         },
@@ -107,7 +110,7 @@ def test_a_new_head_has_other_classes(weights, tmp_path):
     assert convert(weights, out, "--classes=3", "--head=new") == 0
     loaded = fj.load_compressed(out, lambda: small(num_classes=3, rngs=nnx.Rngs(1)))
     assert loaded.head.bias.shape == (3,)
-    assert fj.convert.read_metadata(out)["head"] == "new"
+    assert read_metadata(out)["source"]["head"] == "new"
 
 
 @pytest.mark.parametrize(
@@ -133,7 +136,7 @@ def test_a_failure_while_writing_leaves_nothing(weights, tmp_path, capsys, monke
     def fail(directory):
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(checkpoint, "write_manifest", fail)
+    monkeypatch.setattr(storage, "write_manifest", fail)
     assert convert(weights, tmp_path / "out", "--classes=5") == 2
     assert "the disk is full" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == [weights.name]
@@ -151,4 +154,41 @@ def test_archs_without_such_weights_are_refused(weights, tmp_path, capsys, monke
     for arch, message in (("resnet8", "no model is called"), ("vgg8_cifar", "no torchvision")):
         arguments = ["convert", f"--arch={arch}", f"--weights={weights}", f"--out={out}"]
         assert cli.main(arguments) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_converted_model_is_compressed_and_profiled(weights, tmp_path, capsys):
+    out, smaller = tmp_path / "out", tmp_path / "smaller"
+    assert convert(weights, out, "--classes=5") == 0
+    options = ["--method=falcon", "--rank=9", r"--keep=stem/.*", r"--keep=layer4/.*"]
+    assert cli.main(["compress", str(out), f"--out={smaller}", *options]) == 0
+    assert "layer4/0/unit1/conv" in capsys.readouterr().out
+    loaded = stored.load_stored(smaller)
+    assert isinstance(loaded.model.layer1[0].unit1.conv, fj.FalconConv)
+    assert type(loaded.model.layer4[0].unit1.conv) is nnx.Conv
+    expected = fj.convert.torchvision(build(), fj.convert.load_torch(weights))
+    y = logits(expected)
+    scale = np.abs(y).max()
+    np.testing.assert_allclose(logits(loaded.model) / scale, y / scale, rtol=0, atol=1e-4)
+    assert loaded.description == stored.load_stored(out).description
+    assert cli.main(["profile", str(smaller)]) == 0
+    table = capsys.readouterr().out
+    assert "Falcon(rank=9" in table
+    parameters = nnx.state(loaded.model, nnx.Param)
+    assert f"{sum(p.size for p in jax.tree.leaves(parameters)):,}" in table
+    assert cli.main(["compress", str(smaller), f"--out={tmp_path / 'again'}", *options]) == 2
+    assert "replaced already" in capsys.readouterr().err
+
+
+def test_directories_that_are_no_stored_models_are_refused(weights, tmp_path, capsys):
+    bare = tmp_path / "bare"
+    model = build()
+    plan = fj.make_plan(model, [fj.Rule(method=None)])
+    fj.save_compressed(bare, model, plan)
+    for path, message in (
+        (tmp_path / "none", "there is no directory"),
+        (tmp_path, "holds no compressed model"),
+        (bare, "no description of a model"),
+    ):
+        assert cli.main(["profile", str(path)]) == 2
         assert message in capsys.readouterr().err

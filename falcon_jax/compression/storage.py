@@ -1,6 +1,7 @@
 """Compressed models on disk: the plan and the arrays in one Orbax directory, with digests."""
 
 import hashlib
+import json
 import os
 import pathlib
 import shutil
@@ -27,6 +28,7 @@ from falcon_jax.methods import Params
 from falcon_jax.nn.linen_compressed import CompressedModule
 from falcon_jax.nn.trained import fit_stacked
 
+METADATA = "metadata.json"
 _VERSION = 1
 
 
@@ -37,11 +39,12 @@ def save_compressed(
     variables: Mapping[str, Any] | None = None,
     *,
     overwrite: bool = False,
+    metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Save a compressed model with its plan.
 
     Everything of an NNX model but the state of random number generators is saved; of a Linen
-    module, its variables.
+    module, its variables. The directory is there as a whole or, after an error, not at all.
 
     Args:
         path: directory to make.
@@ -49,10 +52,12 @@ def save_compressed(
         plan: what it was compressed with.
         variables: of a Linen module.
         overwrite: whether to replace a directory that is there.
+        metadata: plain data of the caller's, JSON, kept in ``metadata.json``.
 
     Raises:
         ValueError: if the model is not what the plan makes.
         FileExistsError: if the directory is there.
+        OSError: if it cannot be written.
     """
     directory = pathlib.Path(path).absolute()
     if directory.exists() and not overwrite:
@@ -68,19 +73,25 @@ def save_compressed(
         },
     }
     unfinished = directory.with_name(directory.name + ".unfinished")
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        checkpointer.save(
-            unfinished,
-            args=ocp.args.Composite(
-                arrays=ocp.args.StandardSave(_nested(named)),  # type: ignore[call-arg]
-                plan=ocp.args.JsonSave(data),  # type: ignore[call-arg]
-            ),
-            force=True,
-        )
-    write_manifest(unfinished)
-    if directory.exists():
-        shutil.rmtree(directory)
-    unfinished.rename(directory)
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            checkpointer.save(
+                unfinished,
+                args=ocp.args.Composite(
+                    arrays=ocp.args.StandardSave(_nested(named)),  # type: ignore[call-arg]
+                    plan=ocp.args.JsonSave(data),  # type: ignore[call-arg]
+                ),
+                force=True,
+            )
+        if metadata is not None:
+            (unfinished / METADATA).write_text(json.dumps(dict(metadata), indent=1) + "\n")
+        write_manifest(unfinished)
+        if directory.exists():
+            shutil.rmtree(directory)
+        unfinished.rename(directory)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
 
 
 def load_compressed(
@@ -101,8 +112,6 @@ def load_compressed(
             what ``build_model`` makes, saying what differs.
     """
     directory = pathlib.Path(path).absolute()
-    if not directory.is_dir():
-        raise FileNotFoundError(f"there is no directory {directory}.")
     data = _read_data(directory)
     plan = Plan.from_json(data["plan"])
     saved = {
@@ -128,6 +137,30 @@ def load_compressed(
     for name, array in _read_arrays(directory, data, saved).items():
         holders[name].set_value(array)
     return compressed
+
+
+def load_plan(path: str | os.PathLike[str]) -> Plan:
+    """Return the plan that a model was saved with; arguments and errors of `load_compressed`."""
+    return Plan.from_json(_read_data(pathlib.Path(path).absolute())["plan"])
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the metadata that a model was saved with.
+
+    Args:
+        path: the directory.
+
+    Returns:
+        What was given; empty if nothing was.
+
+    Raises:
+        FileNotFoundError: if there is no such directory.
+        ValueError: if it holds no compressed model, or one that is damaged.
+    """
+    directory = pathlib.Path(path).absolute()
+    _require_intact(directory)
+    file = directory / METADATA
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def _blank_params(row: PlanRow, kernel: jax.Array) -> Params:
@@ -180,10 +213,16 @@ def _check_same(
         )
 
 
-def _read_data(directory: pathlib.Path) -> dict[str, Any]:
+def _require_intact(directory: pathlib.Path) -> None:
+    if not directory.is_dir():
+        raise FileNotFoundError(f"there is no directory {directory}.")
     if not (directory / MANIFEST).is_file():
         raise ValueError(f"{directory} holds no compressed model of falcon_jax.")
     check_manifest(directory)
+
+
+def _read_data(directory: pathlib.Path) -> dict[str, Any]:
+    _require_intact(directory)
     data = _restore(directory, "plan", ocp.args.JsonRestore())
     if data["version"] != _VERSION:
         raise ValueError(

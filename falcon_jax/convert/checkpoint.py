@@ -1,28 +1,28 @@
-"""From a file of weights to a checkpoint: the model, its plan, and where it came from."""
+"""From a file of weights to a stored model: its arrays, its plan, and where it came from."""
 
 import hashlib
-import json
 import os
 import pathlib
-import re
-import shutil
-import tempfile
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from falcon_jax.compression import Plan, Rule, compress, make_plan, save_compressed
 from falcon_jax.convert.families import Head
 from falcon_jax.convert.torch_file import load_torch
 from falcon_jax.convert.torchvision import torchvision
-from falcon_jax.manifest import MANIFEST, write_manifest
 from falcon_jax.methods import Method
-from falcon_jax.models import get_model
+from falcon_jax.models.stored import (
+    Description,
+    Preprocessing,
+    Stored,
+    compressed,
+    save_stored,
+    uncompressed,
+)
 
-METADATA = "metadata.json"
-_IMAGE = (1, 224, 224, 3)
+# Of torchvision's IMAGENET1K_V1 weights.
+_IMAGENET = Preprocessing(
+    image_size=224, shorter_side=256, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+)
 
 
 def convert_file(
@@ -33,11 +33,8 @@ def convert_file(
     classes: int = 1000,
     method: Method | None = None,
     head: Head = "keep",
-) -> Plan:
-    """Convert weights of torchvision or timm to a checkpoint that `load_compressed` reads.
-
-    Beside the model and its plan the checkpoint has ``metadata.json``: the arch, the classes, name
-    and digest of the file of weights, and the preprocessing of torchvision's images.
+) -> Stored:
+    """Convert weights of torchvision or timm to a stored model.
 
     Args:
         weights: what `load_torch` reads.
@@ -48,81 +45,37 @@ def convert_file(
         head: as in `torchvision`.
 
     Returns:
-        The plan; without a method, it replaces nothing.
+        What is stored: the model, its plan (without a method, it replaces nothing) and its
+        description with name and digest of the file of weights.
 
     Raises:
         ValueError: if the file is damaged, or the weights do not fit the model.
         OSError: if ``out`` is there already, or a file cannot be read or written.
     """
-    weights, out = pathlib.Path(weights), pathlib.Path(out).absolute()
-    if out.exists():
-        raise FileExistsError(f"{out} is there already. Give another directory, or remove it.")
+    weights, out = pathlib.Path(weights), pathlib.Path(out)
+    require_absent(out)
     if classes < 1:
         raise ValueError(f"a model has at least one class; got classes={classes}.")
     state_dict = load_torch(weights)
-    model = torchvision(
-        get_model(arch, num_classes=classes, rngs=nnx.Rngs(0)), state_dict, head=head
+    with weights.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    description = Description(
+        arch=arch,
+        classes=classes,
+        preprocessing=_IMAGENET,
+        source={"file": weights.name, "sha256": digest, "head": head},
     )
-    sample = jax.ShapeDtypeStruct(_IMAGE, jnp.float32)
-    plan = make_plan(model, _rules(model, method, sample), sample)
-    model = compress(model, plan)
-    metadata = {
-        "arch": arch,
-        "classes": classes,
-        "head": head,
-        "source": {"file": weights.name, "sha256": _digest(weights)},
-        "preprocessing": _preprocessing(),
-    }
-    _save(out, model, plan, metadata)
-    return plan
+    model = torchvision(description.build(rngs=nnx.Rngs(0)), state_dict, head=head)
+    stored = compressed(uncompressed(model, description), method)
+    save_stored(out, stored)
+    return stored
 
 
-def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the metadata of a checkpoint that `convert_file` made.
-
-    Args:
-        path: its directory.
+def require_absent(out: pathlib.Path) -> None:
+    """Raise if a directory that is to be made is there, before anything long is done.
 
     Raises:
-        OSError: if there is none.
+        FileExistsError: saying so.
     """
-    return json.loads((pathlib.Path(path) / METADATA).read_text())
-
-
-def _rules(model: nnx.Module, method: Method | None, sample: jax.ShapeDtypeStruct) -> list[Rule]:
-    if method is None:
-        return [Rule(method=None)]
-    # Only in a traced plan is the first row the convolution that is used first.
-    first = make_plan(model, [Rule(method=None)], sample).rows[0].path
-    return [Rule(path=re.escape(first), method=None), Rule(method=method)]
-
-
-def _preprocessing() -> dict[str, Any]:
-    """Return what torchvision does to images: 0 to 1, shorter side 256, the middle 224x224."""
-    return {
-        "resize": 256,
-        "crop": 224,
-        "interpolation": "bilinear",
-        "mean": [0.485, 0.456, 0.406],
-        "std": [0.229, 0.224, 0.225],
-    }
-
-
-def _digest(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _save(out: pathlib.Path, model: nnx.Module, plan: Plan, metadata: dict[str, Any]) -> None:
-    """Write a checkpoint beside its place and move it there when it is whole."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = pathlib.Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        checkpoint = unfinished / "checkpoint"
-        save_compressed(checkpoint, model, plan)
-        (checkpoint / METADATA).write_text(json.dumps(metadata, indent=1) + "\n")
-        (checkpoint / MANIFEST).unlink()
-        write_manifest(checkpoint)
-        checkpoint.rename(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    if out.exists():
+        raise FileExistsError(f"{out} is there already. Give another directory, or remove it.")

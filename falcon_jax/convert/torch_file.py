@@ -7,6 +7,7 @@ import numpy as np
 
 from falcon_jax.convert.safetensors_file import read_safetensors, starts_like_safetensors
 from falcon_jax.convert.torch_archive import read_torch_archive
+from falcon_jax.convert.torch_legacy import read_torch_legacy
 
 _ZIP = b"PK\x03\x04"
 _PICKLE = b"\x80"
@@ -20,8 +21,8 @@ def load_torch(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     so is the prefix ``module.`` that ``DataParallel`` leaves on every name.
 
     Args:
-        path: a ``.pth`` or ``.pt`` file as ``torch.save`` writes it since version 1.6, or a
-            ``.safetensors`` file. Its content says which, not its name.
+        path: a ``.pth`` or ``.pt`` file of ``torch.save``, in the format of today or that from
+            before version 1.6, or a ``.safetensors`` file. Its content says which, not its name.
 
     Returns:
         Arrays by name, in PyTorch's layout, of float16, bfloat16 (of ml_dtypes), float32, float64,
@@ -42,10 +43,7 @@ def load_torch(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         if starts_like_safetensors(head, size) or path.suffix == ".safetensors":
             return read_safetensors(path)
         if head.startswith(_PICKLE):
-            raise ValueError(
-                "it is a pickle outside a zip archive, as torch.save wrote before version 1.6. "
-                "Load it with torch, if you trust it, and save it again with torch.save"
-            )
+            return read_torch_legacy(path)
     except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}.") from None
     what = "is empty" if size == 0 else "is neither a zip archive of torch.save nor safetensors"

@@ -1,6 +1,7 @@
 """The pickle inside a file of torch.save, read by an interpreter that calls nothing."""
 
 import dataclasses
+import mmap
 import pickletools
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
@@ -96,11 +97,11 @@ class _Mark:
     pass
 
 
-def read_pickle(data: bytes) -> Any:
+def read_pickle(data: bytes | mmap.mmap) -> Any:
     """Return what a pickle of torch.save holds: dictionaries, lists, numbers, text and tensors.
 
     Args:
-        data: the pickle.
+        data: the pickle, or a file that is read up to its end.
 
     Returns:
         Its content, tensors as `Tensor`, dictionaries of all kinds as ``dict``.
@@ -120,9 +121,10 @@ def read_pickle(data: bytes) -> Any:
     return stack[0]
 
 
-def _opcodes(data: bytes) -> Iterator[tuple[str, Any]]:
+def _opcodes(data: bytes | mmap.mmap) -> Iterator[tuple[str, Any]]:
+    readable: Any = data
     try:
-        for opcode, argument, _ in pickletools.genops(data):
+        for opcode, argument, _ in pickletools.genops(readable):
             if opcode.name != "STOP":
                 yield opcode.name, argument
     # pickletools warns of odd escapes, which is an error where warnings are.
@@ -207,9 +209,10 @@ def _made(maker: _Global, arguments: tuple[Any, ...]) -> Any:
 
 
 def _storage(reference: tuple[Any, ...]) -> Storage:
-    if len(reference) != 5:
+    # Files from before torch 1.6 have one value more, for views, which nothing has used since 0.4.
+    if len(reference) != 5 and (len(reference) != 6 or reference[5] is not None):
         raise ValueError(f"its pickle is damaged: {len(reference)} values refer to a storage")
-    kind, dtype, key, _, size = reference
+    kind, dtype, key, _, size = reference[:5]
     name = _expect(_Global, dtype).name
     if kind != "storage" or name not in _STORAGES:
         raise ValueError(f"its pickle refers to a {kind} of {name}, which torch.save does not")

@@ -3,13 +3,12 @@
 import dataclasses
 from collections.abc import Callable
 
-import jax
 from jax.sharding import Mesh
 
 from falcon_jax.data.batching import eval_batches
 from falcon_jax.data.dataset import Split
 from falcon_jax.training.network import Arrays
-from falcon_jax.training.parallel import shard_batches, shared_batch_size
+from falcon_jax.training.parallel import shard_batch, shared_batch_size
 from falcon_jax.training.step import Batch, Metrics
 
 
@@ -38,6 +37,7 @@ def evaluate(
     *,
     batch_size: int,
     mesh: Mesh,
+    advance: Callable[[int], None] = lambda images: None,
 ) -> Evaluation:
     """Evaluate a network on a whole split.
 
@@ -49,20 +49,21 @@ def evaluate(
         batch_size: images a step, rounded up to what the devices can share; the last batch is
             padded and masked.
         mesh: the devices.
+        advance: called with the number of images of every step.
 
     Returns:
         Means over the split.
     """
-    total = None
-    batches = eval_batches(split, shared_batch_size(batch_size, mesh))
-    for batch in shard_batches(batches, mesh):
-        sums = eval_step(params, statistics, batch)
-        total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
-    assert total is not None
-    count = float(total["count"])
+    steps = []
+    for batch in eval_batches(split, shared_batch_size(batch_size, mesh)):
+        steps.append(eval_step(params, statistics, shard_batch(batch, mesh)))
+        advance(int(batch["mask"].sum()))
+    # Summed in float64, so that counts stay exact.
+    total = {name: sum(float(sums[name]) for sums in steps) for name in steps[0]}
+    count = total["count"]
     return Evaluation(
-        loss=float(total["loss"]) / count,
-        top1=float(total["top1"]) / count,
-        top5=float(total["top5"]) / count,
+        loss=total["loss"] / count,
+        top1=total["top1"] / count,
+        top5=total["top5"] / count,
         count=round(count),
     )

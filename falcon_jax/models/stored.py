@@ -1,0 +1,206 @@
+"""Models on disk that say by themselves what they are: arch, classes, preprocessing."""
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from falcon_jax.compression import (
+    Plan,
+    Rule,
+    compress,
+    load_compressed,
+    load_plan,
+    make_plan,
+    read_metadata,
+    save_compressed,
+)
+from falcon_jax.methods import Method
+from falcon_jax.models.registry import get_model
+from falcon_jax.models.unit_registry import get_unit
+from falcon_jax.models.units import standard_unit
+
+_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """What was done to the images that a model was trained on.
+
+    Attributes:
+        image_size: height and width in pixels that the model sees.
+        shorter_side: what the shorter side was resized to before the middle was cut out, bilinear
+            with antialiasing; 0 if the images had the right size.
+        mean: of each channel, in units of [0, 1].
+        std: of each channel, likewise.
+    """
+
+    image_size: int
+    shorter_side: int = 0
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Description:
+    """What a model is, beside its arrays and its plan.
+
+    Attributes:
+        arch: a key of ``falcon_jax.models.MODELS``.
+        classes: number of outputs.
+        width: multiplier of the channels.
+        unit: name and options of the units that it is built of; None for the standard one.
+        preprocessing: of its images.
+        source: where its arrays come from, plain data.
+    """
+
+    arch: str
+    classes: int
+    width: float = 1.0
+    unit: Mapping[str, Any] | None = None
+    preprocessing: Preprocessing
+    source: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def sample(self) -> jax.ShapeDtypeStruct:
+        """Shape of a batch of one image."""
+        side = self.preprocessing.image_size
+        return jax.ShapeDtypeStruct((1, side, side, len(self.preprocessing.mean)), jnp.float32)
+
+    def build(self, *, rngs: nnx.Rngs) -> nnx.Module:
+        """Return the model before compression, with random weights.
+
+        Raises:
+            ValueError: if there is no such arch or unit.
+        """
+        options: dict[str, Any] = {}
+        if self.unit is not None:
+            unit = dict(self.unit)
+            # A network of units keeps its first convolution, as the paper's do.
+            options = {"unit": get_unit(unit.pop("unit"), **unit), "stem_unit": standard_unit}
+        if self.width != 1:
+            options["width"] = self.width
+        return get_model(
+            self.arch,
+            num_classes=self.classes,
+            in_features=len(self.preprocessing.mean),
+            rngs=rngs,
+            **options,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the description as plain data."""
+        return {"version": _VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Description":
+        """Return the description that `to_json` wrote.
+
+        Raises:
+            ValueError: if the data is none, or one of a later version.
+        """
+        try:
+            fields = dict(data)
+            if (version := fields.pop("version")) != _VERSION:
+                raise ValueError(
+                    f"the description of the model has version {version}; this falcon_jax reads "
+                    f"{_VERSION}."
+                )
+            given = dict(fields.pop("preprocessing"))
+            given |= {name: tuple(map(float, given[name])) for name in ("mean", "std")}
+            return cls(preprocessing=Preprocessing(**given), **fields)
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"no description of a model of falcon_jax: {error} is missing or wrong. Models "
+                "that convert, compress and train.py stored have one."
+            ) from None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A model from disk.
+
+    Attributes:
+        model: in evaluation mode, compressed as its plan says.
+        plan: what was compressed; it may replace nothing.
+        description: what the model is.
+    """
+
+    model: nnx.Module
+    plan: Plan
+    description: Description
+
+
+def compressed(stored: Stored, method: Method | None, *, keep: Sequence[str] = ()) -> Stored:
+    """Return a model whose convolutions are replaced by a method, fitted to their kernels.
+
+    Args:
+        stored: a model that was not compressed yet; it is not changed.
+        method: what replaces them; None for none.
+        keep: regular expressions of the paths of those that stay; the first one used if empty.
+
+    Raises:
+        ValueError: if the model is compressed already, or a path matches nothing.
+    """
+    if stored.plan.replaced:
+        raise ValueError(
+            f"{len(stored.plan.replaced)} of its convolutions are replaced already; start from the "
+            "model as it was before."
+        )
+    keep = keep or [re.escape(stored.plan.rows[0].path)]
+    rules = [*(Rule(path=path, method=None) for path in keep), Rule(method=method)]
+    plan = make_plan(stored.model, rules, stored.description.sample)
+    return dataclasses.replace(stored, model=compress(stored.model, plan), plan=plan)
+
+
+def uncompressed(model: nnx.Module, description: Description) -> Stored:
+    """Return a model as it is, with a plan that replaces nothing."""
+    plan = make_plan(model, [Rule(method=None)], description.sample)
+    return Stored(model=model, plan=plan, description=description)
+
+
+def save_stored(path: str | os.PathLike[str], stored: Stored, *, overwrite: bool = False) -> None:
+    """Save a model with its plan and its description.
+
+    Args:
+        path: directory to make. It is there as a whole or, after an error, not at all.
+        stored: the model.
+        overwrite: whether to replace a directory that is there.
+
+    Raises:
+        ValueError: if the model is not what the plan makes.
+        OSError: if the directory is there, or cannot be written.
+    """
+    save_compressed(
+        path,
+        stored.model,
+        stored.plan,
+        overwrite=overwrite,
+        metadata=stored.description.to_json(),
+    )
+
+
+def load_stored(path: str | os.PathLike[str]) -> Stored:
+    """Load what `save_stored` saved; nothing else is needed.
+
+    Args:
+        path: the directory.
+
+    Raises:
+        FileNotFoundError: if there is no such directory.
+        ValueError: if it holds no such model, or one that is damaged.
+    """
+    metadata = read_metadata(path)
+    try:
+        description = Description.from_json(metadata)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)} holds {error}") from None
+    model = load_compressed(path, lambda: description.build(rngs=nnx.Rngs(0)))
+    assert isinstance(model, nnx.Module)
+    model.eval()
+    return Stored(model=model, plan=load_plan(path), description=description)
