@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -32,42 +32,65 @@ class Augmentation:
             raise ValueError(f"crop_padding must be 0 or more, but is {self.crop_padding}")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """Which images of a batch are at hand, where a batch is shared by several replicas.
+
+    Args:
+        count: number of images in the whole batch.
+        own_rows: takes the rows of the images at hand out of an array for the whole batch.
+    """
+
+    count: int
+    own_rows: Callable[[Array], Array]
+
+
 def augment(
-    key: PRNGKeyArray, images: UInt8[Array, "batch h w c"], augmentation: Augmentation
+    key: PRNGKeyArray,
+    images: UInt8[Array, "batch h w c"],
+    augmentation: Augmentation,
+    part: Part | None = None,
 ) -> UInt8[Array, "batch h w c"]:
     """Crops and flips each image at random, as the augmentation says.
 
     Args:
-        key: key of this batch.
+        key: key of the whole batch.
         images: images, 0 to 255, (batch, h, w, c).
         augmentation: what to do.
+        part: which part of the batch the images are; None if they are all of it. What happens to
+            an image does not depend on it.
 
     Returns:
         the varied images, same shape.
     """
     crop_key, flip_key = jax.random.split(key)
     if augmentation.crop_padding:
-        images = random_crop(crop_key, images, augmentation.crop_padding)
+        images = random_crop(crop_key, images, augmentation.crop_padding, part)
     if augmentation.flip:
-        images = random_flip(flip_key, images)
+        images = random_flip(flip_key, images, part)
     return images
 
 
 def random_crop(
-    key: PRNGKeyArray, images: UInt8[Array, "batch h w c"], padding: int
+    key: PRNGKeyArray,
+    images: UInt8[Array, "batch h w c"],
+    padding: int,
+    part: Part | None = None,
 ) -> UInt8[Array, "batch h w c"]:
     """Puts zeros around each image and takes a crop of the original size at random.
 
     Args:
-        key: key of this batch.
+        key: key of the whole batch.
         images: images, (batch, h, w, c).
         padding: zero pixels on each side.
+        part: as for augment.
 
     Returns:
         the crops, same shape; each image has its own offset, uniform in [0, 2 * padding].
     """
-    offsets = jax.random.randint(key, (len(images), 2), 0, 2 * padding + 1)
-    return crop(images, offsets, padding)
+    part = part or _all_of(images)
+    offsets = jax.random.randint(key, (part.count, 2), 0, 2 * padding + 1)
+    return crop(images, part.own_rows(offsets), padding)
 
 
 def crop(
@@ -93,19 +116,25 @@ def crop(
 
 
 def random_flip(
-    key: PRNGKeyArray, images: UInt8[Array, "batch h w c"]
+    key: PRNGKeyArray, images: UInt8[Array, "batch h w c"], part: Part | None = None
 ) -> UInt8[Array, "batch h w c"]:
     """Mirrors each image left to right with probability one half.
 
     Args:
-        key: key of this batch.
+        key: key of the whole batch.
         images: images, (batch, h, w, c).
+        part: as for augment.
 
     Returns:
         the images, same shape.
     """
-    mirrored = jax.random.bernoulli(key, shape=(len(images), 1, 1, 1))
-    return jnp.where(mirrored, images[:, :, ::-1], images)
+    part = part or _all_of(images)
+    mirrored = jax.random.bernoulli(key, shape=(part.count, 1, 1, 1))
+    return jnp.where(part.own_rows(mirrored), images[:, :, ::-1], images)
+
+
+def _all_of(images: UInt8[Array, "batch h w c"]) -> Part:
+    return Part(count=len(images), own_rows=lambda rows: rows)
 
 
 def normalize(

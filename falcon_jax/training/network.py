@@ -5,6 +5,7 @@ tenth of what ``nnx.jit`` on a module does.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -49,6 +50,23 @@ class Network:
         eval_graph = nnx.graphdef(model)
         network = cls(train_graph, eval_graph, *map(_tree, (params, statistics, random)))
         return network, _flat(params), _flat(statistics)
+
+    def changed(self, change: Callable[[nnx.Module], nnx.Module]) -> "Network":
+        """Return the structure with its training mode changed, but not the names of its arrays.
+
+        Args:
+            change: gets the model in training mode, whose arrays are shapes, and returns another.
+        """
+        trees = (self.param_tree, self.random_tree, self.statistic_tree)
+        model = nnx.merge(self.train_graph, *(_blank(tree) for tree in trees))
+        graph, params, random, statistics = nnx.split(change(model), nnx.Param, nnx.RngState, ...)
+        return dataclasses.replace(
+            self,
+            train_graph=graph,
+            param_tree=_tree(params),
+            random_tree=_tree(random),
+            statistic_tree=_tree(statistics),
+        )
 
     def merge(self, params: Arrays, statistics: Arrays) -> nnx.Module:
         """Return a model with these arrays, in evaluation mode."""

@@ -1,16 +1,19 @@
-"""The training step and the evaluation step, as pure jitted functions."""
+"""The training step and the evaluation step, as pure functions."""
 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from falcon_jax.data.augmentation import Augmentation, augment, normalize
+from falcon_jax.data.augmentation import Augmentation, Part, augment, normalize
 from falcon_jax.training.network import Arrays, Network
+from falcon_jax.training.replicas import AXIS, mean_over_replicas, own_rows
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
@@ -23,12 +26,14 @@ class TrainState:
 
     Attributes:
         step: steps taken.
+        skipped: those of them whose numbers were not finite, so that they changed nothing.
         params: parameters by path, float32.
         statistics: BatchNorm statistics by path, float32.
         opt_state: of the optimizer.
     """
 
     step: Int[Array, ""]
+    skipped: Int[Array, ""]
     params: Arrays
     statistics: Arrays
     opt_state: optax.OptState
@@ -49,12 +54,16 @@ class Preprocessing:
     augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
 
 
+TrainStep = Callable[[TrainState, Batch, PRNGKeyArray], tuple[TrainState, Metrics]]
+
+
 def init_state(
     params: Arrays, statistics: Arrays, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """Return the state before the first step."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
         params=params,
         statistics=statistics,
         opt_state=optimizer.init(params),
@@ -80,57 +89,119 @@ def cross_entropy(
     return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, label_smoothing))
 
 
-_KEPT = 32  # compiled steps: the networks of a comparison, which come again with every seed
-
-
-@functools.lru_cache(maxsize=_KEPT)
 def make_train_step(
     network: Network,
     optimizer: optax.GradientTransformation,
     preprocessing: Preprocessing,
     *,
     label_smoothing: float,
-) -> Callable[[TrainState, Batch, PRNGKeyArray], tuple[TrainState, Metrics]]:
-    """Return the jitted step ``(state, batch, key) -> (state, metrics)``; donates the old state.
+    accumulate: int = 1,
+    replicated: bool = False,
+) -> TrainStep:
+    """Return the step ``(state, batch, key) -> (state, metrics)``, to be jitted or mapped.
 
     Augmentation and dropout depend on ``key``, that of the whole run, and the step's number alone,
-    so a run that is restored from a checkpoint goes on exactly as it would have.
+    so a run that is restored from a checkpoint goes on exactly as it would have. A step whose loss
+    or gradient is not finite changes nothing but the counts.
 
     Args:
-        network: structure of the model.
+        network: structure of the model; if ``replicated``, one made by `for_replicas`.
         optimizer: updates the parameters.
         preprocessing: of the images.
         label_smoothing: see `cross_entropy`.
+        accumulate: parts that a batch is split into; their gradients are averaged. BatchNorm sees
+            one part at a time.
+        replicated: whether the step is mapped over the axis `replicas.AXIS` and sees only the rows
+            of one replica.
 
     Returns:
-        The step. Metrics: ``loss`` and ``accuracy`` of the batch, before the update.
+        The step. Metrics: ``loss`` and ``accuracy`` of the batch, before the update;
+        ``gradient_norm``; ``skipped``, the steps so far that changed nothing; ``stop``, whether any
+        process asked for that (``batch["stop"]``, zero or one for every row).
     """
+
+    def loss(
+        params: Arrays, statistics: Arrays, x: Array, labels: Array, key: PRNGKeyArray
+    ) -> tuple[Array, tuple[Array, Arrays]]:
+        logits, statistics = network.apply_training(params, statistics, x, key)
+        losses = cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        return losses.mean(), (jnp.mean(logits.argmax(axis=-1) == labels), statistics)
+
+    gradient = jax.value_and_grad(loss, has_aux=True)
 
     def train_step(
         state: TrainState, batch: Batch, key: PRNGKeyArray
     ) -> tuple[TrainState, Metrics]:
         augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
-        images = augment(augment_key, batch["image"], preprocessing.augmentation)
+        part = _part(batch["image"]) if replicated else None
+        images = augment(augment_key, batch["image"], preprocessing.augmentation, part)
         x = normalize(images, preprocessing.mean, preprocessing.std)
 
-        def loss(params: Arrays) -> tuple[Array, tuple[Array, Arrays]]:
-            logits, statistics = network.apply_training(params, state.statistics, x, dropout_key)
-            losses = cross_entropy(logits, batch["label"], label_smoothing=label_smoothing)
-            return losses.mean(), (logits, statistics)
+        def piece_sums(statistics: Arrays, piece: tuple[Array, Array, Array]) -> Any:
+            (value, (accuracy, statistics)), gradients = gradient(state.params, statistics, *piece)
+            return statistics, (value, accuracy, gradients)
 
-        gradient = jax.value_and_grad(loss, has_aux=True)
-        (value, (logits, statistics)), gradients = gradient(state.params)
+        if accumulate == 1:
+            statistics, sums = piece_sums(state.statistics, (x, batch["label"], dropout_key))
+        else:
+            keys = jax.random.split(dropout_key, accumulate)
+            pieces = (_pieces(x, accumulate), _pieces(batch["label"], accumulate), keys)
+            statistics, sums = _sum_over(piece_sums, state.statistics, pieces)
+        stop = batch["stop"].max()
+        if replicated:
+            statistics, sums = mean_over_replicas((statistics, sums))
+            stop = lax.pmax(stop, AXIS)
+        value, accuracy, gradients = jax.tree.map(lambda a: a / accumulate, sums)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        new = TrainState(
+        norm = optax.global_norm(gradients)
+        good = jnp.isfinite(value) & jnp.isfinite(norm)
+        skipped = state.skipped + (1 - good.astype(jnp.int32))
+        params = jax.tree.map(jnp.add, state.params, updates)
+        new = (params, statistics, opt_state)
+        old = (state.params, state.statistics, state.opt_state)
+        params, statistics, opt_state = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+        changed = TrainState(
             step=state.step + 1,
-            params=jax.tree.map(jnp.add, state.params, updates),
+            skipped=skipped,
+            params=params,
             statistics=statistics,
             opt_state=opt_state,
         )
-        accuracy = jnp.mean(logits.argmax(axis=-1) == batch["label"])
-        return new, {"loss": value, "accuracy": accuracy}
+        return changed, {
+            "loss": value,
+            "accuracy": accuracy,
+            "gradient_norm": norm,
+            "skipped": skipped,
+            "stop": stop,
+        }
 
-    return jax.jit(train_step, donate_argnums=0)
+    return train_step
+
+
+def _part(images: Array) -> Part:
+    return Part(count=len(images) * lax.axis_size(AXIS), own_rows=own_rows)
+
+
+def _sum_over(body: Callable[..., Any], first: Any, pieces: Any) -> tuple[Any, Any]:
+    """Carry a value through all pieces and add up what else comes out of them."""
+
+    def add(carry: Any, piece: Any) -> tuple[Any, None]:
+        value, sums = carry
+        value, new = body(value, piece)
+        return (value, jax.tree.map(jnp.add, sums, new)), None
+
+    _, shapes = jax.eval_shape(body, first, jax.tree.map(lambda a: a[0], pieces))
+    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    (value, sums), _ = lax.scan(add, (first, zeros), pieces)
+    return value, sums
+
+
+def _pieces(rows: Array, count: int) -> Array:
+    """Split a batch so that every piece has rows of every device, which stay where they are."""
+    return jnp.moveaxis(rows.reshape(len(rows) // count, count, *rows.shape[1:]), 1, 0)
+
+
+_KEPT = 32  # compiled steps: the networks of a comparison, which come again with every seed
 
 
 @functools.lru_cache(maxsize=_KEPT)
@@ -144,8 +215,8 @@ def make_eval_step(
         preprocessing: of the images; there is no augmentation.
 
     Returns:
-        The step. Its sums over the examples whose ``mask`` is 1: ``loss``, ``top1``, ``top5``
-        (correct among the five best, or among all classes if they are fewer) and ``count``.
+        The jitted step. Its sums over the examples whose ``mask`` is 1: ``loss``, ``top1``,
+        ``top5`` (correct among the five best, or among all classes if they are fewer), ``count``.
     """
 
     def eval_step(params: Arrays, statistics: Arrays, batch: Batch) -> Metrics:

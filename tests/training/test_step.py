@@ -4,25 +4,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from falcon_jax.data.augmentation import Augmentation
 from falcon_jax.data.batching import train_batches
 from falcon_jax.training.network import Network
-from falcon_jax.training.optimizers import make_optimizer
-from falcon_jax.training.parallel import data_mesh, replicate, shard_batch
-from falcon_jax.training.settings import TrainSettings
-from falcon_jax.training.step import (
-    Preprocessing,
-    cross_entropy,
-    init_state,
-    make_eval_step,
-    make_train_step,
-)
+from falcon_jax.training.parallel import data_mesh
+from falcon_jax.training.step import cross_entropy, make_eval_step
+from tests.training.steps import PLAIN, assert_same, four_steps, one_device
 from tests.training.tiny import Tiny, tiny_dataset
-
-PLAIN = Preprocessing(mean=(0.0,) * 3, std=(1.0,) * 3)
-VARIED = Preprocessing(
-    mean=(0.5,) * 3, std=(0.25,) * 3, augmentation=Augmentation(crop_padding=1, flip=True)
-)
 
 
 def log_softmax(logits):
@@ -106,24 +93,6 @@ def test_padding_that_gives_nan_counts_for_nothing():
     assert found["loss"] == pytest.approx(np.log1p(np.exp(-2.0)), rel=1e-5)
 
 
-def four_steps(mesh, *, preprocessing=VARIED, model=None, dropout=0.25, **options):
-    """Train for four steps and return what there is then, and the metrics of every step."""
-    model = Tiny(dropout=dropout) if model is None else model
-    settings = TrainSettings(learning_rate=0.1, boundaries=(2.0,), weight_decay=0.01)
-    optimizer = make_optimizer(settings, 1)
-    network, params, statistics = Network.split(model)
-    state = replicate(init_state(params, statistics, optimizer), mesh)
-    key = options.pop("key", jax.random.key(7))
-    options = {"label_smoothing": 0.1} | options
-    step = make_train_step(network, optimizer, preprocessing, **options)
-    metrics = []
-    batches = train_batches(tiny_dataset(validation=0.0).train, 40, seed=0, epoch=0)
-    for batch in batches:
-        state, values = step(state, shard_batch(batch, mesh), key)
-        metrics.append(jax.device_get(values))
-    return state, metrics
-
-
 @pytest.fixture(scope="module")
 def on_eight():
     assert jax.device_count() == 8
@@ -131,17 +100,7 @@ def on_eight():
 
 
 def test_eight_devices_do_as_one_does(on_eight):
-    one = jax.make_mesh(
-        (1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1]
-    )
-    (eight, metrics_eight), (single, metrics_single) = on_eight, four_steps(one)
-    assert int(eight.step) == int(single.step) == 4
-    assert jax.tree.structure(eight) == jax.tree.structure(single)
-    for a, b in zip(jax.tree.leaves(eight), jax.tree.leaves(single), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-    for a, b in zip(metrics_eight, metrics_single, strict=True):
-        np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
-        assert a["accuracy"] == pytest.approx(b["accuracy"])
+    assert_same(on_eight, four_steps(one_device()))
 
 
 def test_training_changes_everything_and_the_loss_is_that_before_the_update(on_eight):
