@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from falcon_jax.cli_make_folder import add_make_folder
 from falcon_jax.data.prepare import prepare
 
 BAD_INPUT = 2
@@ -53,4 +54,4 @@ def add_prepare(commands: Any) -> None:
     parser.set_defaults(run=lambda parsed: print(prepare(parsed.name, parsed.data_dir)))
 
 
-COMMANDS: tuple[Callable[[Any], None], ...] = (add_prepare,)
+COMMANDS: tuple[Callable[[Any], None], ...] = (add_prepare, add_make_folder)

@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 from falcon_jax.data.batching import eval_batches
-from falcon_jax.data.dataset import Split
+from falcon_jax.data.dataset import AnySplit
 from falcon_jax.training.network import Arrays
 from falcon_jax.training.parallel import shard_batches, shared_batch_size
 from falcon_jax.training.step import Batch, Metrics
@@ -34,7 +34,7 @@ def evaluate(
     eval_step: Callable[[Arrays, Arrays, Batch], Metrics],
     params: Arrays,
     statistics: Arrays,
-    split: Split,
+    split: AnySplit,
     *,
     batch_size: int,
     mesh: Mesh,

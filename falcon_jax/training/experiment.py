@@ -17,7 +17,7 @@ from falcon_jax.compression import (
     profile,
     reestimate_batchnorm,
 )
-from falcon_jax.data.loading import load_dataset
+from falcon_jax.data.loading import check_augmentation, load_dataset
 from falcon_jax.methods import ResponseMethod
 from falcon_jax.report.experiment import write_report
 from falcon_jax.training.config import Experiment
@@ -86,6 +86,7 @@ def begin(experiment: Experiment, workdir: pathlib.Path, config: Mapping[str, An
         OSError: if files are missing or cannot be written.
     """
     dataset = load_dataset(**experiment.data)
+    check_augmentation(dataset, experiment.augmentation)
     claim_workdir(workdir, config)
     return Setting(
         experiment=experiment,

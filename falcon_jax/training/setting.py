@@ -68,7 +68,7 @@ class Setting:
         return get_model(
             self.experiment.model,
             num_classes=self.dataset.num_classes,
-            in_features=self.dataset.train.images.shape[-1],
+            in_features=self.dataset.train.image_shape[-1],
             dtype=dtype,
             rngs=nnx.Rngs(seed),
             **units,
@@ -77,7 +77,7 @@ class Setting:
 
     def sample(self, batch: int) -> ShapeDtypeStruct:
         """Return the shape of a batch of images."""
-        return ShapeDtypeStruct((batch, *self.dataset.train.images.shape[1:]), np.float32)
+        return ShapeDtypeStruct((batch, *self.dataset.train.image_shape), np.float32)
 
     def run(self, label: str, settings: TrainSettings, plan: Plan | None = None) -> Run:
         """Return what `train` needs to train one network in a folder of its own."""
