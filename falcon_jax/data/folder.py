@@ -77,15 +77,13 @@ def load_folder(options: SourceOptions) -> SourceSplits:
                 f"images needs train/ and val/ (or test/), each with one folder a class"
             )
     classes = _visible_folders(root / "train")
-    train = _load_split(root / "train", classes, options)
+    parts = [part for part in ("train", "val", "test") if (root / part).is_dir()]
+    for part in parts:
+        _check_classes(root / part, classes)
+    train, *others = (_load_split(root / part, classes, options) for part in parts)
     absent = np.setdiff1d(np.arange(len(classes)), train.labels)
     if len(absent):
         raise ValueError(f"{root / 'train'} has no image in {_some(classes[i] for i in absent)}")
-    others = [
-        _load_split(root / folder, classes, options)
-        for folder in ("val", "test")
-        if (root / folder).is_dir()
-    ]
     return SourceSplits(
         name=options.name or root.resolve().name,
         num_classes=len(classes),
@@ -95,7 +93,7 @@ def load_folder(options: SourceOptions) -> SourceSplits:
     )
 
 
-def _load_split(folder: Path, classes: Sequence[str], options: SourceOptions) -> StreamedSplit:
+def _check_classes(folder: Path, classes: Sequence[str]) -> None:
     found = _visible_folders(folder)
     if not found:
         raise ValueError(f"{folder} has no class folders; each class needs a folder of its images")
@@ -108,6 +106,9 @@ def _load_split(folder: Path, classes: Sequence[str], options: SourceOptions) ->
                 f"{one} has class folders that {other}/ does not have: {_some(lacking)}; both need "
                 "the same"
             )
+
+
+def _load_split(folder: Path, classes: Sequence[str], options: SourceOptions) -> StreamedSplit:
     paths: list[bytes] = []
     labels: list[int] = []
     for label, name in enumerate(classes):

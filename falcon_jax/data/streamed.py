@@ -90,7 +90,7 @@ class StreamedSplit:
     """
 
     records: Records
-    positions: Int[np.ndarray, "n"]
+    positions: Int[np.ndarray, "positions"]
     labels: Int32[np.ndarray, "n"]
     settings: StreamSettings
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
