@@ -14,6 +14,7 @@ from ml_collections import config_flags
 
 from falcon_jax.training.config import Experiment, check_config, check_override
 from falcon_jax.training.experiment import run_experiment
+from falcon_jax.training.interruption import STOPPED, Interruption, Stopped
 
 BAD_INPUT = 2
 BAD_NUMBERS = 4
@@ -26,12 +27,16 @@ def main(arguments: Sequence[str]) -> int:
         arguments: the program's name and its flags.
 
     Returns:
-        The exit status: 0; 2 after bad input and 4 after numbers that went bad, told in one line
-        on stderr.
+        The exit status: 0; told in one line on stderr, 2 after bad input, 3 if the run stopped
+        early and can go on, 4 after numbers that went bad.
     """
     try:
         experiment, workdir, config = read_flags(arguments)
-        _, table = run_experiment(experiment, workdir, config)
+        with Interruption() as interruption:
+            _, table = run_experiment(experiment, workdir, config, interruption)
+    except Stopped as reason:
+        print(f"train.py: {reason}", file=sys.stderr)
+        return STOPPED
     except FloatingPointError as error:
         return fail(error, BAD_NUMBERS)
     except (ValueError, OSError, ImportError) as error:

@@ -66,7 +66,7 @@ def step_images_per_s(split: Split, batch_size: int, *, repeats: int) -> float:
     """Times the jitted training step on batches that lie ready on the device."""
     mean, std = channel_statistics(split.images)
     model = fj.models.vgg8_cifar(
-        in_features=split.images.shape[-1],
+        in_features=split.image_shape[-1],
         unit=fj.models.method_unit(fj.Falcon()),
         rngs=nnx.Rngs(0),
     )
@@ -144,6 +144,7 @@ def main() -> None:
     split = make_fake(
         image_size=settings.image_size, seed=0, num_train=settings.images, num_test=10
     ).train
+    assert isinstance(split, Split)
     step = step_images_per_s(split, settings.batch_size, repeats=4 * settings.repeats)
     rows = measure(split, settings.batch_size, repeats=settings.repeats, step_images_per_s=step)
     print(format_table(rows, COLUMNS))
@@ -154,7 +155,7 @@ def main() -> None:
             "command": shlex.join(["python", "-m", "benchmarks.input_pipeline", *sys.argv[1:]]),
             "machine": describe_machine(),
             "images": settings.images,
-            "image_shape": split.images.shape[1:],
+            "image_shape": split.image_shape,
             "batch_size": settings.batch_size,
             "repeats": settings.repeats,
             "step_images_per_s": step,

@@ -9,6 +9,7 @@ from typing import Any
 
 from falcon_jax.cli_convert import add_compress, add_convert
 from falcon_jax.cli_evaluate import add_evaluate, add_profile
+from falcon_jax.cli_make_folder import add_make_folder
 from falcon_jax.data.prepare import prepare
 
 BAD_INPUT = 2
@@ -61,4 +62,5 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
     add_evaluate,
     add_profile,
     add_prepare,
+    add_make_folder,
 )

@@ -58,7 +58,6 @@ def load_data(parsed: argparse.Namespace, description: Description) -> Dataset:
     if source not in SOURCES and (os.sep in parsed.data or os.path.isdir(parsed.data)):
         source, name, data_dir = "folder", "", parsed.data
     preprocessing = description.preprocessing
-    options = {"shorter_side": preprocessing.shorter_side} if preprocessing.shorter_side else {}
     dataset = load_dataset(
         source,
         name=name,
@@ -66,7 +65,7 @@ def load_data(parsed: argparse.Namespace, description: Description) -> Dataset:
         image_size=preprocessing.image_size,
         workers=parsed.workers,
         skip_broken=parsed.skip_broken,
-        **options,
+        shorter_side=preprocessing.shorter_side,
     )
     if dataset.num_classes != description.classes:
         raise ValueError(

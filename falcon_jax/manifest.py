@@ -1,10 +1,28 @@
-"""A manifest of a directory's files, so that damage is told before anything reads them."""
+"""Digests: of arrays, of plain data, and a manifest of the files of a directory.
+
+They tell damage before anything reads it.
+"""
 
 import hashlib
 import json
 import pathlib
+from typing import Any
+
+import numpy as np
 
 MANIFEST = "manifest.json"
+
+
+def array_digest(array: np.ndarray) -> str:
+    """Return the digest of an array: of its type, its shape and its elements."""
+    content = hashlib.sha256(f"{array.dtype} {array.shape} ".encode())
+    content.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return content.hexdigest()
+
+
+def data_digest(data: Any) -> str:
+    """Return the digest of plain data, whatever the order of its names."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
 def write_manifest(directory: pathlib.Path) -> None:
@@ -18,7 +36,7 @@ def write_manifest(directory: pathlib.Path) -> None:
         for path in sorted(directory.rglob("*"))
         if path.is_file()
     }
-    content = {"files": files, "sha256": _listing_digest(files)}
+    content = {"files": files, "sha256": data_digest(files)}
     (directory / MANIFEST).write_text(json.dumps(content, indent=1))
 
 
@@ -39,7 +57,7 @@ def check_manifest(directory: pathlib.Path) -> None:
     try:
         content = json.loads(text)
         files = content["files"]
-        whole = content["sha256"] == _listing_digest(files)
+        whole = content["sha256"] == data_digest(files)
     except (ValueError, TypeError, KeyError):
         files, whole = {}, False
     if not whole:
@@ -55,7 +73,3 @@ def check_manifest(directory: pathlib.Path) -> None:
 def _file_digest(path: pathlib.Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _listing_digest(files: dict[str, str]) -> str:
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()

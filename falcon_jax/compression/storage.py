@@ -1,6 +1,5 @@
 """Compressed models on disk: the plan and the arrays in one Orbax directory, with digests."""
 
-import hashlib
 import json
 import os
 import pathlib
@@ -23,7 +22,7 @@ from falcon_jax.compression.inspection import Model, inspect_model
 from falcon_jax.compression.linen_layers import abstract_variables
 from falcon_jax.compression.nnx_tree import weights
 from falcon_jax.compression.plan import Plan, PlanRow
-from falcon_jax.manifest import MANIFEST, check_manifest, write_manifest
+from falcon_jax.manifest import MANIFEST, array_digest, check_manifest, write_manifest
 from falcon_jax.methods import Params
 from falcon_jax.nn.linen_compressed import CompressedModule
 from falcon_jax.nn.trained import fit_stacked
@@ -68,13 +67,13 @@ def save_compressed(
         "version": _VERSION,
         "plan": plan.to_json(),
         "arrays": {
-            name: {"shape": array.shape, "dtype": str(array.dtype), "sha256": _array_digest(array)}
+            name: {"shape": array.shape, "dtype": str(array.dtype), "sha256": array_digest(array)}
             for name, array in named.items()
         },
     }
     unfinished = directory.with_name(directory.name + ".unfinished")
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        with _checkpointer() as checkpointer:
             checkpointer.save(
                 unfinished,
                 args=ocp.args.Composite(
@@ -239,16 +238,23 @@ def _read_arrays(
     restored = _restore(directory, "arrays", ocp.args.StandardRestore(_nested(like)))  # type: ignore[call-arg]
     named: dict[Any, Any] = flatten_dict(restored, sep="/")
     for name, array in named.items():
-        if _array_digest(np.asarray(array)) != data["arrays"][name]["sha256"]:
+        if array_digest(np.asarray(array)) != data["arrays"][name]["sha256"]:
             raise ValueError(f"{directory} is damaged: {name} is not what was saved.")
     return named
 
 
 def _restore(directory: pathlib.Path, item: str, how: Any) -> Any:
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    with _checkpointer() as checkpointer:
         return checkpointer.restore(directory, args=ocp.args.Composite(**{item: how}))[item]
 
 
-def _array_digest(array: np.ndarray) -> str:
-    header = f"{array.dtype} {array.shape} ".encode()
-    return hashlib.sha256(header + np.ascontiguousarray(array).tobytes()).hexdigest()
+def _checkpointer() -> ocp.Checkpointer:
+    """Return a checkpointer of this process alone, whether there are others or not."""
+    own = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"alone{own}"
+    )
+    handler = ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(multiprocessing_options=alone)
+    )
+    return ocp.Checkpointer(handler, multiprocessing_options=alone)

@@ -8,9 +8,13 @@ from falcon_jax.data.augmentation import random_flip as random_flip
 from falcon_jax.data.batching import eval_batches as eval_batches
 from falcon_jax.data.batching import steps_per_epoch as steps_per_epoch
 from falcon_jax.data.batching import train_batches as train_batches
+from falcon_jax.data.dataset import AnySplit as AnySplit
 from falcon_jax.data.dataset import Dataset as Dataset
 from falcon_jax.data.dataset import Split as Split
 from falcon_jax.data.dataset import hold_out as hold_out
+from falcon_jax.data.fake_folder import make_image_folder as make_image_folder
 from falcon_jax.data.loading import SOURCES as SOURCES
 from falcon_jax.data.loading import load_dataset as load_dataset
 from falcon_jax.data.prepare import prepare as prepare
+from falcon_jax.data.streamed import StreamedSplit as StreamedSplit
+from falcon_jax.data.streamed import StreamSettings as StreamSettings

@@ -1,12 +1,22 @@
-"""Batches of an in-memory split: shuffled for training, padded and masked for evaluation."""
+"""Batches of a split: shuffled for training, padded and masked for evaluation.
+
+A batch is a pure function of its number, so the position in the data is the number of the step.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Generator
 
 import numpy as np
+from jaxtyping import Int32
 
-from falcon_jax.data.dataset import Split, shuffled
+from falcon_jax.data.dataset import AnySplit, Split, shuffled
+from falcon_jax.data.reading import read_ahead
+from falcon_jax.data.rows import Rows
+
+Batch = dict[str, np.ndarray]
+Batches = Generator[Batch, None, None]
 
 
 def steps_per_epoch(n: int, batch_size: int) -> int:
@@ -35,72 +45,144 @@ def steps_per_epoch(n: int, batch_size: int) -> int:
 
 
 def train_batches(
-    split: Split, batch_size: int, *, seed: int, epoch: int, start_step: int = 0
-) -> Iterator[dict[str, np.ndarray]]:
+    split: AnySplit,
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int,
+    start_step: int = 0,
+    shard: tuple[int, int] = (0, 1),
+) -> Batches:
     """Batches of one epoch in an order that is a pure function of (seed, epoch).
 
-    A run restarted at a step of an epoch sees the batches that it would have seen.
+    A run restarted at a step of an epoch sees the batches that it would have seen, with any number
+    of workers or processes. Images of a streamed split are cropped and mirrored at random; the
+    crop is a pure function of (seed, epoch, position in the split).
 
     Args:
         split: the training split.
-        batch_size: images a batch.
-        seed: seed of the order.
+        batch_size: images a batch, over all processes.
+        seed: seed of the order and the crops.
         epoch: number of the epoch; each has its own order.
         start_step: batches of the epoch to leave out, at the beginning.
+        shard: which process this is, and how many there are; process i of n gets rows
+            [i * batch_size / n, (i + 1) * batch_size / n) of every batch.
 
     Returns:
-        an iterator over batches: "image" uint8 (batch, h, w, c), "label" int32 (batch,), and
-        "index" int32 (batch,), the positions in the split.
+        an iterator over batches: "image" uint8 (rows, h, w, c), "label" int32 (rows,), and
+        "index" int32 (rows,), the positions in the split. Its close() ends worker processes; so
+        does its end, or forgetting it.
 
     Raises:
-        ValueError: if batch_size or start_step is out of range, or seed or epoch negative.
+        ValueError: if batch_size or start_step is out of range, seed or epoch negative, or the
+            processes cannot share a batch; while iterating, if an image cannot be read.
+        ChildProcessError: while iterating, if a worker died.
     """
     steps = steps_per_epoch(len(split), batch_size)
     if not 0 <= start_step <= steps:
         raise ValueError(f"start_step must lie in [0, {steps}], but is {start_step}")
+    share = _share(batch_size, shard)
     order = shuffled(len(split), seed, epoch).astype(np.int32)
-    positions = (
-        order[step * batch_size : (step + 1) * batch_size] for step in range(start_step, steps)
-    )
+    read = _TrainingRows(split, order, batch_size, share, seed, epoch)
     return (
-        {"image": split.images[index], "label": split.labels[index], "index": index}
-        for index in positions
+        {"image": rows.images, "label": split.labels[rows.index], "index": rows.index}
+        for rows in _read(split, read, range(start_step, steps))
     )
 
 
-def eval_batches(split: Split, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+def eval_batches(split: AnySplit, batch_size: int, *, shard: tuple[int, int] = (0, 1)) -> Batches:
     """Batches over a whole split, in order, each image counted exactly once by its mask.
 
     The last batch is padded with zero images of label 0 and mask 0, so that all batches have
-    one shape.
+    one shape. So are images that cannot be read, if the split leaves those out.
 
     Args:
         split: the split; it may be smaller than a batch.
-        batch_size: images a batch.
+        batch_size: images a batch, over all processes.
+        shard: which process this is, and how many there are; as for train_batches.
 
     Returns:
-        an iterator over batches: "image" uint8 (batch, h, w, c), "label" int32 (batch,), and
-        "mask" float32 (batch,), 1 for an image of the split and 0 for padding.
+        an iterator over batches: "image" uint8 (rows, h, w, c), "label" int32 (rows,), and
+        "mask" float32 (rows,), 1 for an image of the split and 0 for padding. Its close() ends
+        worker processes; so does its end, or forgetting it.
 
     Raises:
-        ValueError: if batch_size is not positive.
+        ValueError: if batch_size is not positive, or the processes cannot share a batch; while
+            iterating, if an image cannot be read.
+        ChildProcessError: while iterating, if a worker died.
     """
     _require_positive(batch_size)
+    share = _share(batch_size, shard)
+    steps = range(-(-len(split) // batch_size))
     return (
-        _padded(
-            split.images[start : start + batch_size], split.labels[start:][:batch_size], batch_size
-        )
-        for start in range(0, len(split), batch_size)
+        _padded(rows, split, len(share))
+        for rows in _read(split, _EvaluationRows(split, batch_size, share), steps)
     )
 
 
-def _padded(images: np.ndarray, labels: np.ndarray, batch_size: int) -> dict[str, np.ndarray]:
-    lacking = batch_size - len(labels)
+@dataclasses.dataclass(frozen=True, eq=False)
+class _TrainingRows:
+    split: AnySplit
+    order: Int32[np.ndarray, "n"]
+    batch_size: int
+    share: range
+    seed: int
+    epoch: int
+
+    def __call__(self, step: int) -> Rows:
+        rows = _shifted(self.share, step * self.batch_size)
+        return self.split.training_rows(self.order, rows, seed=self.seed, epoch=self.epoch)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _EvaluationRows:
+    split: AnySplit
+    batch_size: int
+    share: range
+
+    def __call__(self, step: int) -> Rows:
+        rows = _shifted(self.share, step * self.batch_size)
+        n = len(self.split)
+        return self.split.evaluation_rows(range(min(rows.start, n), min(rows.stop, n)))
+
+
+def _read(
+    split: AnySplit, read: _TrainingRows | _EvaluationRows, steps: range
+) -> Generator[Rows, None, None]:
+    if isinstance(split, Split):
+        yield from map(read, steps)
+        return
+    for rows in read_ahead(read, steps, workers=split.settings.workers):
+        if rows.unreadable:
+            split.note_unreadable(rows.unreadable)
+        yield rows
+
+
+def _padded(rows: Rows, split: AnySplit, length: int) -> Batch:
+    lacking = length - len(rows.index)
+    labels = np.where(rows.readable, split.labels[rows.index], np.int32(0))
     return {
-        "image": np.pad(images, [(0, lacking), (0, 0), (0, 0), (0, 0)]),
+        "image": np.pad(rows.images, [(0, lacking), (0, 0), (0, 0), (0, 0)]),
         "label": np.pad(labels, (0, lacking)),
-        "mask": np.pad(np.ones(len(labels), np.float32), (0, lacking)),
+        "mask": np.pad(rows.readable.astype(np.float32), (0, lacking)),
     }
+
+
+def _share(batch_size: int, shard: tuple[int, int]) -> range:
+    process, count = shard
+    if not 0 <= process < count:
+        raise ValueError(f"shard must be (process, count) with 0 <= process < count, not {shard}")
+    if batch_size % count:
+        raise ValueError(
+            f"batch_size {batch_size} cannot be shared evenly by {count} processes; use a multiple "
+            f"of {count}"
+        )
+    rows = batch_size // count
+    return range(process * rows, (process + 1) * rows)
+
+
+def _shifted(rows: range, by: int) -> range:
+    return range(rows.start + by, rows.stop + by)
 
 
 def _require_positive(batch_size: int) -> None:

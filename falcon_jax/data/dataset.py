@@ -1,11 +1,14 @@
-"""Image data sets in memory: splits of uint8 images, held-out splits, channel statistics."""
+"""Image data sets: splits in memory or streamed, held-out splits, channel statistics."""
 
 from __future__ import annotations
 
 import dataclasses
 
 import numpy as np
-from jaxtyping import Float64, Int32, Int64, UInt8
+from jaxtyping import Float64, Int, Int32, Int64, UInt8
+
+from falcon_jax.data.rows import Rows
+from falcon_jax.data.streamed import StreamedSplit
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,6 +48,59 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape of an image, (h, w, c)."""
+        height, width, channels = self.images.shape[1:]
+        return (height, width, channels)
+
+    def take(self, index: Int[np.ndarray, "m"]) -> Split:
+        """Returns a split of some of the images.
+
+        Args:
+            index: their positions in this split, (m,).
+
+        Returns:
+            the split, in the order of index.
+        """
+        return Split(images=self.images[index], labels=self.labels[index])
+
+    def training_rows(
+        self, order: Int32[np.ndarray, "n"], rows: range, *, seed: int, epoch: int
+    ) -> Rows:
+        """Returns images of an epoch as they are stored.
+
+        Args:
+            order: positions of the epoch's images in the split, (n,).
+            rows: which places of the order to return.
+            seed: without effect: these images are varied on the device.
+            epoch: likewise.
+
+        Returns:
+            the images.
+        """
+        del seed, epoch
+        index = order[rows.start : rows.stop]
+        return Rows(images=self.images[index], index=index, readable=np.ones(len(index), bool))
+
+    def evaluation_rows(self, rows: range) -> Rows:
+        """Returns images as they are stored, in order.
+
+        Args:
+            rows: positions in the split.
+
+        Returns:
+            the images.
+        """
+        return Rows(
+            images=self.images[rows.start : rows.stop],
+            index=np.asarray(rows, np.int32),
+            readable=np.ones(len(rows), bool),
+        )
+
+
+AnySplit = Split | StreamedSplit
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Dataset:
@@ -66,21 +122,21 @@ class Dataset:
 
     name: str
     num_classes: int
-    train: Split
-    validation: Split | None
-    test: Split
+    train: AnySplit
+    validation: AnySplit | None
+    test: AnySplit
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        shape = self.train.images.shape[1:]
+        shape = self.train.image_shape
         splits = {"train": self.train, "validation": self.validation, "test": self.test}
         for split_name, split in splits.items():
             if split is None:
                 continue
-            if split.images.shape[1:] != shape:
+            if split.image_shape != shape:
                 raise ValueError(
-                    f"{self.name}: images of split {split_name} are {split.images.shape[1:]} "
+                    f"{self.name}: images of split {split_name} are {split.image_shape} "
                     f"(h, w, c) but those of split train are {shape}"
                 )
             if split.labels.max() >= self.num_classes:
@@ -125,7 +181,7 @@ def channel_statistics(
     return tuple((mean / 255.0).tolist()), tuple((std / 255.0).tolist())
 
 
-def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split | None]:
+def hold_out(split: AnySplit, fraction: float, seed: int) -> tuple[AnySplit, AnySplit | None]:
     """Takes a stratified part out of a split, or nothing.
 
     Args:
@@ -144,7 +200,7 @@ def hold_out(split: Split, fraction: float, seed: int) -> tuple[Split, Split | N
     return stratified_split(split, fraction, seed)
 
 
-def stratified_split(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
+def stratified_split(split: AnySplit, fraction: float, seed: int) -> tuple[AnySplit, AnySplit]:
     """Divides a split in two, taking the same fraction of every class.
 
     Each class gives round(fraction * count) images, at least one if it has two or more, and
@@ -175,8 +231,7 @@ def stratified_split(split: Split, fraction: float, seed: int) -> tuple[Split, S
             f"cannot hold out {fraction} of {len(split)} images: every class has only one; "
             "use fraction 0"
         )
-    rest = Split(images=split.images[~taken], labels=split.labels[~taken])
-    return rest, Split(images=split.images[taken], labels=split.labels[taken])
+    return split.take(np.flatnonzero(~taken)), split.take(np.flatnonzero(taken))
 
 
 def shuffled(n: int, *entropy: int) -> Int64[np.ndarray, " n"]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from falcon_jax.data.dataset import Split
+from falcon_jax.data.dataset import AnySplit
+from falcon_jax.data.streamed import StreamSettings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -14,28 +15,43 @@ class SourceOptions:
     Args:
         name: name of the data set within the source, or "".
         data_dir: directory of the files, or "" for the source's own default.
-        image_size: height and width of images that are made rather than read.
+        image_size: height and width of images that are made or streamed.
         seed: seed of images that are made rather than read.
+        shorter_side: of streamed images, as StreamSettings has it.
+        workers: likewise.
+        skip_broken: likewise.
 
     Raises:
-        ValueError: if image_size is not positive, or seed is negative.
+        ValueError: if a number is out of range.
     """
 
     name: str = ""
     data_dir: str = ""
     image_size: int = 32
     seed: int = 0
+    shorter_side: int = 0
+    workers: int = 0
+    skip_broken: bool = False
 
     def __post_init__(self) -> None:
-        if self.image_size < 1:
-            raise ValueError(f"image_size must be 1 or more, but is {self.image_size}")
+        _ = self.stream
         if self.seed < 0:
             raise ValueError(f"the seed must be 0 or more, but is {self.seed}")
+
+    @property
+    def stream(self) -> StreamSettings:
+        """How images are streamed."""
+        return StreamSettings(
+            image_size=self.image_size,
+            shorter_side=self.shorter_side,
+            workers=self.workers,
+            skip_broken=self.skip_broken,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class SourceSplits:
-    """What a source gives: the splits as they are stored, before resizing and holding out.
+    """What a source gives: all splits in memory, before resizing, or all streamed.
 
     Args:
         name: what to call the data set in logs and reports.
@@ -47,6 +63,6 @@ class SourceSplits:
 
     name: str
     num_classes: int
-    train: Split
-    test: Split
-    validation: Split | None = None
+    train: AnySplit
+    test: AnySplit
+    validation: AnySplit | None = None

@@ -1,33 +1,50 @@
-"""Checkpoints of a training run, with Orbax."""
+"""Checkpoints of a training run, with Orbax, verified when they are read."""
 
 import os
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from falcon_jax.manifest import array_digest, data_digest
+from falcon_jax.training.checkpoint_files import (
+    DAMAGED,
+    seal,
+    set_aside,
+    set_damaged_aside,
+    wait_for_all,
+)
+from falcon_jax.training.interruption import Stopped
 from falcon_jax.training.network import Arrays
 from falcon_jax.training.step import TrainState
+
+_NO_SCORE = -1.0  # below every share and every epoch's number
 
 
 class Checkpoints:
     """The checkpoints of one run: the latest and the best.
 
-    Each holds the model's arrays, the optimizer's state and a dictionary of plain data (``meta``).
-    Saving goes on in the background; `close` waits for it.
+    Each holds the model's arrays, the optimizer's state, a dictionary of plain data (``meta``) and
+    a digest of every array. Saving goes on in the background; `close` waits for it. A checkpoint
+    that is damaged is moved out of the way, told on stderr, and the one before is used.
 
     Args:
         directory: where they are; made if missing.
         keep: how many of the latest to keep beside the best.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, keep: int = 1):
+    def __init__(self, directory: str | os.PathLike[str], *, keep: int = 2):
+        self._directory = pathlib.Path(directory).absolute()
+        self._unsealed: int | None = None
         best = preservation_policy.BestN(get_metric_fn=_score, n=1)
         latest = preservation_policy.LatestN(n=keep)
+        set_damaged_aside(self._directory)
         self._manager = ocp.CheckpointManager(
-            pathlib.Path(directory).absolute(),
+            self._directory,
             item_handlers={
                 "model": ocp.StandardCheckpointHandler(),
                 "optimizer": ocp.StandardCheckpointHandler(),
@@ -40,43 +57,61 @@ class Checkpoints:
             ),
         )
 
-    def save(self, state: TrainState, meta: dict[str, Any], *, score: float) -> None:
-        """Save the state after an epoch.
+    def save(self, state: TrainState, meta: dict[str, Any], *, score: float | None) -> None:
+        """Save a state.
 
         Args:
-            state: after ``state.step`` steps.
+            state: after ``state.step`` steps; an earlier checkpoint of the same step is replaced.
             meta: plain data, JSON.
-            score: the checkpoint with the highest one is the best.
-        """
-        model, optimizer = _items(state)
-        self._manager.save(
-            int(state.step),
-            args=ocp.args.Composite(
-                model=ocp.args.StandardSave(model),  # type: ignore[call-arg]
-                optimizer=ocp.args.StandardSave(optimizer),  # type: ignore[call-arg]
-                meta=ocp.args.JsonSave(meta),  # type: ignore[call-arg]
-            ),
-            metrics={"score": score},
-        )
+            score: the checkpoint with the highest one is the best; None within an epoch.
 
-    def restore_latest(self, like: TrainState) -> TrainState | None:
-        """Return the latest state, or None if there is none yet.
+        Raises:
+            Stopped: if the one before could not be saved.
+        """
+        self._finish_saving()
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            self._manager.delete(step)
+        model, optimizer = _items(state)
+        content = {"meta": meta, "sha256": _digests(model) | _digests(optimizer)}
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    model=ocp.args.StandardSave(model),  # type: ignore[call-arg]
+                    optimizer=ocp.args.StandardSave(optimizer),  # type: ignore[call-arg]
+                    meta=ocp.args.JsonSave({**content, "whole": data_digest(content)}),  # type: ignore[call-arg]
+                ),
+                metrics={"score": _NO_SCORE if score is None else score},
+            )
+        except Exception as error:
+            raise self._stopped(step, error) from error
+        self._unsealed = step
+
+    def restore_latest(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """Return the latest state that is whole and its ``meta``, or None if there is none yet.
 
         Args:
             like: a state of the same structure, on the devices where the restored one should be.
+
+        Raises:
+            ValueError: if there were checkpoints, but none is whole, or they are those of another
+                network.
         """
-        step = self._manager.latest_step()
-        if step is None:
-            return None
+        self._finish_saving()
         model, optimizer = _items(like)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(model=_restore_like(model), optimizer=_restore_like(optimizer)),
-        )
+        found = None
+        had_some = self._manager.latest_step() is not None or self._set_aside_before()
+        while found is None and (step := self._manager.latest_step()) is not None:
+            found = self._restored(step, {"model": model, "optimizer": optimizer})
+        if found is None:
+            if had_some:
+                raise ValueError(f"{self._none_is_whole()}; give another --workdir to start anew")
+            return None
+        arrays, meta = found
         names, _ = jax.tree.flatten_with_path(like)
-        arrays = restored["model"] | restored["optimizer"]
         leaves = [arrays[_name(path)] for path, _ in names]
-        return jax.tree.unflatten(jax.tree.structure(like), leaves)
+        return jax.tree.unflatten(jax.tree.structure(like), leaves), meta
 
     def restore_best_model(self, params: Arrays, statistics: Arrays) -> tuple[Arrays, Arrays]:
         """Return the parameters and statistics of the highest score (the latest of equals).
@@ -87,30 +122,103 @@ class Checkpoints:
 
         Raises:
             FileNotFoundError: if there is no checkpoint.
-            ValueError: if the best checkpoint is that of another network.
+            ValueError: if none is whole, or the best one is that of another network.
         """
-        self._manager.wait_until_finished()
-        step = self._manager.best_step()
-        if step is None:
-            raise FileNotFoundError(f"{self._manager.directory} holds no checkpoint")
+        self._finish_saving()
         like = {"params": params, "statistics": statistics}
         leaves, structure = jax.tree.flatten_with_path(like)
         named = {_name(path): leaf for path, leaf in leaves}
-        # Orbax notices only while it reads, and leaves its other reads hanging.
-        saved = self._manager.item_metadata(step)["model"].tree
-        if {n: a.shape for n, a in saved.items()} != {n: a.shape for n, a in named.items()}:
-            raise ValueError(
-                f"the checkpoint in {self._manager.directory} is that of another network; model, "
-                "classes, channels and plan must be the same"
-            )
-        restored = self._manager.restore(step, args=ocp.args.Composite(model=_restore_like(named)))
-        found = jax.tree.unflatten(structure, [restored["model"][name] for name in named])
-        return found["params"], found["statistics"]
+        had_some = False
+        while (step := self._manager.best_step()) is not None:
+            had_some = True
+            if (restored := self._restored(step, {"model": named})) is not None:
+                arrays, _ = restored
+                found = jax.tree.unflatten(structure, [arrays[_name(path)] for path, _ in leaves])
+                return found["params"], found["statistics"]
+        if had_some or self._set_aside_before():
+            raise ValueError(self._none_is_whole())
+        raise FileNotFoundError(f"{self._directory} holds no checkpoint")
 
     def close(self) -> None:
-        """Wait until everything is saved."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Wait until everything is saved.
+
+        Raises:
+            Stopped: if something could not be saved.
+        """
+        try:
+            self._finish_saving()
+        finally:
+            self._manager.close()
+
+    def _finish_saving(self) -> None:
+        step, self._unsealed = self._unsealed, None
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # from the thread that saves: anything
+            raise self._stopped(step, error) from error
+        if step is not None:
+            seal(self._directory / str(step))
+
+    def _stopped(self, step: int | None, error: Exception) -> Stopped:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        return Stopped(
+            f"the checkpoint of step {step} could not be saved in {self._directory} ({reason}); "
+            "the ones before are kept, and the same command goes on from them once there is room"
+        )
+
+    def _restored(
+        self, step: int, items: Mapping[str, Arrays]
+    ) -> tuple[Arrays, dict[str, Any]] | None:
+        """Return arrays and meta of a step, or None if it is damaged; then it is set aside."""
+        try:
+            content = self._manager.restore(
+                step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+            )["meta"]
+            if content.pop("whole") != data_digest(content):
+                raise ValueError("its metadata is not what was saved")
+            shapes = {
+                name: array.shape
+                for item in items
+                for name, array in self._manager.item_metadata(step)[item].tree.items()
+            }
+        except Exception as error:  # damage makes Orbax raise anything
+            self._set_aside(step, error)
+            return None
+        like = {name: array for arrays in items.values() for name, array in arrays.items()}
+        if shapes != {name: array.shape for name, array in like.items()}:
+            raise ValueError(
+                f"the checkpoint in {self._directory} is that of another network; model, "
+                "classes, channels, plan and optimizer must be the same"
+            )
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    **{item: _restore_like(arrays) for item, arrays in items.items()}
+                ),
+            )
+            arrays = {n: array for item in items for n, array in restored[item].items()}
+            wrong = [n for n, d in _digests(arrays).items() if d != content["sha256"][n]]
+            if wrong:
+                raise ValueError(f"{', '.join(wrong)} is not what was saved")
+        except Exception as error:
+            self._set_aside(step, error)
+            return None
+        return arrays, content["meta"]
+
+    def _set_aside(self, step: int, error: Exception) -> None:
+        wait_for_all(f"read {step}")
+        if jax.process_index() == 0:
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            set_aside(self._directory / str(step), reason)
+        wait_for_all(f"set aside {step}")
+        self._manager.reload()
+
+    def _set_aside_before(self) -> bool:
+        return (self._directory.parent / DAMAGED).is_dir()
+
+    def _none_is_whole(self) -> str:
+        return f"no checkpoint in {self._directory} is whole; the damaged ones are beside it"
 
 
 def _score(metrics: Any) -> float:
@@ -136,3 +244,8 @@ def _restore_like(arrays: Arrays) -> Any:
             for name, leaf in arrays.items()
         }
     )
+
+
+def _digests(arrays: Arrays) -> dict[str, str]:
+    """Return the digest of every array; each is whole on every device."""
+    return {n: array_digest(np.asarray(a.addressable_shards[0].data)) for n, a in arrays.items()}

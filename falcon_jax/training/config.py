@@ -10,7 +10,8 @@ from falcon_jax.data.augmentation import Augmentation
 from falcon_jax.data.loading import SOURCES
 from falcon_jax.models import MODELS
 from falcon_jax.names import unknown_field
-from falcon_jax.training.loop import LogSettings
+from falcon_jax.training.execution import ParallelSettings
+from falcon_jax.training.run import LogSettings
 from falcon_jax.training.settings import TrainSettings, defaults
 from falcon_jax.training.variants import Variant, chosen_variants
 
@@ -26,12 +27,15 @@ class Experiment:
         augmentation: of training images.
         train: of the standard model.
         finetune: of the compressed ones.
-        start: ``train``, ``scratch`` or the folder of a trained standard model.
+        start: ``train``, ``scratch``, the workdir of an experiment whose standard model was
+            trained, or a stored model.
         variants: in the order of the report.
         calibration_batches: training batches for methods that are fitted to responses, too; 0 for
             fits to kernels only.
         batchnorm_batches: training batches for BatchNorm statistics after the fit; 0 for none.
         keep: latest checkpoints kept beside the best.
+        every_steps: steps between two checkpoints within an epoch; 0 for none there.
+        parallel: how the devices share a batch.
         log: what is shown and kept.
     """
 
@@ -46,6 +50,8 @@ class Experiment:
     calibration_batches: int
     batchnorm_batches: int
     keep: int
+    every_steps: int
+    parallel: ParallelSettings
     log: LogSettings
 
 
@@ -61,6 +67,9 @@ def default_config() -> ConfigDict:
                 "data_dir": "",
                 "image_size": 32,
                 "resize": "auto",
+                "shorter_side": 0,
+                "workers": 0,
+                "skip_broken": False,
                 "train_fraction": 1.0,
                 "validation_fraction": 0.1,
                 "augmentation": {"crop_padding": 0, "flip": False},
@@ -76,7 +85,8 @@ def default_config() -> ConfigDict:
                 "variants": {},
                 "only": "",
             },
-            "checkpoint": {"keep": 1},
+            "checkpoint": {"keep": 2, "every_steps": 0},
+            **dataclasses.asdict(ParallelSettings()),
             "log": dataclasses.asdict(LogSettings()),
         }
     )
@@ -110,8 +120,9 @@ def check_config(config: Any) -> Experiment:
     for field in ("calibration_batches", "batchnorm_batches"):
         if compression[field] < 0:
             raise ValueError(f"config.compression.{field} must be 0 or more")
-    if fields["checkpoint"]["keep"] < 1:
-        raise ValueError("config.checkpoint.keep must be 1 or more")
+    for field, least in (("keep", 1), ("every_steps", 0)):
+        if fields["checkpoint"][field] < least:
+            raise ValueError(f"config.checkpoint.{field} must be {least} or more")
     return Experiment(
         seed=fields["seed"],
         model=model["name"],
@@ -124,6 +135,12 @@ def check_config(config: Any) -> Experiment:
         calibration_batches=compression["calibration_batches"],
         batchnorm_batches=compression["batchnorm_batches"],
         keep=fields["checkpoint"]["keep"],
+        every_steps=fields["checkpoint"]["every_steps"],
+        parallel=_built(
+            "config",
+            ParallelSettings,
+            {field: fields[field] for field in ("parallel", "batchnorm")},
+        ),
         log=_built("config.log", LogSettings, fields["log"]),
     )
 

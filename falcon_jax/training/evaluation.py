@@ -1,14 +1,15 @@
 """Evaluation that counts every example exactly once."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 
 from jax.sharding import Mesh
 
 from falcon_jax.data.batching import eval_batches
-from falcon_jax.data.dataset import Split
+from falcon_jax.data.dataset import AnySplit
 from falcon_jax.training.network import Arrays
-from falcon_jax.training.parallel import shard_batch, shared_batch_size
+from falcon_jax.training.parallel import process_shard, shard_batch, shared_batch_size
 from falcon_jax.training.step import Batch, Metrics
 
 
@@ -33,7 +34,7 @@ def evaluate(
     eval_step: Callable[[Arrays, Arrays, Batch], Metrics],
     params: Arrays,
     statistics: Arrays,
-    split: Split,
+    split: AnySplit,
     *,
     batch_size: int,
     mesh: Mesh,
@@ -49,15 +50,17 @@ def evaluate(
         batch_size: images a step, rounded up to what the devices can share; the last batch is
             padded and masked.
         mesh: the devices.
-        advance: called with the number of images of every step.
+        advance: called with the number of this process's images of every step.
 
     Returns:
         Means over the split.
     """
     steps = []
-    for batch in eval_batches(split, shared_batch_size(batch_size, mesh)):
-        steps.append(eval_step(params, statistics, shard_batch(batch, mesh)))
-        advance(int(batch["mask"].sum()))
+    size = shared_batch_size(batch_size, mesh)
+    with contextlib.closing(eval_batches(split, size, shard=process_shard())) as batches:
+        for batch in batches:
+            steps.append(eval_step(params, statistics, shard_batch(batch, mesh)))
+            advance(int(batch["mask"].sum()))
     # Summed in float64, so that counts stay exact.
     total = {name: sum(float(sums[name]) for sums in steps) for name in steps[0]}
     count = total["count"]

@@ -17,24 +17,28 @@ from falcon_jax.compression import (
     profile,
     reestimate_batchnorm,
 )
-from falcon_jax.data.loading import load_dataset
+from falcon_jax.data.loading import check_augmentation, load_dataset
 from falcon_jax.methods import ResponseMethod
 from falcon_jax.report.experiment import write_report
 from falcon_jax.training.config import Experiment
+from falcon_jax.training.interruption import Interruption
 from falcon_jax.training.loop import train
 from falcon_jax.training.network import Arrays, Network
 from falcon_jax.training.parallel import data_mesh
 from falcon_jax.training.setting import Row, Setting, on_one_device
 from falcon_jax.training.step import Preprocessing
 from falcon_jax.training.variants import Variant
-from falcon_jax.training.workdir import claim_workdir
+from falcon_jax.training.workdir import claim_workdir, locked
 
 STANDARD = "standard"
 LATENCY_BATCH = 32
 
 
 def run_experiment(
-    experiment: Experiment, workdir: pathlib.Path, config: Mapping[str, Any]
+    experiment: Experiment,
+    workdir: pathlib.Path,
+    config: Mapping[str, Any],
+    interruption: Interruption | None = None,
 ) -> tuple[list[Row], str]:
     """Run an experiment, or what is left of it.
 
@@ -46,6 +50,7 @@ def run_experiment(
         experiment: what to do.
         workdir: where everything goes; made if missing.
         config: the config that ``experiment`` was made from, to be kept in ``workdir``.
+        interruption: tells when to stop early; None for never.
 
     Returns:
         The rows of the report, and the table as text. Its files are in ``workdir``.
@@ -54,12 +59,19 @@ def run_experiment(
         ValueError: if the data, the devices or the folder to start from do not fit, or ``workdir``
             holds another experiment.
         OSError: if files are missing or cannot be written.
-        FloatingPointError: if a loss is not finite.
+        FloatingPointError: if losses or gradients are not finite.
+        Stopped: if the run was asked to stop, or a checkpoint could not be saved.
     """
-    setting = begin(experiment, workdir, config)
+    with locked(workdir):
+        return _run(begin(experiment, workdir, config, interruption))
+
+
+def _run(setting: Setting) -> tuple[list[Row], str]:
+    experiment = setting.experiment
     trained, row = _standard(setting)
     rows = [] if row is None else [row]
     for variant in experiment.variants:
+        setting.interruption.check()
         row = setting.finished(setting.workdir / variant.name)
         if row is None and variant.unit is not None:
             row = _built(setting, variant)
@@ -70,22 +82,30 @@ def run_experiment(
     for row in rows:
         row["params_ratio"] = standard.params / row["params"]
         row["mult_adds_ratio"] = standard.mult_adds / row["mult_adds"]
-    return rows, write_report(rows, workdir)
+    return rows, write_report(rows, setting.workdir)
 
 
-def begin(experiment: Experiment, workdir: pathlib.Path, config: Mapping[str, Any]) -> Setting:
+def begin(
+    experiment: Experiment,
+    workdir: pathlib.Path,
+    config: Mapping[str, Any],
+    interruption: Interruption | None = None,
+) -> Setting:
     """Load the data of an experiment and claim its folder.
 
     Args:
         experiment: what to do.
         workdir: where everything goes; made if missing.
         config: the config that ``experiment`` was made from.
+        interruption: tells when to stop early; None for never.
 
     Raises:
         ValueError: if the data or the devices do not fit, or ``workdir`` holds another experiment.
         OSError: if files are missing or cannot be written.
     """
     dataset = load_dataset(**experiment.data)
+    check_augmentation(dataset, experiment.augmentation)
+    workdir.mkdir(parents=True, exist_ok=True)
     claim_workdir(workdir, config)
     return Setting(
         experiment=experiment,
@@ -96,6 +116,7 @@ def begin(experiment: Experiment, workdir: pathlib.Path, config: Mapping[str, An
             mean=dataset.mean, std=dataset.std, augmentation=experiment.augmentation
         ),
         mesh=data_mesh(),
+        interruption=interruption or Interruption(),
     )
 
 

@@ -1,78 +1,28 @@
 """The training loop: epochs, checkpoints, the best of them, and going on after an interruption."""
 
+import contextlib
 import dataclasses
-import pathlib
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from falcon_jax.data.batching import steps_per_epoch, train_batches
-from falcon_jax.data.dataset import Dataset
 from falcon_jax.training.checkpoints import Checkpoints
 from falcon_jax.training.evaluation import evaluate
+from falcon_jax.training.execution import Execution, make_execution
+from falcon_jax.training.interruption import Stopped
 from falcon_jax.training.metrics import MetricsLog
 from falcon_jax.training.network import Arrays, Network
 from falcon_jax.training.optimizers import make_optimizer
-from falcon_jax.training.parallel import check_divides, replicate, shard_batches
+from falcon_jax.training.parallel import check_divides, process_shard, replicate
+from falcon_jax.training.profiler import ProfilerWindow
 from falcon_jax.training.progress import Progress
-from falcon_jax.training.settings import TrainSettings
-from falcon_jax.training.step import (
-    Metrics,
-    Preprocessing,
-    TrainState,
-    init_state,
-    make_eval_step,
-    make_train_step,
-)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LogSettings:
-    """What a run leaves behind and shows.
-
-    Attributes:
-        tensorboard: whether to write event files.
-        progress: whether to show progress.
-        profile_start_step: first step of the profiler's window.
-        profile_steps: length of the window; 0 for none. The trace goes to ``profile/``.
-    """
-
-    tensorboard: bool = True
-    progress: bool = True
-    profile_start_step: int = 10
-    profile_steps: int = 0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
-    """What a training run needs beside the network.
-
-    Attributes:
-        label: shown with the progress.
-        directory: of checkpoints and metrics.
-        dataset: training, validation and test split.
-        preprocessing: of images on the device.
-        settings: epochs, optimizer and the rest.
-        log: what is shown and kept.
-        keep: latest checkpoints kept beside the best.
-        seed: of the order of examples, augmentation and dropout.
-        mesh: the devices.
-        meta: plain data kept with every checkpoint.
-    """
-
-    label: str
-    directory: pathlib.Path
-    dataset: Dataset
-    preprocessing: Preprocessing
-    settings: TrainSettings
-    log: LogSettings
-    keep: int
-    seed: int
-    mesh: Mesh
-    meta: dict[str, Any]
+from falcon_jax.training.run import Run
+from falcon_jax.training.step import TrainState, init_state, make_eval_step
+from falcon_jax.training.watch import EpochSums, Watch
 
 
 def train(run: Run, network: Network, params: Arrays, statistics: Arrays) -> tuple[Arrays, Arrays]:
@@ -92,11 +42,13 @@ def train(run: Run, network: Network, params: Arrays, statistics: Arrays) -> tup
         Parameters and statistics.
 
     Raises:
-        ValueError: if the devices cannot share a batch, or a batch is larger than the split.
-        FloatingPointError: if the loss is not finite.
+        ValueError: if the devices cannot share a batch, a batch is larger than the split, or there
+            are checkpoints but none is whole.
+        FloatingPointError: if more steps were not finite than may be skipped.
+        Stopped: if the run was asked to stop; it is saved and can go on.
     """
     settings, mesh = run.settings, run.mesh
-    check_divides("batch_size", settings.batch_size, mesh)
+    check_divides("batch_size", settings.batch_size, mesh, accumulate=settings.accumulate)
     if settings.epochs == 0:
         return params, statistics
     steps = steps_per_epoch(len(run.dataset.train), settings.batch_size)
@@ -107,108 +59,156 @@ def train(run: Run, network: Network, params: Arrays, statistics: Arrays) -> tup
     checkpoints = Checkpoints(run.directory / "checkpoints", keep=run.keep)
     try:
         restored = checkpoints.restore_latest(state)
-        state = state if restored is None else restored
-        _train_epochs(run, network, optimizer, state, checkpoints, steps)
+        state, meta = (state, {}) if restored is None else restored
+        position = _Position(
+            step=int(state.step), epoch=meta.get("epoch", 0), sums=EpochSums(**meta.get("sums", {}))
+        )
+        if position.epoch < settings.epochs:
+            execution = make_execution(
+                network,
+                optimizer,
+                run.preprocessing,
+                run.parallel,
+                mesh,
+                label_smoothing=settings.label_smoothing,
+                accumulate=settings.accumulate,
+            )
+            state = _Training(run, network, execution, checkpoints, position, steps).go_on(state)
         return checkpoints.restore_best_model(state.params, state.statistics)
     finally:
         checkpoints.close()
 
 
-def _train_epochs(
-    run: Run,
-    network: Network,
-    optimizer: Any,
-    state: TrainState,
-    checkpoints: Checkpoints,
-    steps: int,
-) -> None:
-    settings = run.settings
-    step_number = int(state.step)
-    epoch = step_number // steps
-    if epoch >= settings.epochs:
-        return
-    train_step = make_train_step(
-        network,
-        optimizer,
-        run.preprocessing,
-        label_smoothing=settings.label_smoothing,
-    )
-    key = jax.random.key(run.seed)
-    eval_step = make_eval_step(network, run.preprocessing)
-    log = MetricsLog(run.directory, tensorboard=run.log.tensorboard, from_step=step_number)
-    images = steps * settings.batch_size
-    progress = Progress(
-        run.label,
-        total=settings.epochs * images,
-        done=epoch * images,
-        show=run.log.progress and jax.process_index() == 0,
-    )
-    window = _ProfilerWindow(run)
-    try:
-        while epoch < settings.epochs:
-            start = time.perf_counter()
-            sums: list[Metrics] = []
-            batches = train_batches(
-                run.dataset.train, settings.batch_size, seed=run.seed, epoch=epoch
+@dataclasses.dataclass(kw_only=True)
+class _Position:
+    """Where a run is.
+
+    Attributes:
+        step: steps taken.
+        epoch: epochs finished, evaluation and checkpoint included.
+        sums: of the metrics of the epoch that has begun.
+    """
+
+    step: int
+    epoch: int
+    sums: EpochSums
+
+
+class _Training:
+    """The epochs of a run that are left."""
+
+    def __init__(
+        self,
+        run: Run,
+        network: Network,
+        execution: Execution,
+        checkpoints: Checkpoints,
+        position: _Position,
+        steps: int,
+    ):
+        self._run = run
+        self._execution = execution
+        self._checkpoints = checkpoints
+        self._at = position
+        self._steps = steps
+        self._key = jax.random.key(run.seed)
+        self._eval_step = make_eval_step(network, run.preprocessing)
+
+    def go_on(self, state: TrainState) -> TrainState:
+        """Train to the end and return the state there."""
+        run, at = self._run, self._at
+        images = self._steps * run.settings.batch_size
+        self._progress = Progress(
+            run.label,
+            total=run.settings.epochs * images,
+            done=at.step * run.settings.batch_size,
+            show=run.log.progress and jax.process_index() == 0,
+        )
+        self._window = ProfilerWindow(run)
+        self._log = MetricsLog(
+            run.directory, tensorboard=run.log.tensorboard, from_step=at.epoch * self._steps
+        )
+        with contextlib.ExitStack() as stack:
+            for part in (self._log, self._progress, self._window):
+                stack.callback(part.close)
+            while at.epoch < run.settings.epochs:
+                state = self._finish_epoch(*self._train_epoch(state))
+        return state
+
+    def _train_epoch(self, state: TrainState) -> tuple[TrainState, float]:
+        """Take the steps of the epoch that are left; return images/s, too."""
+        run, at = self._run, self._at
+        first = at.step - at.epoch * self._steps
+        batches = train_batches(
+            run.dataset.train,
+            run.settings.batch_size,
+            seed=run.seed,
+            epoch=at.epoch,
+            start_step=first,
+            shard=process_shard(),
+        )
+        watch = Watch(run, at.epoch + 1, at.sums, skipped=int(state.skipped))
+        state = self._execution.place(state)
+        start = time.perf_counter()
+        with contextlib.closing(batches):
+            for batch in batches:
+                self._window.before(at.step)
+                state, metrics = self._execution.step(state, self._input(batch), self._key)
+                at.step += 1
+                watch.see(at.step, batch["index"], metrics)
+                self._progress.advance(run.settings.batch_size)
+                if watch.stop:
+                    watch.see_rest()
+                    self._stop(self._execution.gather(state))
+                within = at.step < (at.epoch + 1) * self._steps
+                if within and run.every_steps and at.step % run.every_steps == 0:
+                    watch.see_rest()
+                    self._save(self._execution.gather(state), score=None)
+        watch.see_rest()
+        seconds = time.perf_counter() - start
+        images = (self._steps - first) * run.settings.batch_size
+        return self._execution.gather(state), images / seconds
+
+    def _input(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        stop = np.full(len(batch["label"]), self._run.interruption.requested, np.float32)
+        return {"image": batch["image"], "label": batch["label"], "stop": stop}
+
+    def _stop_evaluation(self, state: TrainState) -> None:
+        # Several processes stop together, at a step; here they would not agree.
+        if self._run.interruption.requested and jax.process_count() == 1:
+            self._stop(state)
+
+    def _stop(self, state: TrainState) -> None:
+        self._save(state, score=None)
+        raise Stopped(
+            f"{self._run.label}: stopped and saved at step {self._at.step}; the same command goes "
+            "on from there"
+        )
+
+    def _save(self, state: TrainState, *, score: float | None) -> None:
+        meta = {"epoch": self._at.epoch, "sums": dataclasses.asdict(self._at.sums)}
+        self._checkpoints.save(state, {**meta, **self._run.meta}, score=score)
+
+    def _finish_epoch(self, state: TrainState, images_per_s: float) -> TrainState:
+        """Evaluate, log, save."""
+        run, at = self._run, self._at
+        values: dict[str, Any] = {**at.sums.means(), "images_per_s": images_per_s}
+        if run.dataset.validation is not None:
+            result = evaluate(
+                self._eval_step,
+                state.params,
+                state.statistics,
+                run.dataset.validation,
+                batch_size=run.settings.eval_batch_size,
+                mesh=run.mesh,
+                advance=lambda images: self._stop_evaluation(state),
             )
-            for batch in shard_batches(batches, run.mesh):
-                window.before(step_number)
-                state, metrics = train_step(state, batch, key)
-                step_number += 1
-                sums.append(metrics)
-                progress.advance(settings.batch_size)
-            jax.block_until_ready(state.step)
-            seconds = time.perf_counter() - start
-            epoch += 1
-            values = {
-                "loss": float(np.mean([m["loss"] for m in sums])),
-                "accuracy": float(np.mean([m["accuracy"] for m in sums])),
-                "images_per_s": images / seconds,
-            }
-            if run.dataset.validation is not None:
-                result = evaluate(
-                    eval_step,
-                    state.params,
-                    state.statistics,
-                    run.dataset.validation,
-                    batch_size=settings.eval_batch_size,
-                    mesh=run.mesh,
-                )
-                values |= {"val_loss": result.loss, "val_accuracy": result.top1}
-            if not np.isfinite(values["loss"]):
-                raise FloatingPointError(
-                    f"{run.label}: the loss is not finite in epoch {epoch}; the checkpoint of the "
-                    "epoch before is kept. Try a lower learning rate or a warm-up"
-                )
-            # Before the checkpoint: a run that goes on drops later lines, but makes none up.
-            log.write(step_number, {"epoch": epoch, **values})
-            # Without a validation split the epoch's number is the score: the last is the best.
-            score = values.get("val_accuracy", float(epoch))
-            checkpoints.save(state, {"epoch": epoch, **run.meta}, score=score)
-            progress.epoch(epoch, settings.epochs, values)
-    finally:
-        window.close()
-        progress.close()
-        log.close()
-
-
-class _ProfilerWindow:
-    """A trace of some steps, on request."""
-
-    def __init__(self, run: Run):
-        self._directory = str(run.directory / "profile")
-        self._start = run.log.profile_start_step
-        self._stop = self._start + run.log.profile_steps
-        self._running = False
-
-    def before(self, step: int) -> None:
-        if not self._running and self._start <= step < self._stop:
-            jax.profiler.start_trace(self._directory)
-            self._running = True
-        elif self._running and step >= self._stop:
-            self.close()
-
-    def close(self) -> None:
-        if self._running:
-            jax.profiler.stop_trace()
-            self._running = False
+            values |= {"val_loss": result.loss, "val_accuracy": result.top1}
+        at.epoch += 1
+        at.sums = EpochSums()
+        # Before the checkpoint: a run that goes on drops later lines, but makes none up.
+        self._log.write(at.step, {"epoch": at.epoch, **values})
+        # Without a validation split the epoch's number is the score: the last is the best.
+        self._save(state, score=values.get("val_accuracy", float(at.epoch)))
+        self._progress.epoch(at.epoch, run.settings.epochs, values)
+        return state

@@ -55,11 +55,13 @@ class Network:
         """Return the structure with its training mode changed, but not the names of its arrays.
 
         Args:
-            change: gets the model in training mode, whose arrays are shapes, and returns another.
+            change: gets the model in training mode, with arrays that mean nothing, and returns
+                another.
         """
-        trees = (self.param_tree, self.random_tree, self.statistic_tree)
-        model = nnx.merge(self.train_graph, *(_blank(tree) for tree in trees))
-        graph, params, random, statistics = nnx.split(change(model), nnx.Param, nnx.RngState, ...)
+        params, statistics = _blank(self.param_tree), _blank(self.statistic_tree)
+        random = _random(self.random_tree, jax.random.key(0))
+        model = change(nnx.merge(self.train_graph, params, random, statistics))
+        graph, params, random, statistics = nnx.split(model, nnx.Param, nnx.RngState, ...)
         return dataclasses.replace(
             self,
             train_graph=graph,
@@ -131,6 +133,11 @@ def _name(path: tuple[Any, ...]) -> str:
 def _unflat(tree: Any, arrays: Arrays) -> nnx.State:
     names, structure, _ = tree
     return jax.tree.unflatten(structure, [arrays[name] for name in names])
+
+
+def _blank(tree: Any) -> nnx.State:
+    names, structure, _ = tree
+    return jax.tree.unflatten(structure, [jax.numpy.zeros(())] * len(names))
 
 
 def _random_kinds(state: nnx.State) -> tuple[bool, ...]:

@@ -24,9 +24,10 @@ from falcon_jax.report.table import write_json
 from falcon_jax.training.checkpoints import Checkpoints
 from falcon_jax.training.config import Experiment
 from falcon_jax.training.evaluation import evaluate
-from falcon_jax.training.loop import Run
+from falcon_jax.training.interruption import Interruption
 from falcon_jax.training.network import Arrays, Network
 from falcon_jax.training.parallel import replicate
+from falcon_jax.training.run import Run
 from falcon_jax.training.settings import TrainSettings
 from falcon_jax.training.step import Preprocessing, make_eval_step
 
@@ -44,6 +45,7 @@ class Setting:
         dataset: the data.
         preprocessing: of images, with augmentation.
         mesh: the devices.
+        interruption: tells when to stop early.
     """
 
     experiment: Experiment
@@ -52,6 +54,7 @@ class Setting:
     dataset: Dataset
     preprocessing: Preprocessing
     mesh: Mesh
+    interruption: Interruption
 
     def model(
         self,
@@ -68,7 +71,7 @@ class Setting:
         return get_model(
             self.experiment.model,
             num_classes=self.dataset.num_classes,
-            in_features=self.dataset.train.images.shape[-1],
+            in_features=self.dataset.train.image_shape[-1],
             dtype=dtype,
             rngs=nnx.Rngs(seed),
             **units,
@@ -77,7 +80,7 @@ class Setting:
 
     def sample(self, batch: int) -> ShapeDtypeStruct:
         """Return the shape of a batch of images."""
-        return ShapeDtypeStruct((batch, *self.dataset.train.images.shape[1:]), np.float32)
+        return ShapeDtypeStruct((batch, *self.dataset.train.image_shape), np.float32)
 
     def run(self, label: str, settings: TrainSettings, plan: Plan | None = None) -> Run:
         """Return what `train` needs to train one network in a folder of its own."""
@@ -89,8 +92,11 @@ class Setting:
             settings=settings,
             log=self.experiment.log,
             keep=self.experiment.keep,
+            every_steps=self.experiment.every_steps,
             seed=self.experiment.seed,
             mesh=self.mesh,
+            parallel=self.experiment.parallel,
+            interruption=self.interruption,
             meta={
                 "config": json.loads(json.dumps(self.config)),
                 "plan": None if plan is None else plan.to_json(),
@@ -151,5 +157,5 @@ class Setting:
 
 
 def on_one_device(arrays: tuple[Arrays, Arrays]) -> tuple[Arrays, Arrays]:
-    """Return the arrays on the first device."""
-    return jax.device_put(jax.device_get(arrays), jax.devices()[0])
+    """Return the arrays on the first device of this process."""
+    return jax.device_put(jax.device_get(arrays), jax.local_devices()[0])

@@ -15,6 +15,8 @@ class TrainSettings:
     Attributes:
         epochs: passes over the training split.
         batch_size: images a step, over all devices.
+        accumulate: parts that a batch is worked on in, one after another, to save memory; their
+            gradients are averaged, and BatchNorm sees one part at a time.
         eval_batch_size: images a step of evaluation, over all devices.
         optimizer: ``sgd`` or ``adamw``.
         learning_rate: at its highest.
@@ -26,12 +28,15 @@ class TrainSettings:
         factor: see ``boundaries``.
         warmup_epochs: epochs of linear warm-up, before the schedule proper.
         label_smoothing: share of the target spread evenly over all classes.
+        skip_nonfinite: steps whose loss or gradient is not finite that are skipped before the run
+            stops.
         dtype: of the computation, ``float32`` or ``bfloat16``; parameters and statistics stay
             float32.
     """
 
     epochs: int = 350
     batch_size: int = 128
+    accumulate: int = 1
     eval_batch_size: int = 256
     optimizer: str = "sgd"
     learning_rate: float = 0.1
@@ -43,6 +48,7 @@ class TrainSettings:
     factor: float = 0.1
     warmup_epochs: float = 0.0
     label_smoothing: float = 0.0
+    skip_nonfinite: int = 0
     dtype: str = "float32"
 
     def __post_init__(self):
@@ -56,6 +62,7 @@ class TrainSettings:
         return [
             ("epochs", self.epochs >= 0, "0 or more"),
             ("batch_size", self.batch_size >= 1, "1 or more"),
+            ("accumulate", self.accumulate >= 1, "1 or more"),
             ("eval_batch_size", self.eval_batch_size >= 1, "1 or more"),
             ("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
             ("learning_rate", self.learning_rate > 0, "positive"),
@@ -66,6 +73,7 @@ class TrainSettings:
             ("factor", 0 < self.factor <= 1, "in (0, 1]"),
             ("warmup_epochs", 0 <= self.warmup_epochs <= self.epochs, "in [0, epochs]"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)"),
+            ("skip_nonfinite", self.skip_nonfinite >= 0, "0 or more"),
             ("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
         ]
 

@@ -22,7 +22,7 @@ Metrics = dict[str, Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """Everything that training changes.
+    """Everything that training changes; under pmap with one copy a replica, along a leading axis.
 
     Attributes:
         step: steps taken.
@@ -32,8 +32,8 @@ class TrainState:
         opt_state: of the optimizer.
     """
 
-    step: Int[Array, ""]
-    skipped: Int[Array, ""]
+    step: Int[Array, "*replicas"]
+    skipped: Int[Array, "*replicas"]
     params: Arrays
     statistics: Arrays
     opt_state: optax.OptState
@@ -153,7 +153,7 @@ def make_train_step(
             stop = lax.pmax(stop, AXIS)
         value, accuracy, gradients = jax.tree.map(lambda a: a / accumulate, sums)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         good = jnp.isfinite(value) & jnp.isfinite(norm)
         skipped = state.skipped + (1 - good.astype(jnp.int32))
         params = jax.tree.map(jnp.add, state.params, updates)

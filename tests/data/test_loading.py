@@ -62,8 +62,8 @@ def test_smoke_runs_keep_name_and_data_dir():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"source": "digit"}, "there are digits, idx, tfds, fake. Did you mean 'digits'"),
-        ({"source": "?"}, "'[?]'; there are digits, idx, tfds, fake.$"),
+        ({"source": "digit"}, "there are digits, idx, tfds, fake, folder. Did you mean 'digits'"),
+        ({"source": "?"}, "'[?]'; there are digits, idx, tfds, fake, folder.$"),
         ({"source": "fake", "resize": "crop"}, "unknown resize mode 'crop'"),
         ({"source": "fake", "image_size": 0}, "image_size must be 1 or more, but is 0"),
         ({"source": "digits", "image_size": 4, "resize": "pad"}, "8x8 pixels cannot be padded"),

@@ -1,0 +1,181 @@
+"""From the bytes of an image file to pixels: crops for training, the centre for evaluation.
+
+The pixels are those of torchvision's transforms on PIL images, bit for bit: the whole image is
+decoded to RGB (no JPEG shortcuts), EXIF orientation is ignored, and resizing is PIL's bilinear
+filter, widened when shrinking.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float64, UInt8
+from PIL import Image, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
+
+AREA = (0.08, 1.0)  # share of the image that a random crop covers
+RATIO = (3 / 4, 4 / 3)  # width over height of a random crop
+_ATTEMPTS = 10
+_LONGEST = 100_000  # pixels, of the longer side after resizing
+DRAWS = 2 * _ATTEMPTS + 3  # random numbers an image takes
+
+
+@dataclasses.dataclass(frozen=True)
+class Crop:
+    """A rectangle of an image, in pixels.
+
+    Args:
+        top: first row.
+        left: first column.
+        height: number of rows.
+        width: number of columns.
+    """
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def decode_rgb(data: bytes) -> Image.Image:
+    """Decodes an image file to RGB.
+
+    Grey images get three equal channels; palettes, CMYK and transparency are converted as PIL does.
+
+    Args:
+        data: content of the file.
+
+    Returns:
+        the image.
+
+    Raises:
+        ValueError: if it cannot be decoded; says why, without naming the file.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.mode == "P" and "transparency" in image.info:
+                image = image.convert("RGBA")  # the same colours, without PIL's warning
+            return image.convert("RGB")
+    except Exception as error:  # PIL raises anything: OSError, SyntaxError, struct.error
+        raise ValueError(_reason(error, len(data))) from error
+
+
+def header_problem(source: Path | bytes) -> str | None:
+    """What is wrong with an image file as far as its first bytes tell; nothing is decoded.
+
+    Args:
+        source: the file, or its content.
+
+    Returns:
+        a reason, or None if it begins as an image does and has a size.
+    """
+    size = None
+    try:
+        size = source.stat().st_size if isinstance(source, Path) else len(source)
+        stream = source if isinstance(source, Path) else io.BytesIO(source)
+        with Image.open(stream, formats=FORMATS) as image:
+            return None if min(image.size) > 0 else "it has no pixels"
+    except Exception as error:
+        return _reason(error, size)
+
+
+def training_image(
+    image: Image.Image, size: int, draws: Float64[np.ndarray, " draws"]
+) -> UInt8[np.ndarray, "size size 3"]:
+    """Takes a random crop, resizes it and mirrors it with probability one half.
+
+    Args:
+        image: the image, RGB.
+        size: height and width of the result, pixels.
+        draws: random numbers, uniform in [0, 1).
+
+    Returns:
+        the pixels.
+    """
+    pixels = resized_crop(image, random_crop(image.height, image.width, draws), size)
+    return pixels[:, ::-1] if draws[-1] < 0.5 else pixels
+
+
+def evaluation_image(
+    image: Image.Image, size: int, shorter_side: int
+) -> UInt8[np.ndarray, "size size 3"]:
+    """Resizes the shorter side and takes the centre.
+
+    Args:
+        image: the image, RGB.
+        size: height and width of the result, pixels.
+        shorter_side: height or width, whichever is smaller, before the centre is taken.
+
+    Returns:
+        the pixels.
+
+    Raises:
+        ValueError: if the image is so long and thin that resizing it would take too much memory.
+    """
+    short, long = sorted(image.size)
+    longer_side = shorter_side * long // short
+    if longer_side > _LONGEST:
+        raise ValueError(f"at {image.width}x{image.height} pixels it is too long and thin")
+    wide = image.width > image.height
+    new = (longer_side, shorter_side) if wide else (shorter_side, longer_side)
+    image = image if image.size == new else image.resize(new, Image.Resampling.BILINEAR)
+    top, left = round((image.height - size) / 2), round((image.width - size) / 2)
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def random_crop(height: int, width: int, draws: Float64[np.ndarray, " draws"]) -> Crop:
+    """Draws a rectangle: area uniform in AREA, log(width / height) in log(RATIO), place anywhere.
+
+    Ten rectangles are tried; if none fits into the image, the largest centred one with a ratio
+    in RATIO is taken.
+
+    Args:
+        height: of the image, pixels.
+        width: of the image, pixels.
+        draws: random numbers, uniform in [0, 1): two an attempt, then two for the place.
+
+    Returns:
+        the rectangle.
+    """
+    low, high = math.log(RATIO[0]), math.log(RATIO[1])
+    for attempt in range(_ATTEMPTS):
+        for_area, for_ratio = draws[2 * attempt : 2 * attempt + 2].tolist()
+        area = height * width * (AREA[0] + (AREA[1] - AREA[0]) * for_area)
+        ratio = math.exp(low + (high - low) * for_ratio)
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            for_top, for_left = draws[2 * _ATTEMPTS : 2 * _ATTEMPTS + 2].tolist()
+            return Crop(int(for_top * (height - h + 1)), int(for_left * (width - w + 1)), h, w)
+    w = min(width, round(height * RATIO[1]))
+    h = min(height, round(width / RATIO[0]))
+    return Crop((height - h) // 2, (width - w) // 2, h, w)
+
+
+def resized_crop(image: Image.Image, crop: Crop, size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """Cuts a rectangle out of an image and resizes it.
+
+    Args:
+        image: the image, RGB.
+        crop: the rectangle.
+        size: height and width of the result, pixels.
+
+    Returns:
+        the pixels.
+    """
+    # Cut first: PIL's resize of a box looks at pixels outside the box, torchvision does not.
+    right, below = crop.left + crop.width, crop.top + crop.height
+    part = image.crop((crop.left, crop.top, right, below))
+    return np.asarray(part.resize((size, size), Image.Resampling.BILINEAR))
+
+
+def _reason(error: Exception, size: int | None) -> str:
+    if size == 0:
+        return "it is empty"
+    if isinstance(error, UnidentifiedImageError):
+        return f"it is none of {', '.join(FORMATS)}"
+    return " ".join(str(error).split()) or type(error).__name__

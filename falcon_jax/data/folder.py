@@ -1,0 +1,150 @@
+"""A plain image folder: train/ and val/ (or test/), one subfolder a class in each."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Shaped
+
+from falcon_jax.data.decoding import header_problem
+from falcon_jax.data.source import SourceOptions, SourceSplits
+from falcon_jax.data.streamed import StreamedSplit, leave_out_broken
+
+_LISTED = 3  # names in a message
+_CHECKING_THREADS = 16
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FolderRecords:
+    """The files of a folder.
+
+    Args:
+        root: the folder.
+        paths: paths of the files within it, encoded as the file system has them; one array, since
+            a million path objects would be slow to send to workers.
+    """
+
+    root: str
+    paths: Shaped[np.ndarray, "n"]
+
+    def path(self, position: int) -> Path:
+        """Returns the path of a file."""
+        return Path(self.root, os.fsdecode(self.paths[position].item()))
+
+    def read(self, position: int) -> bytes:
+        """Returns the content of a file."""
+        return self.path(position).read_bytes()
+
+    def name(self, position: int) -> str:
+        """Returns the path of a file, for messages."""
+        return str(self.path(position))
+
+
+def load_folder(options: SourceOptions) -> SourceSplits:
+    """Finds the images of a folder and checks that each begins as an image does.
+
+    Labels are the places of the class folders' names in alphabetical order. Images lie in class
+    folders at any depth. Where there are both val/ and test/, val/ is the validation split; where
+    there is one of them, it is the test split. Hidden files are ignored; any other file must be an
+    image.
+
+    Args:
+        options: data_dir is the folder; name is what to call the data set, by default the folder's
+            name; and how to stream the images.
+
+    Returns:
+        the splits, streamed.
+
+    Raises:
+        FileNotFoundError: if the folder, or a part of it, is missing.
+        ValueError: if there are no classes or no images, the classes of two splits differ, or
+            files are broken and skip_broken is not set.
+    """
+    if not options.data_dir:
+        raise ValueError('the source "folder" needs data_dir, the folder with train/ and val/')
+    root = Path(options.data_dir).expanduser()
+    if not root.is_dir():
+        raise FileNotFoundError(f"there is no folder {root}")
+    for needed in (("train",), ("val", "test")):
+        if not any((root / name).is_dir() for name in needed):
+            raise FileNotFoundError(
+                f"{root} has no folder {' or '.join(f'{name}/' for name in needed)}; a folder of "
+                f"images needs train/ and val/ (or test/), each with one folder a class"
+            )
+    classes = _visible_folders(root / "train")
+    parts = [part for part in ("train", "val", "test") if (root / part).is_dir()]
+    for part in parts:
+        _check_classes(root / part, classes)
+    train, *others = (_load_split(root / part, classes, options) for part in parts)
+    absent = np.setdiff1d(np.arange(len(classes)), train.labels)
+    if len(absent):
+        raise ValueError(f"{root / 'train'} has no image in {_some(classes[i] for i in absent)}")
+    return SourceSplits(
+        name=options.name or root.resolve().name,
+        num_classes=len(classes),
+        train=train,
+        test=others[-1],
+        validation=others[0] if len(others) == 2 else None,
+    )
+
+
+def _check_classes(folder: Path, classes: Sequence[str]) -> None:
+    found = _visible_folders(folder)
+    if not found:
+        raise ValueError(f"{folder} has no class folders; each class needs a folder of its images")
+    for lacking, one, other in (
+        (sorted(set(found) - set(classes)), folder, "train"),
+        (sorted(set(classes) - set(found)), folder.parent / "train", folder.name),
+    ):
+        if lacking:
+            raise ValueError(
+                f"{one} has class folders that {other}/ does not have: {_some(lacking)}; both need "
+                "the same"
+            )
+
+
+def _load_split(folder: Path, classes: Sequence[str], options: SourceOptions) -> StreamedSplit:
+    paths: list[bytes] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        files = sorted(_files(folder / name))
+        paths += [os.fsencode(os.path.relpath(file, folder)) for file in files]
+        labels += [label] * len(files)
+    if not paths:
+        raise ValueError(f"the class folders of {folder} are empty")
+    records = FolderRecords(str(folder), np.array(paths))
+    with ThreadPoolExecutor(_CHECKING_THREADS) as threads:
+        problems = list(threads.map(lambda i: header_problem(records.path(i)), range(len(paths))))
+    return leave_out_broken(
+        StreamedSplit(
+            records=records,
+            positions=np.arange(len(paths)),
+            labels=np.array(labels, np.int32),
+            settings=options.stream,
+        ),
+        {i: problem for i, problem in enumerate(problems) if problem is not None},
+        str(folder),
+    )
+
+
+def _visible_folders(folder: Path) -> list[str]:
+    return sorted(
+        entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."
+    )
+
+
+def _files(folder: Path) -> Iterable[str]:
+    for directory, below, names in os.walk(folder, followlinks=True):
+        below[:] = [name for name in below if name[0] != "."]
+        yield from (os.path.join(directory, name) for name in names if name[0] != ".")
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more

@@ -1,0 +1,81 @@
+import gc
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from falcon_jax.data.batching import eval_batches, train_batches
+from falcon_jax.data.fake_folder import make_image_folder
+from falcon_jax.data.loading import load_dataset
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return make_image_folder(
+        tmp_path_factory.mktemp("made") / "set", num_classes=2, num_train=24, num_val=4, side=24
+    )
+
+
+def load(folder, workers):
+    return load_dataset(
+        "folder", data_dir=str(folder), image_size=16, workers=workers, validation_fraction=0.0
+    )
+
+
+def test_workers_make_the_batches_that_this_process_makes(made):
+    expected = list(train_batches(load(made, 0).train, 4, seed=5, epoch=1, start_step=1))
+    batches = list(train_batches(load(made, 2).train, 4, seed=5, epoch=1, start_step=1))
+    assert len(batches) == len(expected) == 5
+    for one, other in zip(batches, expected, strict=True):
+        for key, value in other.items():
+            np.testing.assert_array_equal(one[key], value)
+    assert not multiprocessing.active_children()
+
+
+def test_unreadable_pixels_found_by_a_worker_name_the_file_and_end_it(made, tmp_path):
+    data = load(shutil.copytree(made, tmp_path / "set"), 1)
+    path = tmp_path / "set" / "val" / "class_1" / "000003.jpg"
+    path.write_bytes(path.read_bytes()[:-300])
+    with pytest.raises(ValueError, match=f"{path} cannot be read: "):
+        list(eval_batches(data.test, 2))
+    assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_dies_is_told(made):
+    batches = train_batches(load(made, 1).train, 1, seed=0, epoch=0)
+    next(batches)
+    [worker] = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(ChildProcessError, match="a worker that reads images died"):
+        list(batches)
+    assert not multiprocessing.active_children()
+
+
+def test_closing_ends_the_worker(made):
+    batches = train_batches(load(made, 1).train, 1, seed=0, epoch=0)
+    next(batches)
+    assert len(multiprocessing.active_children()) == 1
+    batches.close()
+    assert not multiprocessing.active_children()
+
+
+def test_threads_end_with_a_forgotten_iterator(made):
+    batches = train_batches(load(made, 0).train, 1, seed=0, epoch=0)
+    next(batches)
+    del batches
+    gc.collect()
+    for thread in threading.enumerate():
+        if thread.name.startswith("grain-prefetch"):
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+def test_missing_grain_names_the_extra(made, monkeypatch):
+    monkeypatch.setitem(sys.modules, "grain", None)
+    with pytest.raises(ImportError, match=r'needs grain .*pip install "falcon-jax\[train\]"'):
+        next(train_batches(load(made, 0).train, 1, seed=0, epoch=0))
