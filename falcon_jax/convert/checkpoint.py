@@ -12,7 +12,7 @@ from falcon_jax.convert.torchvision import torchvision
 from falcon_jax.methods import Method
 from falcon_jax.models.stored import (
     Description,
-    Preprocessing,
+    ImagePreprocessing,
     Stored,
     compressed,
     save_stored,
@@ -20,7 +20,7 @@ from falcon_jax.models.stored import (
 )
 
 # Of torchvision's IMAGENET1K_V1 weights.
-_IMAGENET = Preprocessing(
+_IMAGENET = ImagePreprocessing(
     image_size=224, shorter_side=256, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
 )
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from falcon_jax.compression import (
     read_metadata,
     save_compressed,
 )
+from falcon_jax.manifest import MANIFEST
 from falcon_jax.methods import Method
 from falcon_jax.models.registry import get_model
 from falcon_jax.models.unit_registry import get_unit
@@ -29,7 +31,7 @@ _VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Preprocessing:
+class ImagePreprocessing:
     """What was done to the images that a model was trained on.
 
     Attributes:
@@ -63,7 +65,7 @@ class Description:
     classes: int
     width: float = 1.0
     unit: Mapping[str, Any] | None = None
-    preprocessing: Preprocessing
+    preprocessing: ImagePreprocessing
     source: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -102,23 +104,19 @@ class Description:
         """Return the description that `to_json` wrote.
 
         Raises:
-            ValueError: if the data is none, or one of a later version.
+            ValueError: if it is of a later version.
+            KeyError: if something is missing.
+            TypeError: if there is something else.
         """
-        try:
-            fields = dict(data)
-            if (version := fields.pop("version")) != _VERSION:
-                raise ValueError(
-                    f"the description of the model has version {version}; this falcon_jax reads "
-                    f"{_VERSION}."
-                )
-            given = dict(fields.pop("preprocessing"))
-            given |= {name: tuple(map(float, given[name])) for name in ("mean", "std")}
-            return cls(preprocessing=Preprocessing(**given), **fields)
-        except (KeyError, TypeError) as error:
+        fields = dict(data)
+        if (version := fields.pop("version")) != _VERSION:
             raise ValueError(
-                f"no description of a model of falcon_jax: {error} is missing or wrong. Models "
-                "that convert, compress and train.py stored have one."
-            ) from None
+                f"the description of the model has version {version}; this falcon_jax reads "
+                f"{_VERSION}."
+            )
+        given = dict(fields.pop("preprocessing"))
+        given |= {name: tuple(map(float, given[name])) for name in ("mean", "std")}
+        return cls(preprocessing=ImagePreprocessing(**given), **fields)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -185,6 +183,30 @@ def save_stored(path: str | os.PathLike[str], stored: Stored, *, overwrite: bool
     )
 
 
+def is_stored(path: str | os.PathLike[str]) -> bool:
+    """Say whether a directory holds a stored model, damaged or not."""
+    return (pathlib.Path(path) / MANIFEST).is_file()
+
+
+def read_description(path: str | os.PathLike[str]) -> Description:
+    """Return what a stored model is.
+
+    Args:
+        path: the directory.
+
+    Raises:
+        FileNotFoundError: if there is no such directory.
+        ValueError: if it holds no such model, or one that is damaged.
+    """
+    try:
+        return Description.from_json(read_metadata(path))
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{os.fspath(path)} holds no description of a model of falcon_jax ({error} is missing "
+            "or wrong). Models that convert, compress and train.py stored have one."
+        ) from None
+
+
 def load_stored(path: str | os.PathLike[str]) -> Stored:
     """Load what `save_stored` saved; nothing else is needed.
 
@@ -195,11 +217,7 @@ def load_stored(path: str | os.PathLike[str]) -> Stored:
         FileNotFoundError: if there is no such directory.
         ValueError: if it holds no such model, or one that is damaged.
     """
-    metadata = read_metadata(path)
-    try:
-        description = Description.from_json(metadata)
-    except ValueError as error:
-        raise ValueError(f"{os.fspath(path)} holds {error}") from None
+    description = read_description(path)
     model = load_compressed(path, lambda: description.build(rngs=nnx.Rngs(0)))
     assert isinstance(model, nnx.Module)
     model.eval()

@@ -19,6 +19,7 @@ from falcon_jax.compression import (
 )
 from falcon_jax.data.loading import check_augmentation, load_dataset
 from falcon_jax.methods import ResponseMethod
+from falcon_jax.models.stored import is_stored, read_description
 from falcon_jax.report.experiment import write_report
 from falcon_jax.training.config import Experiment
 from falcon_jax.training.interruption import Interruption
@@ -107,14 +108,17 @@ def begin(
     check_augmentation(dataset, experiment.augmentation)
     workdir.mkdir(parents=True, exist_ok=True)
     claim_workdir(workdir, config)
+    mean, std = dataset.mean, dataset.std
+    if is_stored(experiment.start):
+        # A network goes on with images as it knows them.
+        known = read_description(experiment.start).preprocessing
+        mean, std = known.mean, known.std
     return Setting(
         experiment=experiment,
         workdir=workdir,
         config=config,
         dataset=dataset,
-        preprocessing=Preprocessing(
-            mean=dataset.mean, std=dataset.std, augmentation=experiment.augmentation
-        ),
+        preprocessing=Preprocessing(mean=mean, std=std, augmentation=experiment.augmentation),
         mesh=data_mesh(),
         interruption=interruption or Interruption(),
     )
@@ -135,12 +139,15 @@ def _standard(setting: Setting) -> tuple[tuple[Arrays, Arrays], Row | None]:
     if experiment.start == "scratch":
         return (params, statistics), None
     folder = setting.workdir / STANDARD
-    if experiment.start != "train":
+    stored = is_stored(experiment.start)
+    if experiment.start != "train" and not stored:
         folder = pathlib.Path(experiment.start)
         folder = folder / STANDARD if (folder / STANDARD).is_dir() else folder
     row = setting.finished(folder)
     trained_elsewhere = experiment.start != "train"
-    if trained_elsewhere or (row is not None and experiment.train.epochs > 0):
+    if stored:
+        params, statistics = setting.stored(experiment.start)
+    elif trained_elsewhere or (row is not None and experiment.train.epochs > 0):
         params, statistics = setting.load(folder, params, statistics)
     elif row is None:
         run = setting.run(STANDARD, experiment.train)
@@ -148,8 +155,9 @@ def _standard(setting: Setting) -> tuple[tuple[Arrays, Arrays], Row | None]:
     params, statistics = on_one_device((params, statistics))
     if row is None:
         accuracy = setting.test_accuracy(network, params, statistics, experiment.train)
-        row = _row(setting, STANDARD, None, network.merge(params, statistics), None, accuracy)
-        setting.write_result(STANDARD, row)
+        model = network.merge(params, statistics)
+        row = _row(setting, STANDARD, None, model, None, accuracy)
+        setting.finish(STANDARD, model, None, None, row)
     return (params, statistics), row
 
 
@@ -230,8 +238,9 @@ def _finetuned(
     trained = train(setting.run(variant.name, settings, plan), network, params, statistics)
     params, statistics = on_one_device(trained)
     after = setting.test_accuracy(network, params, statistics, settings)
-    row = _row(setting, variant.name, variant, network.merge(params, statistics), before, after)
-    setting.write_result(variant.name, row)
+    model = network.merge(params, statistics)
+    row = _row(setting, variant.name, variant, model, before, after)
+    setting.finish(variant.name, model, plan, variant, row)
     return row
 
 

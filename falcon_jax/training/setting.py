@@ -19,6 +19,14 @@ from falcon_jax.data.augmentation import normalize
 from falcon_jax.data.batching import train_batches
 from falcon_jax.data.dataset import Dataset
 from falcon_jax.models import get_model
+from falcon_jax.models.stored import (
+    Description,
+    ImagePreprocessing,
+    Stored,
+    load_stored,
+    save_stored,
+    uncompressed,
+)
 from falcon_jax.models.units import UnitFactory, standard_unit
 from falcon_jax.report.table import write_json
 from falcon_jax.training.checkpoints import Checkpoints
@@ -30,6 +38,7 @@ from falcon_jax.training.parallel import replicate
 from falcon_jax.training.run import Run
 from falcon_jax.training.settings import TrainSettings
 from falcon_jax.training.step import Preprocessing, make_eval_step
+from falcon_jax.training.variants import Variant
 
 Row = dict[str, Any]
 
@@ -141,10 +150,56 @@ class Setting:
             print(f"{folder.name}: finished already", file=sys.stderr)
         return json.loads(path.read_text())
 
-    def write_result(self, label: str, row: Row) -> None:
-        """Mark a stage as finished, with its row of the report."""
+    def stored(self, path: str) -> tuple[Arrays, Arrays]:
+        """Return parameters and statistics of a stored model that is not compressed."""
+        stored = load_stored(path)
+        found = stored.description
+        if found.arch != self.experiment.model or found.width != 1 or found.unit is not None:
+            raise ValueError(
+                f"{path} holds a {found.arch} of width {found.width:g} and unit {found.unit}, but "
+                f"config.model.name is {self.experiment.model!r}"
+            )
+        if stored.plan.replaced:
+            raise ValueError(f"{path} is compressed already; give the model before compression")
+        if found.classes != self.dataset.num_classes:
+            raise ValueError(
+                f"{path} has {found.classes} classes, but {self.dataset.name} has "
+                f"{self.dataset.num_classes}; convert its weights with "
+                f"--classes={self.dataset.num_classes} --head=new"
+            )
+        _, params, statistics = Network.split(stored.model)
+        return params, statistics
+
+    def finish(
+        self, label: str, model: nnx.Module, plan: Plan | None, variant: Variant | None, row: Row
+    ) -> None:
+        """Store the model of a stage, and mark the stage as finished with its row of the report."""
         if jax.process_index() == 0:
+            description = self._description(variant)
+            stored = uncompressed(model, description)
+            if plan is not None:
+                stored = Stored(model=model, plan=plan, description=description)
+            save_stored(self.workdir / label / "model", stored, overwrite=True)
             write_json(self.workdir / label / "result.json", row)
+
+    def _description(self, variant: Variant | None) -> Description:
+        unit = None
+        if variant is not None:
+            bases = {base.name: base for base in self.experiment.variants}
+            unit = bases.get(variant.of, variant).unit_options
+        return Description(
+            arch=self.experiment.model,
+            classes=self.dataset.num_classes,
+            width=1.0 if variant is None else variant.width,
+            unit=unit,
+            preprocessing=ImagePreprocessing(
+                image_size=self.dataset.train.image_shape[0],
+                shorter_side=self.experiment.data["shorter_side"],
+                mean=self.preprocessing.mean,
+                std=self.preprocessing.std,
+            ),
+            source={"data": self.dataset.name, "seed": self.experiment.seed},
+        )
 
     def inputs(self, settings: TrainSettings, count: int) -> Iterator[jax.Array]:
         """Yield so many training batches as the network sees them, without augmentation."""

@@ -26,6 +26,7 @@ class Variant:
         of: the variant whose network is compressed; the standard one if empty.
         width: multiplier of the channels; with a method, kernels start from the leading ones.
         unit: builds the network from these units, with random weights; None for the standard.
+        unit_options: the unit's name and options, as in the config; None for the standard.
         kind: the method's or the unit's name.
     """
 
@@ -36,6 +37,7 @@ class Variant:
     of: str = ""
     width: float = 1.0
     unit: UnitFactory | None = None
+    unit_options: Mapping[str, Any] | None = None
     kind: str
 
     @property
@@ -97,6 +99,7 @@ def _variant(name: str, compression: Mapping[str, Any]) -> Variant:
         if isinstance(width, bool) or not isinstance(width, (int, float)) or width <= 0:
             raise ValueError(f"width must be a number above 0, but is {width!r}")
         if "unit" in options:
+            unit_options = dict(options)
             kind = options.pop("unit")
             unit = get_unit(kind, **options)
             return Variant(
@@ -106,6 +109,7 @@ def _variant(name: str, compression: Mapping[str, Any]) -> Variant:
                 solver="random",
                 width=float(width),
                 unit=unit,
+                unit_options=unit_options,
                 kind=kind,
             )
         solver = options.pop("solver", compression["solver"])

@@ -1,3 +1,6 @@
+import dataclasses
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +22,7 @@ def state_at(step):
     momentum = jax.tree.map(lambda a: a + step, state.opt_state)
     state = TrainState(
         step=jnp.asarray(step, jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
         params=params,
         statistics=statistics,
         opt_state=momentum,
@@ -67,7 +71,8 @@ def test_nothing_to_restore(tmp_path):
 
 def test_the_latest_comes_back_exactly_where_it_should_be(saved):
     expected = state_at(7)
-    restored = saved({5: 0.9, 7: 0.1}).restore_latest(state_at(0))
+    restored, meta = saved({5: 0.9, 7: 0.1}).restore_latest(state_at(0))
+    assert meta == {"epoch": 7}
     assert jax.tree.structure(restored) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(expected), strict=True):
         assert a.dtype == b.dtype
@@ -78,7 +83,7 @@ def test_the_latest_comes_back_exactly_where_it_should_be(saved):
 def test_the_best_is_kept_beside_the_latest(saved, tmp_path):
     checkpoints = saved({1: 0.2, 2: 0.9, 3: 0.4, 4: 0.5})
     assert best_step(checkpoints) == 2
-    assert steps_kept(tmp_path) == [2, 4]
+    assert steps_kept(tmp_path) == [2, 3, 4]
 
 
 def test_keep_says_how_many_of_the_latest(saved, tmp_path):
@@ -114,4 +119,120 @@ def test_going_on_after_opening_anew(saved, tmp_path):
     saved({1: 0.7, 2: 0.1})
     checkpoints = saved({3: 0.5, 4: 0.6})
     assert best_step(checkpoints) == 1
-    assert steps_kept(tmp_path) == [1, 4]
+    assert steps_kept(tmp_path) == [1, 3, 4]
+
+
+def test_within_an_epoch_a_checkpoint_is_never_the_best(saved):
+    checkpoints = saved({1: 0.0, 2: None, 3: None})
+    assert best_step(checkpoints) == 1
+    assert int(checkpoints.restore_latest(state_at(0))[0].step) == 3
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(saved, tmp_path):
+    saved({1: 0.5, 2: None})
+    checkpoints = saved({2: 0.9})
+    assert best_step(checkpoints) == 2
+    assert steps_kept(tmp_path) == [1, 2]
+
+
+def files_of(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def damage(path, how, generator):
+    data = bytearray(path.read_bytes())
+    if how == "deleted":
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(data[: generator.integers(len(data))])
+    else:
+        data[generator.integers(len(data))] ^= 1 << generator.integers(8)
+        path.write_bytes(data)
+
+
+def restored_step(folder):
+    """The step that is restored; its arrays are checked to be those of it."""
+    checkpoints = Checkpoints(folder)
+    try:
+        state, _ = checkpoints.restore_latest(state_at(0))
+    finally:
+        checkpoints.close()
+    step = int(state.step)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(state_at(step)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    return step
+
+
+@pytest.fixture
+def two(saved, tmp_path):
+    saved({1: 0.9, 2: 0.1})
+    return tmp_path / "checkpoints"
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "deleted"])
+def test_whatever_file_is_damaged_the_one_before_is_used_and_the_bad_one_named(
+    two, tmp_path, how, capsys
+):
+    names = [path.relative_to(two / "2") for path in files_of(two / "2")]
+    generator, silent = np.random.default_rng(0), []
+    for index, name in enumerate(names):
+        folder = shutil.copytree(two, tmp_path / f"{how}{index}" / "checkpoints")
+        damage(folder / "2" / name, how, generator)
+        step = restored_step(folder)
+        told = f"{folder / '2'} is damaged" in capsys.readouterr().err
+        assert told == (step == 1)
+        if step == 2:
+            silent.append(name.name)
+        else:
+            assert (folder.parent / "damaged" / "2").is_dir()
+    # Without its manifest a checkpoint is still verified, array by array.
+    assert set(silent) <= {"manifest.json"}
+
+
+def test_without_a_manifest_damaged_arrays_are_noticed(two, capsys):
+    (two / "2" / "manifest.json").unlink()
+    assert restored_step(two) == 2
+    data = [path for path in files_of(two / "2") if "/d/" in str(path) and "model" in str(path)]
+    for path in data:
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    assert restored_step(two) == 1
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_if_none_is_whole_the_run_says_so(two, capsys):
+    for step in ("1", "2"):
+        (two / step / "manifest.json").write_text("{}")
+    for _ in range(2):  # and again, when the damaged ones have been moved
+        checkpoints = Checkpoints(two)
+        with pytest.raises(ValueError, match=r"no checkpoint in .* is whole"):
+            checkpoints.restore_latest(state_at(0))
+        like = state_at(0)
+        with pytest.raises(ValueError, match=r"no checkpoint in .* is whole"):
+            checkpoints.restore_best_model(like.params, like.statistics)
+        checkpoints.close()
+    assert capsys.readouterr().err.count("is damaged and not used") == 2
+
+
+def test_a_damaged_best_one_gives_way_to_the_next_best(two, capsys):
+    (two / "1" / "manifest.json").write_text("{}")
+    checkpoints = Checkpoints(two)
+    assert best_step(checkpoints) == 2
+    checkpoints.close()
+    assert f"{two / '1'} is damaged" in capsys.readouterr().err
+
+
+def test_unfinished_directories_are_ignored(two):
+    shutil.copytree(two / "2", two / "3.orbax-checkpoint-tmp-1")
+    assert restored_step(two) == 2
+
+
+def test_another_network_is_told_apart_from_damage(two):
+    checkpoints = Checkpoints(two)
+    like = state_at(0)
+    other = dataclasses.replace(like, params={"head/bias": like.params["head/bias"]})
+    with pytest.raises(ValueError, match="that of another network"):
+        checkpoints.restore_latest(other)
+    checkpoints.close()
+    assert restored_step(two) == 2

@@ -7,7 +7,6 @@ from falcon_jax.training.parallel import (
     data_mesh,
     replicate,
     shard_batch,
-    shard_batches,
     shared_batch_size,
 )
 
@@ -26,11 +25,10 @@ def test_replicated_arrays_are_whole_everywhere():
 
 def test_batches_are_split_along_their_first_axis():
     batch = {"image": np.arange(32).reshape(16, 2), "label": np.arange(16)}
-    (split,) = shard_batches([batch], data_mesh())
+    split = shard_batch(batch, data_mesh())
     for name in batch:
         np.testing.assert_array_equal(split[name], batch[name])
         assert all(len(shard.data) == 2 for shard in split[name].addressable_shards)
-    assert split["image"].sharding == shard_batch(batch, data_mesh())["image"].sharding
 
 
 @pytest.mark.parametrize("size, shared", [(1, 8), (8, 8), (9, 16), (256, 256), (250, 256)])
@@ -45,5 +43,8 @@ def test_batches_that_cannot_be_shared_name_the_nearest():
     assert str(caught.value) == (
         "batch_size 100 cannot be shared evenly by 8 devices; use 96 or 104"
     )
+    check_divides("batch_size", 64, data_mesh(), accumulate=4)
+    with pytest.raises(ValueError, match=r"by 8 devices in 4 parts; use 64 or 96$"):
+        check_divides("batch_size", 72, data_mesh(), accumulate=4)
     with pytest.raises(ValueError, match=r"batch_size 3 cannot be .*; use 8$"):
         check_divides("batch_size", 3, data_mesh())

@@ -10,7 +10,7 @@ from falcon_jax.training.network import Network
 from falcon_jax.training.parallel import data_mesh
 from falcon_jax.training.step import cross_entropy
 from tests.training.steps import PLAIN, assert_same, four_steps, one_device
-from tests.training.tiny import Tiny, tiny_dataset
+from tests.training.tiny import Tiny, Touchy, tiny_dataset
 
 both = pytest.mark.parametrize("parallel", ["jit", "pmap"])
 
@@ -98,13 +98,6 @@ def test_any_process_may_ask_for_a_stop(parallel):
 
     _, metrics = four_steps(data_mesh(), change=asking, parallel={"parallel": parallel})
     assert [float(m["stop"]) for m in metrics] == [0, 0, 1, 0]
-
-
-class Touchy(Tiny):
-    """A network that cannot stand white images."""
-
-    def __call__(self, x):
-        return super().__call__(x) * jnp.where(x.mean() > 0.99, jnp.nan, 1.0)
 
 
 @both

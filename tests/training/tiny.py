@@ -35,6 +35,13 @@ class Tiny(nnx.Module):
         return self.head(self.dropout(x)).astype(jnp.float32)
 
 
+class Touchy(Tiny):
+    """A network that cannot stand white images."""
+
+    def __call__(self, x):
+        return super().__call__(x) * jnp.where(x.min() > 0.9, jnp.nan, 1.0)
+
+
 def tiny_dataset(*, validation=0.25, num_train=160, num_test=45, seed=0):
     splits = make_fake(image_size=8, seed=seed, num_train=num_train, num_test=num_test)
     train, held_out = hold_out(splits.train, validation, 0)
