@@ -9,10 +9,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
 from falcon_jax.training.config import Experiment, check_config, check_override
+from falcon_jax.training.distributed import MODES, start_distributed
 from falcon_jax.training.experiment import run_experiment
 from falcon_jax.training.interruption import STOPPED, Interruption, Stopped
 
@@ -31,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
         early and can go on, 4 after numbers that went bad.
     """
     try:
-        experiment, workdir, config = read_flags(arguments)
+        experiment, workdir, config = read_flags(arguments, join=True)
         with Interruption() as interruption:
             _, table = run_experiment(experiment, workdir, config, interruption)
     except Stopped as reason:
@@ -41,15 +43,19 @@ def main(arguments: Sequence[str]) -> int:
         return fail(error, BAD_NUMBERS)
     except (ValueError, OSError, ImportError) as error:
         return fail(error, BAD_INPUT)
-    print(table)
+    if jax.process_index() == 0:
+        print(table)
     return 0
 
 
-def read_flags(arguments: Sequence[str]) -> tuple[Experiment, pathlib.Path, dict[str, Any]]:
+def read_flags(
+    arguments: Sequence[str], *, join: bool = False
+) -> tuple[Experiment, pathlib.Path, dict[str, Any]]:
     """Read the command line and the config file that it names.
 
     Args:
         arguments: the program's name and its flags.
+        join: whether to join the other processes of the run, if there are any.
 
     Returns:
         The experiment, the folder to work in and the config as plain data.
@@ -60,6 +66,18 @@ def read_flags(arguments: Sequence[str]) -> tuple[Experiment, pathlib.Path, dict
     values = flags.FlagValues()
     workdir = flags.DEFINE_string(
         "workdir", None, "folder of checkpoints, logs and the report", flag_values=values
+    )
+    mode = flags.DEFINE_enum(
+        "distributed", "auto", MODES, "whether several processes train together", flag_values=values
+    )
+    coordinator = flags.DEFINE_string(
+        "coordinator", "", "host:port of process 0, if JAX cannot find it", flag_values=values
+    )
+    processes = flags.DEFINE_integer(
+        "processes", 0, "how many there are; with --coordinator", flag_values=values
+    )
+    process = flags.DEFINE_integer(
+        "process", -1, "number of this one, from 0; with --coordinator", flag_values=values
     )
     config = config_flags.DEFINE_config_file(
         "config",
@@ -87,6 +105,13 @@ def read_flags(arguments: Sequence[str]) -> tuple[Experiment, pathlib.Path, dict
     if config.value is None or workdir.value is None:
         raise ValueError("give --config=FILE and --workdir=FOLDER")
     experiment = check_config(config.value)
+    if join:
+        start_distributed(
+            mode.value,
+            coordinator=coordinator.value,
+            processes=processes.value,
+            process=process.value,
+        )
     return experiment, pathlib.Path(workdir.value), config.value.to_dict()
 
 

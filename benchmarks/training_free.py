@@ -77,8 +77,10 @@ def main(arguments: Sequence[str]) -> int:
     options, rest = parser.parse_known_args(arguments[1:])
     try:
         _, workdir, config = train.read_flags([arguments[0], *rest])
-        setting = _setting(config, workdir)
-        rows = list(measured(setting))
+        alone: Any = ConfigDict(dict(config))
+        alone.compression.variants = {}
+        with begin(check_config(alone), workdir, alone.to_dict()) as setting:
+            rows = list(measured(setting))
     except FloatingPointError as error:
         return train.fail(error, train.BAD_NUMBERS)
     except (ValueError, OSError, ImportError) as error:
@@ -87,12 +89,6 @@ def main(arguments: Sequence[str]) -> int:
     _write(options.out or workdir, rows, command)
     print(format_table(rows, COLUMNS))
     return 0
-
-
-def _setting(config: Mapping[str, Any], workdir: pathlib.Path) -> Setting:
-    alone: Any = ConfigDict(dict(config))
-    alone.compression.variants = {}
-    return begin(check_config(alone), workdir, alone.to_dict())
 
 
 def measured(setting: Setting) -> Iterator[dict[str, Any]]:

@@ -34,10 +34,13 @@ def write_manifest(directory: pathlib.Path) -> None:
     files = {
         path.relative_to(directory).as_posix(): _file_digest(path)
         for path in sorted(directory.rglob("*"))
-        if path.is_file()
+        if path.is_file() and path.name not in (MANIFEST, f".{MANIFEST}")
     }
     content = {"files": files, "sha256": data_digest(files)}
-    (directory / MANIFEST).write_text(json.dumps(content, indent=1))
+    # Whole or not at all: half a manifest would make its directory look damaged.
+    unfinished = directory / f".{MANIFEST}"
+    unfinished.write_text(json.dumps(content, indent=1))
+    unfinished.replace(directory / MANIFEST)
 
 
 def check_manifest(directory: pathlib.Path) -> None:

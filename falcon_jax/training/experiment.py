@@ -1,7 +1,8 @@
 """A whole experiment: train a network, compress it in several ways, fine-tune, report."""
 
+import contextlib
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,7 +21,6 @@ from falcon_jax.compression import (
 from falcon_jax.data.loading import check_augmentation, load_dataset
 from falcon_jax.methods import ResponseMethod
 from falcon_jax.models.stored import is_stored, read_description
-from falcon_jax.report.experiment import write_report
 from falcon_jax.training.config import Experiment
 from falcon_jax.training.interruption import Interruption
 from falcon_jax.training.loop import train
@@ -63,8 +63,8 @@ def run_experiment(
         FloatingPointError: if losses or gradients are not finite.
         Stopped: if the run was asked to stop, or a checkpoint could not be saved.
     """
-    with locked(workdir):
-        return _run(begin(experiment, workdir, config, interruption))
+    with begin(experiment, workdir, config, interruption) as setting:
+        return _run(setting)
 
 
 def _run(setting: Setting) -> tuple[list[Row], str]:
@@ -83,16 +83,17 @@ def _run(setting: Setting) -> tuple[list[Row], str]:
     for row in rows:
         row["params_ratio"] = standard.params / row["params"]
         row["mult_adds_ratio"] = standard.mult_adds / row["mult_adds"]
-    return rows, write_report(rows, setting.workdir)
+    return rows, setting.write_report(rows)
 
 
+@contextlib.contextmanager
 def begin(
     experiment: Experiment,
     workdir: pathlib.Path,
     config: Mapping[str, Any],
     interruption: Interruption | None = None,
-) -> Setting:
-    """Load the data of an experiment and claim its folder.
+) -> Iterator[Setting]:
+    """Load the data of an experiment and claim its folder, for as long as the context lasts.
 
     Args:
         experiment: what to do.
@@ -100,28 +101,31 @@ def begin(
         config: the config that ``experiment`` was made from.
         interruption: tells when to stop early; None for never.
 
+    Yields:
+        What the stages share.
+
     Raises:
         ValueError: if the data or the devices do not fit, or ``workdir`` holds another experiment.
         OSError: if files are missing or cannot be written.
     """
     dataset = load_dataset(**experiment.data)
     check_augmentation(dataset, experiment.augmentation)
-    workdir.mkdir(parents=True, exist_ok=True)
-    claim_workdir(workdir, config)
     mean, std = dataset.mean, dataset.std
     if is_stored(experiment.start):
         # A network goes on with images as it knows them.
         known = read_description(experiment.start).preprocessing
         mean, std = known.mean, known.std
-    return Setting(
-        experiment=experiment,
-        workdir=workdir,
-        config=config,
-        dataset=dataset,
-        preprocessing=Preprocessing(mean=mean, std=std, augmentation=experiment.augmentation),
-        mesh=data_mesh(),
-        interruption=interruption or Interruption(),
-    )
+    with locked(workdir):
+        claim_workdir(workdir, config)
+        yield Setting(
+            experiment=experiment,
+            workdir=workdir,
+            config=config,
+            dataset=dataset,
+            preprocessing=Preprocessing(mean=mean, std=std, augmentation=experiment.augmentation),
+            mesh=data_mesh(),
+            interruption=interruption or Interruption(),
+        )
 
 
 def trained_model(setting: Setting) -> nnx.Module:
@@ -177,10 +181,7 @@ def _compressed(setting: Setting, variant: Variant, params: Arrays, statistics: 
     experiment = setting.experiment
     source = _source(setting, variant, params, statistics)
     plan = make_plan(source, variant.rules, setting.sample(1), solver=variant.solver)
-    directory = setting.workdir / variant.name
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "plan.txt").write_text(f"{plan}\n")
-    plan.save(directory / "plan.json")
+    setting.write_plan(variant.name, plan)
     model = compress(source, plan, key=jax.random.key(experiment.seed))
     if variant.solver != "random":
         model = _fitted_to_data(setting, source, model, plan)

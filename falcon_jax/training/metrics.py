@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 import jax
 
+from falcon_jax.report.writing import write_whole
+
 
 class MetricsLog:
     """Writes metrics to ``metrics.jsonl`` and, if asked, to TensorBoard event files.
@@ -71,4 +73,4 @@ class MetricsLog:
                     kept.append(line.rstrip("\n") + "\n")
             except (ValueError, KeyError, TypeError):
                 continue  # a line cut short when the run was killed
-        self._path.write_text("".join(kept))
+        write_whole(self._path, "".join(kept).encode())

@@ -22,7 +22,10 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
         tree: of arrays, the same in every process.
         mesh: the devices.
     """
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    # From the host, as devices of other processes cannot be reached from ours.
+    leaves, structure = jax.tree.flatten(tree)
+    whole = jax.device_put(jax.device_get(leaves), NamedSharding(mesh, PartitionSpec()))
+    return jax.tree.unflatten(structure, whole)
 
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

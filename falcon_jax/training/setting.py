@@ -28,6 +28,7 @@ from falcon_jax.models.stored import (
     uncompressed,
 )
 from falcon_jax.models.units import UnitFactory, standard_unit
+from falcon_jax.report.experiment import write_report
 from falcon_jax.report.table import write_json
 from falcon_jax.training.checkpoints import Checkpoints
 from falcon_jax.training.config import Experiment
@@ -149,6 +150,20 @@ class Setting:
         if self.experiment.log.progress and jax.process_index() == 0:
             print(f"{folder.name}: finished already", file=sys.stderr)
         return json.loads(path.read_text())
+
+    def write_plan(self, label: str, plan: Plan) -> None:
+        """Write the plan of a stage, to be read and to be used."""
+        if jax.process_index() == 0:
+            directory = self.workdir / label
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / "plan.txt").write_text(f"{plan}\n")
+            plan.save(directory / "plan.json")
+
+    def write_report(self, rows: list[Row]) -> str:
+        """Write the report of the stages and return its table."""
+        if jax.process_index() > 0:
+            return ""
+        return write_report(rows, self.workdir)
 
     def stored(self, path: str) -> tuple[Arrays, Arrays]:
         """Return parameters and statistics of a stored model that is not compressed."""

@@ -34,6 +34,7 @@ class Watch:
     """Adds up metrics, stops a run whose numbers go bad, and hears of requests to stop.
 
     Attributes:
+        label: of the run.
         stop: whether a process of the run was asked to stop.
 
     Args:
@@ -44,6 +45,7 @@ class Watch:
     """
 
     def __init__(self, run: Run, epoch: int, sums: EpochSums, *, skipped: int):
+        self.label = run.label
         self.stop = False
         self._run = run
         self._epoch = epoch
@@ -98,7 +100,7 @@ class Watch:
         allowed = self._run.settings.skip_nonfinite
         if self._skipped > allowed:
             raise FloatingPointError(
-                f"{self._run.label}: loss {values['loss']}, gradient norm "
+                f"{self.label}: loss {values['loss']}, gradient norm "
                 f"{values['gradient_norm']} at step {step} in epoch {self._epoch}; {path} has the "
                 "batch's indices, the last checkpoint is kept. Try a lower learning_rate, "
                 f"warmup_epochs, or skip_nonfinite above {allowed} to skip such steps"

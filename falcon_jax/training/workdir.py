@@ -53,13 +53,14 @@ def claim_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
     """Keep the config of an experiment in its folder, or compare it with the one kept there.
 
     Args:
-        workdir: the folder.
+        workdir: made if missing.
         config: plain data.
 
     Raises:
         ValueError: if the folder holds another experiment, listing the fields that differ.
         OSError: if the folder cannot be written to.
     """
+    workdir.mkdir(parents=True, exist_ok=True)
     path = workdir / "config.json"
     config = json.loads(json.dumps(config))
     if path.exists():

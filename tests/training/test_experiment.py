@@ -130,11 +130,11 @@ def test_all_files_are_there(finished):
     plots = {"accuracy_vs_params.png", "accuracy_vs_mult_adds.png"}
     stages = {"standard", "falcon_k1", "unfitted"}
     found = {path.name for path in workdir.iterdir()}
-    assert found == reports | plots | stages | {"config.json"}
+    assert found == reports | plots | stages | {"config.json", ".lock"}
     for stage in stages:
         names = {path.name for path in (workdir / stage).iterdir()}
         plan = set() if stage == "standard" else {"plan.txt", "plan.json"}
-        assert names == {"checkpoints", "metrics.jsonl", "result.json"} | plan
+        assert names == {"checkpoints", "metrics.jsonl", "model", "result.json"} | plan
     assert (workdir / "report.txt").read_text() == table + "\n"
     report = json.loads((workdir / "report.json").read_text())
     assert [row["label"] for row in report] == [row["label"] for row in rows]

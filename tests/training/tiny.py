@@ -6,6 +6,7 @@ from flax import nnx
 
 from falcon_jax.data.dataset import Dataset, channel_statistics, hold_out
 from falcon_jax.data.fake import make_fake
+from falcon_jax.training.interruption import Interruption
 from falcon_jax.training.parallel import data_mesh
 from falcon_jax.training.run import LogSettings, Run
 from falcon_jax.training.settings import TrainSettings
@@ -57,7 +58,17 @@ def tiny_dataset(*, validation=0.25, num_train=160, num_test=45, seed=0):
     )
 
 
-def tiny_run(directory, *, dataset=None, augmentation=None, mesh=None, log=QUIET, **settings):
+def tiny_run(
+    directory,
+    *,
+    dataset=None,
+    augmentation=None,
+    mesh=None,
+    log=QUIET,
+    every_steps=0,
+    interruption=None,
+    **settings,
+):
     dataset = tiny_dataset() if dataset is None else dataset
     options = {} if augmentation is None else {"augmentation": augmentation}
     chosen = {"epochs": 3, "batch_size": 40, "boundaries": (2.0,), "learning_rate": 0.05}
@@ -69,6 +80,8 @@ def tiny_run(directory, *, dataset=None, augmentation=None, mesh=None, log=QUIET
         settings=TrainSettings(**(chosen | settings)),
         log=log,
         keep=1,
+        every_steps=every_steps,
+        interruption=Interruption() if interruption is None else interruption,
         seed=3,
         mesh=data_mesh() if mesh is None else mesh,
         meta={"model": "tiny"},
