@@ -11,22 +11,25 @@ from typing import Any
 
 import numpy as np
 
-from falcon_jax.data.dataset import Split
+from falcon_jax.data.dataset import AnySplit, Split
 from falcon_jax.data.source import SourceOptions, SourceSplits
+from falcon_jax.data.tfds_records import stream_split
 
 _NAME = re.compile(r"(?P<path>\w+(/[\w.-]+)?)(:(?P<version>\d+\.\d+\.\d+))?")
+_WITHOUT_TEST_LABELS = "imagenet2012"
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
 def load_tfds(options: SourceOptions) -> SourceSplits:
     """Loads a prepared data set that has the features "image" and "label" (a class label).
 
-    Reads the splits "train" and "test", and "validation" where there is one. All images must
-    have one size, since they are held in memory as one array.
+    Reads the splits "train" and "test", and "validation" where there is one. A data set that
+    gives its images one size is held in memory; one whose images vary in size is streamed. The
+    test images of imagenet2012 have no labels: its validation split is the test split.
 
     Args:
         options: name as TFDS has it ("cifar10", "name/config", "name:1.0.0"); data_dir as TFDS
-            has it, by default TFDS_DATA_DIR or ~/tensorflow_datasets.
+            has it, by default TFDS_DATA_DIR or ~/tensorflow_datasets; and how to stream.
 
     Returns:
         the splits.
@@ -47,18 +50,27 @@ def load_tfds(options: SourceOptions) -> SourceSplits:
             f'{directory} has the features {", ".join(sorted(features))}; needed are "image" and '
             '"label" (a class label)'
         )
-    absent = [split for split in ("train", "test") if split not in builder.info.splits]
+    has_test = not builder.info.name.startswith(_WITHOUT_TEST_LABELS)
+    test = "test" if has_test else "validation"
+    absent = [split for split in ("train", test) if split not in builder.info.splits]
     if absent:
         raise ValueError(
             f"{directory} has no split {absent[0]!r}, only {', '.join(sorted(builder.info.splits))}"
         )
-    has_validation = "validation" in builder.info.splits
+    has_validation = has_test and "validation" in builder.info.splits
+    varied = None in features["image"].shape
+
+    def read(split: str) -> AnySplit:
+        if varied:
+            return stream_split(directory, split, num_classes, options.stream)
+        return _read_split(builder, split, directory)
+
     return SourceSplits(
         name=options.name,
         num_classes=num_classes,
-        train=_read_split(builder, "train", directory),
-        test=_read_split(builder, "test", directory),
-        validation=_read_split(builder, "validation", directory) if has_validation else None,
+        train=read("train"),
+        test=read(test),
+        validation=read("validation") if has_validation else None,
     )
 
 
