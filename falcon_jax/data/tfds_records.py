@@ -148,7 +148,7 @@ def _state(directory: Path, split: str) -> str:
 
 def _kept_labels(path: Path, state: str) -> Int32[np.ndarray, "n"] | None:
     try:
-        with np.load(path, allow_pickle=False) as kept:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as kept:
             labels = kept["labels"]
             if str(kept["state"]) == state and labels.ndim == 1 and labels.dtype == np.int32:
                 return labels
