@@ -12,7 +12,8 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
-from falcon_jax.data.tfds import import_tfds, prepared_directory, tfds_directory
+from falcon_jax.data.tfds import prepared_directory, tfds_directory
+from falcon_jax.data.tfds_opening import import_tfds
 
 _PROBE_SECONDS = 10
 

@@ -6,13 +6,13 @@ import json
 import os
 import re
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from falcon_jax.data.dataset import AnySplit, Split
 from falcon_jax.data.source import SourceOptions, SourceSplits
+from falcon_jax.data.tfds_opening import check_records, open_builder, reason
 from falcon_jax.data.tfds_records import stream_split
 
 _NAME = re.compile(r"(?P<path>\w+(/[\w.-]+)?)(:(?P<version>\d+\.\d+\.\d+))?")
@@ -40,9 +40,7 @@ def load_tfds(options: SourceOptions) -> SourceSplits:
         ValueError: if the name or the data set is not as it should be.
     """
     directory = prepared_directory(options.name, options.data_dir)
-    tfds = import_tfds()
-    # From the directory and not by name: looked up by name, an unprepared data set goes to the net.
-    builder = tfds.builder_from_directory(directory)
+    builder = open_builder(directory)
     features = dict(builder.info.features)
     num_classes = getattr(features.get("label"), "num_classes", None)
     if "image" not in features or num_classes is None:
@@ -58,9 +56,12 @@ def load_tfds(options: SourceOptions) -> SourceSplits:
             f"{directory} has no split {absent[0]!r}, only {', '.join(sorted(builder.info.splits))}"
         )
     has_validation = has_test and "validation" in builder.info.splits
-    varied = None in features["image"].shape
+    varied = None in (features["image"].shape or ())
+    if varied and type(features["image"]).__name__ != "Image":
+        raise ValueError(f'{directory}: the feature "image" is no image: {features["image"]}')
 
     def read(split: str) -> AnySplit:
+        check_records(builder, split, directory)
         if varied:
             return stream_split(directory, split, num_classes, options.stream)
         return _read_split(builder, split, directory)
@@ -72,25 +73,6 @@ def load_tfds(options: SourceOptions) -> SourceSplits:
         test=read(test),
         validation=read("validation") if has_validation else None,
     )
-
-
-def import_tfds() -> ModuleType:
-    """Imports tensorflow_datasets.
-
-    Returns:
-        the package.
-
-    Raises:
-        ImportError: if it, or something it needs, is not installed.
-    """
-    try:
-        import tensorflow_datasets
-    except ImportError as error:
-        raise ImportError(
-            f'the source "tfds" needs tensorflow-datasets ({error}): '
-            'pip install "falcon-jax[train]"'
-        ) from error
-    return tensorflow_datasets
 
 
 def tfds_directory(data_dir: str) -> Path:
@@ -190,8 +172,7 @@ def _read_split(builder: Any, split: str, directory: Path) -> Split:
             images[index] = image
             labels[index] = record["label"]
     except Exception as error:  # a damaged file or image raises anything, from several libraries
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"{directory}: image {index} of split {split} cannot be read: {reason}"
+            f"{directory}: image {index} of split {split} cannot be read: {reason(error)}"
         ) from error
     return Split(images=images, labels=labels)

@@ -8,7 +8,6 @@ import os
 import tempfile
 import threading
 import zipfile
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from jaxtyping import Int32
 
 from falcon_jax.data.decoding import header_problem
 from falcon_jax.data.streamed import StreamedSplit, StreamSettings, leave_out_broken
+from falcon_jax.data.tfds_opening import import_tfds, open_builder, reason
 
 _THREADS = 16
 _AT_ONCE = 64  # records a thread asks for
@@ -47,10 +47,8 @@ class TfdsRecords:
         """The data source of TFDS, with images left encoded."""
         with self._lock:
             if self._source is None:
-                import tensorflow_datasets as tfds
-
-                builder: Any = tfds.builder_from_directory(self.directory)
-                self._source = builder.as_data_source(
+                tfds = import_tfds()
+                self._source = open_builder(self.directory).as_data_source(
                     split=self.split, decoders={"image": tfds.decode.SkipDecoding()}
                 )
         return self._source
@@ -106,18 +104,15 @@ def stream_split(
 
 
 def _scan(records: TfdsRecords) -> tuple[Int32[np.ndarray, "n"], dict[int, str]]:
-    try:
-        count = len(records.source)
-    except Exception as error:  # array_record raises RuntimeError and others
-        raise _unreadable(records.name(0), error) from error
+    count = len(records.source)
     labels = np.zeros(count, np.int32)
 
     def scan(start: int) -> dict[int, str]:
         positions = range(start, min(start + _AT_ONCE, count))
         problems = {}
-        for position, record in zip(positions, _records(records, positions), strict=True):
-            labels[position] = record["label"]
-            problem = header_problem(record["image"])
+        for position, (image, label) in zip(positions, _read(records, positions), strict=True):
+            labels[position] = label
+            problem = header_problem(image)
             if problem is not None:
                 problems[position] = problem
         return problems
@@ -127,16 +122,14 @@ def _scan(records: TfdsRecords) -> tuple[Int32[np.ndarray, "n"], dict[int, str]]
     return labels, {i: problem for problems in found for i, problem in problems.items()}
 
 
-def _records(records: TfdsRecords, positions: range) -> Sequence[Any]:
+def _read(records: TfdsRecords, positions: range) -> list[tuple[bytes, int]]:
     try:
-        return records.source.__getitems__(list(positions))
-    except Exception as error:
-        raise _unreadable(records.name(positions.start), error) from error
-
-
-def _unreadable(name: str, error: Exception) -> ValueError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return ValueError(f"{name}, or one after it, cannot be read: {reason}")
+        found = records.source.__getitems__(list(positions))
+        return [(bytes(record["image"]), int(record["label"])) for record in found]
+    except Exception as error:  # RuntimeError, protobuf's DecodeError, and others
+        raise ValueError(
+            f"{records.name(positions.start)}, or one soon after, cannot be read: {reason(error)}"
+        ) from error
 
 
 def _state(directory: Path, split: str) -> str:

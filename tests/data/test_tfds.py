@@ -83,11 +83,11 @@ def test_unprepared_fails_at_once_and_says_what_to_run(tmp_path):
     assert time.monotonic() - start < 1.0
 
 
-def test_damaged_record_is_named(tmp_path):
+def test_damaged_file_is_named(tmp_path):
     prepare(tiny_tfds.TinySet, tmp_path)
     [path] = tmp_path.glob("tiny_set/*/*-test.array_record*")
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"tiny_set/1\.2\.0: image 0 of split test cannot be read"):
+    with pytest.raises(ValueError, match=r"test\.array_record-.* is missing or damaged"):
         load("tiny_set", tmp_path)
 
 

@@ -1,7 +1,6 @@
 import io
 import logging
 import pickle
-import time
 
 import numpy as np
 import pytest
@@ -135,12 +134,13 @@ def test_labels_out_of_range_are_told(tmp_path):
             load("tiny_bad_label", tmp_path)
 
 
-def test_damaged_files_are_told(tmp_path):
+def test_damaged_records_are_told(tmp_path):
     prepare(tiny_tfds.TinyRagged, tmp_path)
     [path] = tmp_path.glob("tiny_ragged/*/*-test.array_record*")
-    path.write_bytes(path.read_bytes()[:200])
-    start = time.monotonic()
-    with pytest.raises(ValueError, match=r"image 0 of split test.* cannot be read: ") as caught:
+    content = path.read_bytes()
+    at = content.index(b"PNG")
+    path.write_bytes(content[:at] + b"JNG" + content[at + 3 :])
+    told = r"tiny_ragged/1\.2\.0: image 0 of split test, or one soon after, cannot be read: "
+    with pytest.raises(ValueError, match=told) as caught:
         load("tiny_ragged", tmp_path)
     assert "\n" not in str(caught.value)
-    assert time.monotonic() - start < 60
