@@ -1,7 +1,7 @@
 """Images a second read from a folder and cropped at random, beside PIL in a loop and torchvision.
 
-All read the same JPEG files, made up and in the page cache, and give uint8 images of 224x224 pixels.
-A pass is a whole epoch, the start of its workers included.
+All read the same made-up JPEG files, which lie in the page cache, and give uint8 images of 224x224
+pixels. What is timed is a whole epoch, the start of its workers included.
 
 python -m benchmarks.folder_pipeline --out results/folder_pipeline.json
 """
@@ -188,6 +188,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--side", type=int, default=400, help="mean height and width, pixels")
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--repeats", type=int, default=5, help="epochs that are timed")
     settings = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -196,10 +197,10 @@ def main() -> None:
         )
         sizes = [path.stat().st_size for path in folder.glob("train/*/*")]
         pipelines = {BASELINE: pil_loop(folder, settings.batch_size)}
-        for workers in (0, 1, 2):
-            told = f"{workers} workers" if workers else "threads"
+        for workers in settings.workers:
+            told = f"{workers} workers" if workers else "0 workers (threads)"
             pipelines[f"falcon_jax, {told}"] = ours(folder, settings.batch_size, workers)
-        for workers in (0, 1, 2):
+        for workers in settings.workers:
             name = f"torchvision and DataLoader, {workers} workers"
             pipelines[name] = torchvisions(folder, settings.batch_size, workers)
         rows = measure(pipelines, settings.repeats)
