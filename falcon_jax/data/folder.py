@@ -113,7 +113,7 @@ def _load_split(folder: Path, classes: Sequence[str], options: SourceOptions) ->
     labels: list[int] = []
     for label, name in enumerate(classes):
         files = sorted(_files(folder / name))
-        paths += [os.fsencode(os.path.relpath(file, folder)) for file in files]
+        paths += [os.fsencode(file[len(str(folder)) + 1 :]) for file in files]
         labels += [label] * len(files)
     if not paths:
         raise ValueError(f"the class folders of {folder} are empty")

@@ -206,7 +206,9 @@ class StreamedSplit:
                 _log.warning(
                     "%s cannot be read: %s; left out, %d so far", name, reason, len(self.skipped)
                 )
-        if len(unreadable) >= len(self):
+        if len(self.skipped) >= len(self) and all(
+            self.records.name(position) in self.skipped for position in self.positions.tolist()
+        ):
             raise ValueError(f"none of the {len(self)} images of a split can be read")
 
     def _decode(self, position: int) -> Image.Image:
