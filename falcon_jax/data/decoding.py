@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +77,13 @@ def header_problem(source: Path | bytes) -> str | None:
     """
     size = None
     try:
-        size = source.stat().st_size if isinstance(source, Path) else len(source)
+        if isinstance(source, Path):
+            status = source.stat()
+            if not stat.S_ISREG(status.st_mode):
+                return "it is no file"  # opening a pipe would wait for ever
+            size = status.st_size
+        else:
+            size = len(source)
         stream = source if isinstance(source, Path) else io.BytesIO(source)
         with Image.open(stream, formats=FORMATS) as image:
             return None if min(image.size) > 0 else "it has no pixels"

@@ -139,9 +139,13 @@ def _visible_folders(folder: Path) -> list[str]:
 
 
 def _files(folder: Path) -> Iterable[str]:
-    for directory, below, names in os.walk(folder, followlinks=True):
+    for directory, below, names in os.walk(folder, followlinks=True, onerror=_fail):
         below[:] = [name for name in below if name[0] != "."]
         yield from (os.path.join(directory, name) for name in names if name[0] != ".")
+
+
+def _fail(error: OSError) -> None:
+    raise error  # os.walk would pass over a folder that cannot be read
 
 
 def _some(names: Iterable[str]) -> str:
