@@ -17,6 +17,8 @@ import numpy as np
 from jaxtyping import Float64, UInt8
 from PIL import Image, UnidentifiedImageError
 
+from falcon_jax.data.messages import one_line
+
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 
 AREA = (0.08, 1.0)  # share of the image that a random crop covers
@@ -185,4 +187,4 @@ def _reason(error: Exception, size: int | None) -> str:
         return "it is empty"
     if isinstance(error, UnidentifiedImageError):
         return f"it is none of {', '.join(FORMATS)}"
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error)

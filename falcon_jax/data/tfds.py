@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from falcon_jax.data.dataset import AnySplit, Split
+from falcon_jax.data.messages import one_line
 from falcon_jax.data.source import SourceOptions, SourceSplits
-from falcon_jax.data.tfds_opening import check_records, open_builder, reason
+from falcon_jax.data.tfds_opening import check_records, open_builder
 from falcon_jax.data.tfds_records import stream_split
 
 _NAME = re.compile(r"(?P<path>\w+(/[\w.-]+)?)(:(?P<version>\d+\.\d+\.\d+))?")
@@ -173,6 +174,6 @@ def _read_split(builder: Any, split: str, directory: Path) -> Split:
             labels[index] = record["label"]
     except Exception as error:  # a damaged file or image raises anything, from several libraries
         raise ValueError(
-            f"{directory}: image {index} of split {split} cannot be read: {reason(error)}"
+            f"{directory}: image {index} of split {split} cannot be read: {one_line(error)}"
         ) from error
     return Split(images=images, labels=labels)

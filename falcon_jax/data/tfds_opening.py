@@ -6,6 +6,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from falcon_jax.data.messages import one_line
+
 
 def import_tfds() -> ModuleType:
     """Imports tensorflow_datasets.
@@ -46,7 +48,7 @@ def open_builder(directory: Path) -> Any:
         return tfds.builder_from_directory(directory)
     except Exception as error:  # protobuf's ParseError, JSONDecodeError, KeyError and others
         raise ValueError(
-            f"{directory}: dataset_info.json or features.json is damaged: {reason(error)}"
+            f"{directory}: dataset_info.json or features.json is damaged: {one_line(error)}"
         ) from error
 
 
@@ -74,21 +76,9 @@ def check_records(builder: Any, split: str, directory: Path) -> None:
             found = reader.num_records()
             reader.close()
         except Exception as error:  # RuntimeError and others, from C++
-            raise ValueError(f"{path} is missing or damaged: {reason(error)}") from error
+            raise ValueError(f"{path} is missing or damaged: {one_line(error)}") from error
         if found != expected:
             raise ValueError(
                 f"{path} holds {found} records, but dataset_info.json says {expected}; one of the "
                 "two is damaged"
             )
-
-
-def reason(error: Exception) -> str:
-    """Returns what an error says, on one line.
-
-    Args:
-        error: the error.
-
-    Returns:
-        its message, or the name of its kind if it has none.
-    """
-    return " ".join(str(error).split()) or type(error).__name__
