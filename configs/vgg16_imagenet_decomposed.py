@@ -6,7 +6,7 @@ SD+ND 4.16G, CD+ND 4.73G, CD+SD 4.32G; published (arXiv 1808.05517): 8.61G, 7.20
 
 Data: python -m falcon_jax prepare --name=imagenet2012
 Command: python train.py --config=configs/vgg16_imagenet_decomposed.py --workdir=runs/vgg16
-Machine: one GPU, and 250 GB of memory, since the data set is held there
+Machine: one GPU
 Run time: not yet run
 Expected score: not yet run
 """
@@ -23,7 +23,6 @@ def get_config() -> ConfigDict:
     config: Any = default_config()
     config.model.name = "vgg16"
     config.data.update({"source": "tfds", "name": "imagenet2012", "image_size": 224})
-    config.data.augmentation.update({"crop_padding": 16, "flip": True})
     config.train.update({"epochs": 90, "learning_rate": 0.01, "boundaries": (30.0, 60.0)})
     config.finetune.epochs = 0
     first = ("features/0", None)

@@ -67,6 +67,7 @@ def test_bad_input_leaves_no_folder_behind(told, tmp_path):
             "--config.model.name=vgg8cifar",
             ["config.model.name: there is no 'vgg8cifar'", "did you mean 'vgg8_cifar'?"],
         ),
+        ("--config.data.source=folder", ['the source "folder" needs data_dir']),
         (
             "--config.data.source=digit",
             ["config.data.source: there is no 'digit'", "digits, idx, tfds, fake"],

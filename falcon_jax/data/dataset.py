@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 from jaxtyping import Float64, Int, Int32, Int64, UInt8
@@ -129,30 +130,46 @@ class Dataset:
     std: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        shape = self.train.image_shape
         splits = {"train": self.train, "validation": self.validation, "test": self.test}
-        for split_name, split in splits.items():
-            if split is None:
-                continue
-            if split.image_shape != shape:
-                raise ValueError(
-                    f"{self.name}: images of split {split_name} are {split.image_shape} "
-                    f"(h, w, c) but those of split train are {shape}"
-                )
-            if split.labels.max() >= self.num_classes:
-                raise ValueError(
-                    f"{self.name}: split {split_name} has label {split.labels.max()}, but with "
-                    f"{self.num_classes} classes labels run from 0 to {self.num_classes - 1}"
-                )
-        if not len(self.mean) == len(self.std) == shape[-1]:
+        check_splits(self.name, self.num_classes, splits)
+        channels = self.train.image_shape[-1]
+        if not len(self.mean) == len(self.std) == channels:
             raise ValueError(
-                f"{self.name}: mean and std need one value for each of {shape[-1]} channels, "
+                f"{self.name}: mean and std need one value for each of {channels} channels, "
                 f"but have {len(self.mean)} and {len(self.std)}"
             )
         if not min(self.std) > 0:
             raise ValueError(
                 f"{self.name}: std is {self.std}, so a channel of the training images is "
                 "constant and cannot be normalised"
+            )
+
+
+def check_splits(name: str, num_classes: int, splits: Mapping[str, AnySplit | None]) -> None:
+    """Raise unless all splits have images of one shape and labels within the classes.
+
+    Args:
+        name: of the data set, for messages.
+        num_classes: number of classes.
+        splits: the splits, or None, by name; one is "train".
+
+    Raises:
+        ValueError: naming the split, and what is wrong with it.
+    """
+    train = splits["train"]
+    assert train is not None
+    for split_name, split in splits.items():
+        if split is None:
+            continue
+        if split.image_shape != train.image_shape:
+            raise ValueError(
+                f"{name}: images of split {split_name} are {split.image_shape} (h, w, c) but those "
+                f"of split train are {train.image_shape}"
+            )
+        if split.labels.max() >= num_classes:
+            raise ValueError(
+                f"{name}: split {split_name} has label {split.labels.max()}, but with "
+                f"{num_classes} classes labels run from 0 to {num_classes - 1}"
             )
 
 

@@ -10,11 +10,14 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+import stat
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float64, UInt8
 from PIL import Image, UnidentifiedImageError
+
+from falcon_jax.data.messages import one_line
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 
@@ -76,7 +79,13 @@ def header_problem(source: Path | bytes) -> str | None:
     """
     size = None
     try:
-        size = source.stat().st_size if isinstance(source, Path) else len(source)
+        if isinstance(source, Path):
+            status = source.stat()
+            if not stat.S_ISREG(status.st_mode):
+                return "it is no file"  # opening a pipe would wait for ever
+            size = status.st_size
+        else:
+            size = len(source)
         stream = source if isinstance(source, Path) else io.BytesIO(source)
         with Image.open(stream, formats=FORMATS) as image:
             return None if min(image.size) > 0 else "it has no pixels"
@@ -178,4 +187,4 @@ def _reason(error: Exception, size: int | None) -> str:
         return "it is empty"
     if isinstance(error, UnidentifiedImageError):
         return f"it is none of {', '.join(FORMATS)}"
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error)

@@ -12,10 +12,10 @@ import numpy as np
 from jaxtyping import Shaped
 
 from falcon_jax.data.decoding import header_problem
+from falcon_jax.data.messages import some_of
 from falcon_jax.data.source import SourceOptions, SourceSplits
 from falcon_jax.data.streamed import StreamedSplit, leave_out_broken
 
-_LISTED = 3  # names in a message
 _CHECKING_THREADS = 16
 
 
@@ -83,7 +83,7 @@ def load_folder(options: SourceOptions) -> SourceSplits:
     train, *others = (_load_split(root / part, classes, options) for part in parts)
     absent = np.setdiff1d(np.arange(len(classes)), train.labels)
     if len(absent):
-        raise ValueError(f"{root / 'train'} has no image in {_some(classes[i] for i in absent)}")
+        raise ValueError(f"{root / 'train'} has no image in {some_of(classes[i] for i in absent)}")
     return SourceSplits(
         name=options.name or root.resolve().name,
         num_classes=len(classes),
@@ -103,8 +103,8 @@ def _check_classes(folder: Path, classes: Sequence[str]) -> None:
     ):
         if lacking:
             raise ValueError(
-                f"{one} has class folders that {other}/ does not have: {_some(lacking)}; both need "
-                "the same"
+                f"{one} has class folders that {other}/ does not have: {some_of(lacking)}; both "
+                "need the same"
             )
 
 
@@ -113,7 +113,7 @@ def _load_split(folder: Path, classes: Sequence[str], options: SourceOptions) ->
     labels: list[int] = []
     for label, name in enumerate(classes):
         files = sorted(_files(folder / name))
-        paths += [os.fsencode(os.path.relpath(file, folder)) for file in files]
+        paths += [os.fsencode(file[len(str(folder)) + 1 :]) for file in files]
         labels += [label] * len(files)
     if not paths:
         raise ValueError(f"the class folders of {folder} are empty")
@@ -139,12 +139,10 @@ def _visible_folders(folder: Path) -> list[str]:
 
 
 def _files(folder: Path) -> Iterable[str]:
-    for directory, below, names in os.walk(folder, followlinks=True):
+    for directory, below, names in os.walk(folder, followlinks=True, onerror=_fail):
         below[:] = [name for name in below if name[0] != "."]
         yield from (os.path.join(directory, name) for name in names if name[0] != ".")
 
 
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
+def _fail(error: OSError) -> None:
+    raise error  # os.walk would pass over a folder that cannot be read

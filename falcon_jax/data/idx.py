@@ -61,6 +61,11 @@ def load_idx(options: SourceOptions) -> SourceSplits:
             f"{directory}: a test label is {test.labels.max()} but training labels go up to "
             f"{num_classes - 1}"
         )
+    if test.image_shape != train.image_shape:
+        raise ValueError(
+            f"{directory}: the images of t10k-images-idx3-ubyte are {test.image_shape} (h, w, c), "
+            f"but those of train-images-idx3-ubyte {train.image_shape}"
+        )
     name = options.name or directory.resolve().name
     return SourceSplits(name=name, num_classes=num_classes, train=train, test=test)
 

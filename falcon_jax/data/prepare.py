@@ -12,7 +12,9 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
-from falcon_jax.data.tfds import import_tfds, prepared_directory, tfds_directory
+from falcon_jax.data.messages import one_line
+from falcon_jax.data.tfds import prepared_directory, tfds_directory
+from falcon_jax.data.tfds_opening import import_tfds
 
 _PROBE_SECONDS = 10
 
@@ -52,8 +54,7 @@ def prepare(name: str, data_dir: str = "") -> Path:
     try:
         builder.download_and_prepare()
     except Exception as error:  # TFDS raises anything: requests', its own, AssertionError
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise OSError(f"preparing {name} in {root} failed: {reason}") from error
+        raise OSError(f"preparing {name} in {root} failed: {one_line(error)}") from error
     return Path(builder.data_path)
 
 

@@ -55,9 +55,16 @@ def _iterator(read: Callable[[int], Rows], steps: range, workers: int) -> Any:
     # forgets an iterator, and containers have little of it.
     batches = grain.MapDataset.range(steps.start, steps.stop).map(read)
     if not workers:
-        threads = min(os.cpu_count() or 1, _MOST_THREADS)
+        threads = min(_cores(), _MOST_THREADS)
         return iter(batches.to_iter_dataset(grain.ReadOptions(threads, threads)))
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain reads its own flags when it starts workers
     settings = grain.MultiprocessingOptions(workers, per_worker_buffer_size=_BATCHES_A_WORKER)
     return iter(batches.to_iter_dataset(grain.ReadOptions(0, 0)).mp_prefetch(settings))
+
+
+def _cores() -> int:
+    """Number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from falcon_jax.data.dataset import AnySplit
+from falcon_jax.data.dataset import AnySplit, check_splits
 from falcon_jax.data.streamed import StreamSettings
 
 
@@ -59,6 +59,9 @@ class SourceSplits:
         train: training split.
         test: test split.
         validation: the data set's own validation split, or None if it has none.
+
+    Raises:
+        ValueError: if image shapes differ between splits, or a label is out of range.
     """
 
     name: str
@@ -66,3 +69,7 @@ class SourceSplits:
     train: AnySplit
     test: AnySplit
     validation: AnySplit | None = None
+
+    def __post_init__(self) -> None:
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        check_splits(self.name, self.num_classes, splits)

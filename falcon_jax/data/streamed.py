@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
@@ -13,12 +12,12 @@ from jaxtyping import Int, Int32
 from PIL import Image
 
 from falcon_jax.data.decoding import DRAWS, decode_rgb, evaluation_image, training_image
+from falcon_jax.data.messages import one_line, some_of
 from falcon_jax.data.rows import Rows
 
 CENTRE_SHARE = 0.875  # of the shorter side, that the centre crop of an evaluation image covers
 CHANNELS = 3
 
-_LISTED = 3  # names in a message
 _log = logging.getLogger(__name__)
 
 
@@ -206,14 +205,16 @@ class StreamedSplit:
                 _log.warning(
                     "%s cannot be read: %s; left out, %d so far", name, reason, len(self.skipped)
                 )
-        if len(unreadable) >= len(self):
+        if len(self.skipped) >= len(self) and all(
+            self.records.name(position) in self.skipped for position in self.positions.tolist()
+        ):
             raise ValueError(f"none of the {len(self)} images of a split can be read")
 
     def _decode(self, position: int) -> Image.Image:
         try:
             data = self.records.read(int(self.positions[position]))
         except Exception as error:  # the disk's errors, and whatever a damaged archive raises
-            raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+            raise ValueError(one_line(error)) from error
         return decode_rgb(data)
 
 
@@ -236,11 +237,8 @@ def leave_out_broken(
     if not problems:
         return split
     named = {split.records.name(int(split.positions[i])): why for i, why in problems.items()}
-    listed = [f"{name} ({why})" for name, why in itertools.islice(named.items(), _LISTED)]
-    more = f" and {len(named) - _LISTED} more" if len(named) > _LISTED else ""
-    told = (
-        f"{len(named)} of {len(split)} images of {where} cannot be read: {', '.join(listed)}{more}"
-    )
+    listed = some_of(f"{name} ({why})" for name, why in named.items())
+    told = f"{len(named)} of {len(split)} images of {where} cannot be read: {listed}"
     if not split.settings.skip_broken or len(named) == len(split):
         raise ValueError(f"{told}; mend or remove them, or set skip_broken=True to leave them out")
     _log.warning("%s; left out", told)

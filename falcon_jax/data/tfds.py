@@ -6,27 +6,31 @@ import json
 import os
 import re
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from falcon_jax.data.dataset import Split
+from falcon_jax.data.dataset import AnySplit, Split
+from falcon_jax.data.messages import one_line
 from falcon_jax.data.source import SourceOptions, SourceSplits
+from falcon_jax.data.tfds_opening import check_records, open_builder
+from falcon_jax.data.tfds_records import stream_split
 
 _NAME = re.compile(r"(?P<path>\w+(/[\w.-]+)?)(:(?P<version>\d+\.\d+\.\d+))?")
+_WITHOUT_TEST_LABELS = "imagenet2012"
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
 def load_tfds(options: SourceOptions) -> SourceSplits:
     """Loads a prepared data set that has the features "image" and "label" (a class label).
 
-    Reads the splits "train" and "test", and "validation" where there is one. All images must
-    have one size, since they are held in memory as one array.
+    Reads the splits "train" and "test", and "validation" where there is one. A data set that
+    gives its images one size is held in memory; one whose images vary in size is streamed. The
+    test images of imagenet2012 have no labels: its validation split is the test split.
 
     Args:
         options: name as TFDS has it ("cifar10", "name/config", "name:1.0.0"); data_dir as TFDS
-            has it, by default TFDS_DATA_DIR or ~/tensorflow_datasets.
+            has it, by default TFDS_DATA_DIR or ~/tensorflow_datasets; and how to stream.
 
     Returns:
         the splits.
@@ -37,9 +41,7 @@ def load_tfds(options: SourceOptions) -> SourceSplits:
         ValueError: if the name or the data set is not as it should be.
     """
     directory = prepared_directory(options.name, options.data_dir)
-    tfds = import_tfds()
-    # From the directory and not by name: looked up by name, an unprepared data set goes to the net.
-    builder = tfds.builder_from_directory(directory)
+    builder = open_builder(directory)
     features = dict(builder.info.features)
     num_classes = getattr(features.get("label"), "num_classes", None)
     if "image" not in features or num_classes is None:
@@ -47,38 +49,31 @@ def load_tfds(options: SourceOptions) -> SourceSplits:
             f'{directory} has the features {", ".join(sorted(features))}; needed are "image" and '
             '"label" (a class label)'
         )
-    absent = [split for split in ("train", "test") if split not in builder.info.splits]
+    has_test = not builder.info.name.startswith(_WITHOUT_TEST_LABELS)
+    test = "test" if has_test else "validation"
+    absent = [split for split in ("train", test) if split not in builder.info.splits]
     if absent:
         raise ValueError(
             f"{directory} has no split {absent[0]!r}, only {', '.join(sorted(builder.info.splits))}"
         )
-    has_validation = "validation" in builder.info.splits
+    has_validation = has_test and "validation" in builder.info.splits
+    varied = None in (features["image"].shape or ())
+    if varied and type(features["image"]).__name__ != "Image":
+        raise ValueError(f'{directory}: the feature "image" is no image: {features["image"]}')
+
+    def read(split: str) -> AnySplit:
+        check_records(builder, split, directory)
+        if varied:
+            return stream_split(directory, split, num_classes, options.stream)
+        return _read_split(builder, split, directory)
+
     return SourceSplits(
         name=options.name,
         num_classes=num_classes,
-        train=_read_split(builder, "train", directory),
-        test=_read_split(builder, "test", directory),
-        validation=_read_split(builder, "validation", directory) if has_validation else None,
+        train=read("train"),
+        test=read(test),
+        validation=read("validation") if has_validation else None,
     )
-
-
-def import_tfds() -> ModuleType:
-    """Imports tensorflow_datasets.
-
-    Returns:
-        the package.
-
-    Raises:
-        ImportError: if it, or something it needs, is not installed.
-    """
-    try:
-        import tensorflow_datasets
-    except ImportError as error:
-        raise ImportError(
-            f'the source "tfds" needs tensorflow-datasets ({error}): '
-            'pip install "falcon-jax[train]"'
-        ) from error
-    return tensorflow_datasets
 
 
 def tfds_directory(data_dir: str) -> Path:
@@ -178,8 +173,7 @@ def _read_split(builder: Any, split: str, directory: Path) -> Split:
             images[index] = image
             labels[index] = record["label"]
     except Exception as error:  # a damaged file or image raises anything, from several libraries
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"{directory}: image {index} of split {split} cannot be read: {reason}"
+            f"{directory}: image {index} of split {split} cannot be read: {one_line(error)}"
         ) from error
     return Split(images=images, labels=labels)

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from falcon_jax.data.augmentation import Augmentation
 from falcon_jax.data.loading import SOURCES
+from falcon_jax.data.streamed import StreamSettings
 from falcon_jax.models import MODELS
 from falcon_jax.names import unknown_field
 from falcon_jax.training.execution import ParallelSettings
@@ -117,6 +118,8 @@ def check_config(config: Any) -> Experiment:
         raise ValueError(unknown_field("config.model.name", model["name"], MODELS))
     if data["source"] not in SOURCES:
         raise ValueError(unknown_field("config.data.source", data["source"], SOURCES))
+    streamed = [field.name for field in dataclasses.fields(StreamSettings)]
+    _built("config.data", StreamSettings, {field: data[field] for field in streamed})
     for field in ("calibration_batches", "batchnorm_batches"):
         if compression[field] < 0:
             raise ValueError(f"config.compression.{field} must be 0 or more")

@@ -207,6 +207,14 @@ def test_flipped_bytes_give_an_image_or_a_reason():
                 assert str(error)
 
 
+def test_images_of_more_pixels_than_pil_takes_are_told(monkeypatch):
+    data = encoded(image_of(40, 50), "png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 999)
+    assert "exceeds limit" in (header_problem(data) or "")
+    with pytest.raises(ValueError, match="exceeds limit"):
+        decode_rgb(data)
+
+
 def test_a_thread_of_pixels_is_refused_before_it_takes_the_memory():
     with pytest.raises(ValueError, match="at 60000x1 pixels it is too long and thin"):
         evaluation_image(Image.new("RGB", (60000, 1)), 224, 256)

@@ -1,4 +1,5 @@
 import logging
+import os
 import shutil
 
 import numpy as np
@@ -105,6 +106,23 @@ def test_broken_files_are_counted_and_some_are_named(folder):
     assert "and 2 more; mend or remove them, or set skip_broken=True" in message
     assert str(paths[3]) not in message
     assert str(paths[5]) not in message
+
+
+def test_pipes_and_dangling_links_are_broken_files(folder):
+    os.mkfifo(folder / "train" / "class_0" / "a pipe")
+    (folder / "train" / "class_0" / "b link").symlink_to(folder / "nowhere")
+    told = r"2 of 32 .*a pipe \(it is no file\), .*b link \(\[Errno 2\] No such file"
+    with pytest.raises(ValueError, match=told):
+        load(folder)
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(folder, monkeypatch):
+    def fail(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", fail)
+    with pytest.raises(PermissionError, match="train"):
+        load(folder)
 
 
 def test_broken_files_are_left_out_on_request_and_counted(folder, caplog):

@@ -112,6 +112,10 @@ def edit_file(edit):
             "too short for the shape",
         ),
         (replace_images(lambda a: idx_bytes(a[:0])), "holds no images"),
+        (
+            replace_images(lambda a: idx_bytes(a[:, :4])),
+            r"t10k-images-idx3-ubyte are \(5, 4, 1\) .*, but those of train-.* \(4, 4, 1\)",
+        ),
         (edit_file(lambda b: b[: len(b) // 2]), "truncated or damaged"),
         (edit_file(lambda b: b[:-6]), "truncated or damaged"),
         (edit_file(lambda b: b[:40] + bytes([b[40] ^ 255]) + b[41:]), "truncated or damaged"),
@@ -134,6 +138,24 @@ def test_every_truncation_is_refused(tmp_path):
         path.write_bytes(content[:length])
         with pytest.raises(ValueError, match=r"images\.gz"):
             read_idx(path, 3)
+
+
+def test_no_flipped_bit_of_a_gzipped_file_passes_unseen(tmp_path):
+    values = np.random.default_rng(1).integers(0, 256, (3, 2, 2), dtype=np.uint8)
+    content = gzip.compress(idx_bytes(values))
+    path = tmp_path / "images.gz"
+    refused = 0
+    for i in range(8 * len(content)):
+        damaged = bytearray(content)
+        damaged[i // 8] ^= 1 << i % 8
+        path.write_bytes(damaged)
+        try:
+            np.testing.assert_array_equal(read_idx(path, 3), values)  # a time stamp or the like
+        except ValueError as error:
+            refused += 1
+            assert str(path) in str(error)
+            assert "\n" not in str(error)
+    assert refused > 8 * (len(content) - 10)
 
 
 @pytest.mark.skipif(not Path(FASHION_MNIST_DIRECTORY).is_dir(), reason="Fashion-MNIST is not here")

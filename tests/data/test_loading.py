@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -57,6 +59,16 @@ def test_own_validation_split_is_left_out_on_request(own_validation):
 def test_smoke_runs_keep_name_and_data_dir():
     data = load_dataset("fake", name="cifar10", data_dir="/nowhere", image_size=8)
     assert data.name == "fake"
+
+
+def test_sources_that_contradict_themselves_are_refused():
+    splits = make_fake(image_size=4, seed=0, num_train=40, num_test=20)
+    with pytest.raises(ValueError, match=r"own: images of split test are \(5, 5, 3\) "):
+        dataclasses.replace(
+            splits, name="own", test=make_fake(image_size=5, seed=0, num_test=10).test
+        )
+    with pytest.raises(ValueError, match="own: split train has label 9, but with 9 classes"):
+        dataclasses.replace(splits, name="own", num_classes=9)
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,9 @@ def test_a_split_of_which_nothing_can_be_read_is_refused(made):
     split = broken_split(load(made).test, range(10), skip=True)
     with pytest.raises(ValueError, match="none of the 10 images of a split can be read"):
         next(train_batches(split, 5, seed=0, epoch=0))
+    split = broken_split(load(made).test, range(10), skip=True)
+    with pytest.raises(ValueError, match="none of the 10 images of a split can be read"):
+        list(eval_batches(split, 4))
 
 
 @pytest.mark.parametrize(

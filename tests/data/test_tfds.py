@@ -22,7 +22,6 @@ def data_dir(tmp_path_factory):
         tiny_tfds.TinyValidated,
         tiny_tfds.TinyTrainOnly,
         tiny_tfds.TinyUnlabelled,
-        tiny_tfds.TinyRagged,
     ):
         prepare(builder_class, directory)
     return directory
@@ -67,7 +66,6 @@ def test_version_can_be_named(data_dir):
     [
         ("tiny_train_only", "no split 'test', only train"),
         ("tiny_unlabelled", 'features image, label; needed are "image" and "label" .a class'),
-        ("tiny_ragged", r"image \d+ of split train cannot be read: it is uint8 of shape"),
         ("", "'' cannot be the name"),
         ("../tiny_set", "cannot be the name"),
     ],
@@ -85,11 +83,11 @@ def test_unprepared_fails_at_once_and_says_what_to_run(tmp_path):
     assert time.monotonic() - start < 1.0
 
 
-def test_damaged_record_is_named(tmp_path):
+def test_damaged_file_is_named(tmp_path):
     prepare(tiny_tfds.TinySet, tmp_path)
     [path] = tmp_path.glob("tiny_set/*/*-test.array_record*")
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(ValueError, match=r"tiny_set/1\.2\.0: image 0 of split test cannot be read"):
+    with pytest.raises(ValueError, match=r"test\.array_record-.* is missing or damaged"):
         load("tiny_set", tmp_path)
 
 

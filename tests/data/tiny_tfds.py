@@ -20,6 +20,10 @@ def tiny_images(split):
     )
 
 
+def ragged_images(split):
+    return [image[: SIZE - i % 2] for i, image in enumerate(tiny_images(split))]
+
+
 def png(image):
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, "png")
@@ -69,7 +73,17 @@ class TinyRagged(TinyBuilder):
     shape = (None, None, 3)
 
     def images(self, split):
-        return [image[: SIZE - i % 2] for i, image in enumerate(tiny_images(split))]
+        return ragged_images(split)
+
+
+class Imagenet2012(TinyRagged):
+    """As imagenet2012 has it: the labels of the test split are unknown."""
+
+    splits = ("train", "validation", "test")
+
+    def _generate_examples(self, split):
+        for i, example in super()._generate_examples(split):
+            yield i, example | ({"label": -1} if split == "test" else {})
 
 
 class TinyDownloaded(TinyBuilder):

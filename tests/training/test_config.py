@@ -128,6 +128,16 @@ def test_unknown_model_and_source_list_what_there_is():
         ("train__epochs", -1, "config.train.epochs must be 0 or more, but is -1"),
         ("finetune__momentum", 1.0, "config.finetune.momentum must be in [0, 1), but is 1.0"),
         (
+            "data__workers",
+            -1,
+            "config.data.workers must be 0 or more, but is -1",
+        ),
+        (
+            "data__shorter_side",
+            16,
+            "config.data.shorter_side must be 0 (for image_size / 0.875) or at least image_size 32",
+        ),
+        (
             "data__augmentation__crop_padding",
             -1,
             "config.data.augmentation.crop_padding must be 0 or more, but is -1",
