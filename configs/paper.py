@@ -55,6 +55,29 @@ def fashion_mnist(model: str) -> ConfigDict:
     return config
 
 
+def imagenet(model: str, *, script: bool = False) -> ConfigDict:
+    """Return the config for ImageNet, from converted weights of torchvision.
+
+    Args:
+        model: ``vgg16_bn`` or ``resnet18``.
+        script: whether to tune as the authors' script does (cosine from 0.01, batch 96, no weight
+            decay) instead of as the paper says.
+    """
+    config = _recipe(model, epochs=90, boundaries=(30.0, 60.0))
+    config.data.update({"source": "tfds", "name": "imagenet2012", "image_size": 224, "workers": 8})
+    # The validation images are the test split; the best epoch is chosen on images held out.
+    config.data.validation_fraction = 0.01
+    config.compression.start = f"runs/{model}"
+    config.checkpoint.every_steps = 1000
+    for stage in (config.train, config.finetune):
+        stage.learning_rate = 0.01
+        if script:
+            stage.update({"schedule": "cosine", "batch_size": 96, "weight_decay": 0.0})
+    for name in ("falcon_k1_unfitted", "gep_in", "dpconv"):
+        del config.compression.variants[name]
+    return config
+
+
 def _recipe(model: str, *, epochs: int, boundaries: tuple[float, ...]) -> Any:
     config: Any = default_config()
     config.model.name = model

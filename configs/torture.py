@@ -1,8 +1,10 @@
 """A small experiment with everything that must survive a kill: augmentation, dropout, BatchNorm.
 
-python -m benchmarks.torture --kills=100 --out=results/torture.json
-
-Made images; 12 s on 2 CPU cores, most of them for starting and compiling.
+Command: python train.py --config=configs/torture.py --workdir=runs/torture
+Killed again and again: python -m benchmarks.torture --kills=100
+Machine: two CPU cores
+Run time: half a minute, most of it for starting and compiling
+Expected score: 100% on made images, standard and compressed
 """
 
 from typing import Any

@@ -1,5 +1,6 @@
 import functools
 import importlib
+import math
 import pathlib
 import re
 
@@ -10,13 +11,14 @@ from flax import nnx
 
 from falcon_jax.compression import make_plan
 from falcon_jax.methods import get_method
-from falcon_jax.models import get_model
+from falcon_jax.models import get_model, model_shapes
 from falcon_jax.training.config import check_config
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 SHARED = {"__init__", "paper", "compare"}  # tests/test_comparison.py has the last
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in SHARED)
 PAPER = [name for name in NAMES if name.startswith(("vgg19_", "resnet34_"))]
+IMAGENET = [f"{m}_imagenet{s}" for m in ("vgg16_bn", "resnet18") for s in ("", "_script")]
 PAPER_VARIANTS = ["dpconv", "falcon_k1", "falcon_k1_unfitted", "falcon_k2", "falcon_k3", "gep_in"]
 
 
@@ -66,13 +68,14 @@ def test_all_that_should_ship_do():
         for model in ("vgg19", "resnet34")
         for data in ("cifar10", "cifar100", "svhn", "fashion_mnist")
     }
-    assert set(NAMES) == expected | {"demo", "vgg16_imagenet_decomposed"}
+    others = {"demo", "torture", "vgg16_imagenet_decomposed"}
+    assert set(NAMES) == expected | set(IMAGENET) | others
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_config_passes_the_check(name):
     experiment = check_config(load(name))
-    assert experiment.start == "train"
+    assert experiment.start == (f"runs/{experiment.model}" if name in IMAGENET else "train")
     assert experiment.variants
 
 
@@ -163,6 +166,48 @@ def test_the_demo_keeps_the_first_convolution(shapes, replaced):
     every = set(convolutions(shapes(experiment.model)))
     for variant in experiment.variants:
         assert replaced(experiment, variant) == every - {"stages/0/0/conv"}
+
+
+@pytest.mark.parametrize("name", IMAGENET)
+def test_the_recipe_for_imagenet_is_the_papers_or_that_of_the_authors_script(name):
+    experiment = check_config(load(name))
+    script = name.endswith("_script")
+    settings = experiment.finetune
+    assert (settings.epochs, settings.momentum, settings.optimizer) == (90, 0.9, "sgd")
+    assert settings.weight_decay == (0 if script else 1e-4)
+    assert settings.batch_size == (96 if script else 128)
+    assert settings.schedule == ("cosine" if script else "step")
+    assert settings.boundaries == (30, 60)
+    assert settings.learning_rate == 0.01
+    assert f"--arch={experiment.model} " in (importlib.import_module(f"configs.{name}").__doc__)
+
+
+@pytest.mark.parametrize(
+    ("name", "params", "mult_adds"),
+    [
+        ("vgg16_bn_imagenet", (125.33, 127.00, 128.68), (1950.75, 3777.86, 5604.97)),
+        ("resnet18_imagenet", (1.97, 3.22, 4.48), (395.40, 653.00, 910.61)),
+    ],
+)
+def test_imagenet_models_cost_what_the_paper_says(name, params, mult_adds):
+    """In millions (Table 5), which counts no bias of a replaced layer as a mult-add."""
+    experiment = check_config(load(name))
+    model = model_shapes(experiment.model)
+    sample = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    for variant, p, m in zip(experiment.variants, params, mult_adds, strict=True):
+        plan = make_plan(model, variant.rules, sample, solver="random")
+        paths = {row.path for row in plan.replaced}
+        bias = sum(row.spec.use_bias * out_elements(row) for row in plan.rows if row.path in paths)
+        assert plan.after.params / 1e6 == pytest.approx(p, abs=0.02)
+        assert (plan.after.mult_adds - bias) / 1e6 == pytest.approx(m, abs=0.02)
+
+
+def out_elements(row):
+    """Output elements of a replaced layer: its mult-adds without bias per input and tap."""
+    spec = row.spec
+    before = row.before.mult_adds
+    per_output = math.prod(spec.kernel_size) * spec.in_features + 1
+    return before // per_output
 
 
 @pytest.mark.parametrize(
