@@ -27,7 +27,7 @@ from falcon_jax.methods.ranks import Rank, RankMethod
 from falcon_jax.methods.registry import register
 from falcon_jax.methods.spec import ConvSpec
 
-Impl = Literal["separable", "grouped", "gep"]
+Impl = Literal["auto", "separable", "grouped", "gep"]
 
 
 @register
@@ -106,7 +106,7 @@ class Falcon(RankMethod):
         geometry = spec.geometry
         groups = spec.feature_group_count
         depthwise, pointwise = params["depthwise"], params["pointwise"]
-        if self.impl == "separable":
+        if self.impl in ("auto", "separable"):
             y = ops.pointwise_then_depthwise(
                 x,
                 depthwise,
