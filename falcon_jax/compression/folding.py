@@ -13,6 +13,7 @@ from falcon_jax.compression.inspection import Model
 from falcon_jax.compression.linen_folding import fold_linen
 from falcon_jax.compression.nnx_layers import jaxpr_through
 from falcon_jax.compression.nnx_tree import map_modules, named_modules
+from falcon_jax.nn.batch_norm import BatchNorm
 from falcon_jax.nn.linen_compressed import CompressedModule
 
 
@@ -69,10 +70,10 @@ def _fold_nnx(model: nnx.Module, inputs: Inputs) -> nnx.Module:
     def chosen(module: nnx.Module) -> bool:
         if type(module) is nnx.Conv:
             return module.mask is None
-        return type(module) is nnx.BatchNorm and module.axis == -1
+        return _is_batch_norm(module) and module.axis == -1  # type: ignore[attr-defined]
 
     modules = dict(named_modules(model))
-    norms = {path for path, module in modules.items() if type(module) is nnx.BatchNorm}
+    norms = {path for path, module in modules.items() if _is_batch_norm(module)}
     pairs = conv_of_norm(jaxpr_through(model, inputs, chosen, mark_call), norms)
     norm_of_conv = {conv: modules[norm] for norm, conv in pairs.items()}
 
@@ -88,6 +89,10 @@ def _fold_nnx(model: nnx.Module, inputs: Inputs) -> nnx.Module:
     copy = map_modules(folded, model)
     copy.eval()
     return copy
+
+
+def _is_batch_norm(module: nnx.Module) -> bool:
+    return type(module) in (nnx.BatchNorm, BatchNorm)
 
 
 def _fold(conv: nnx.Conv, norm: nnx.BatchNorm) -> None:
