@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array
 
 import falcon_jax as fj
 from benchmarks.timing import synchronised
-from falcon_jax import ops
 from falcon_jax.methods.falcon import Impl
 from falcon_jax.ops.geometry import pad, tap_slices
 
@@ -80,7 +80,8 @@ def jax_calls(layer: Layer, batch: int, *, backward: bool) -> dict[str, Callable
         return lambda x, params: fj.Falcon(impl=impl).apply(params, x, spec)
 
     def standard(x: Array, kernel: Array) -> Array:
-        return ops.conv(x, kernel, **spec.geometry)
+        layout = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout)
 
     params = fj.Falcon().init(key_k, spec)
     functions = {

@@ -110,7 +110,7 @@ def measure(batch: int, *, rounds: int, skip: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", help="JSON file to write")
     parser.add_argument("--batches", type=int, nargs="+", default=[32, 128])
     parser.add_argument("--rounds", type=int, default=8)

@@ -73,9 +73,7 @@ def torch_model(*, falcon: bool) -> Any:
         for outputs in widths:
             if falcon and inputs != 3:
                 layers.append(nn.Conv2d(inputs, outputs, 1, bias=False))
-                layers.append(
-                    nn.Conv2d(outputs, outputs, 3, padding=1, groups=outputs, bias=False)
-                )
+                layers.append(nn.Conv2d(outputs, outputs, 3, padding=1, groups=outputs, bias=False))
             else:
                 layers.append(nn.Conv2d(inputs, outputs, 3, padding=1))
             layers += [nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]

@@ -78,8 +78,8 @@ def depthwise_conv(
     batch = x.shape[: x.ndim - axes - 1]
     x = x.reshape(math.prod(batch), *x.shape[x.ndim - axes - 1 :])
     kernel_size = kernel.shape[:-1]
-    strides, kernel_dilation = _per_axis(strides, axes), _per_axis(kernel_dilation, axes)
-    input_dilation = _per_axis(input_dilation, axes)
+    strides, kernel_dilation = per_axis(strides, axes), per_axis(kernel_dilation, axes)
+    input_dilation = per_axis(input_dilation, axes)
     x, padding = pad_boundary(x, padding, kernel_size, kernel_dilation=kernel_dilation)
     pairs = padding_pairs(
         padding,
@@ -99,7 +99,8 @@ def depthwise_conv(
     return y.reshape(*batch, *y.shape[1:])
 
 
-def _per_axis(value: tuple[int, ...] | int, axes: int) -> tuple[int, ...]:
+def per_axis(value: tuple[int, ...] | int, axes: int) -> tuple[int, ...]:
+    """Return one value for each axis."""
     return (value,) * axes if isinstance(value, int) else tuple(value)
 
 
