@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -70,6 +71,22 @@ class Method(abc.ABC):
     @abc.abstractmethod
     def cost(self, spec: ConvSpec, input_shape: Sequence[int]) -> Cost:
         """Return the cost for one example of shape ``(*spatial, M)`` (batch axes are ignored)."""
+
+    def forms(self) -> tuple["Method", ...]:
+        """Return the method in every way that it can be computed, with the same result."""
+        return (self,)
+
+    def with_gain(self, params: Params, gain: Float[Array, "*stack n"]) -> Params | None:
+        """Return parameters of a kernel whose output channels are multiplied by a gain.
+
+        Args:
+            params: the method's parameters, with leading axes if layers are stacked.
+            gain: one for each output channel, with the same leading axes.
+
+        Returns:
+            The parameters; None if the method has none for such a kernel.
+        """
+        return None
 
     def for_layer(
         self, spec: ConvSpec, kernels: Float[Array, "layers *kernel_shape"] | None = None
@@ -179,6 +196,14 @@ def unit_gain(key: PRNGKeyArray, shape: Sequence[int], terms: int) -> Float[Arra
     """Return uniform weights such that a sum over ``terms`` of them keeps the variance."""
     bound = math.sqrt(3 / terms)
     return jax.random.uniform(key, tuple(shape), minval=-bound, maxval=bound)
+
+
+def scale_outputs(
+    weights: Float[Array, "*stack_and_shape"], gain: Float[Array, "*stack n"]
+) -> Float[Array, "*stack_and_shape"]:
+    """Return weights, output channels last, with each channel multiplied by a gain."""
+    axes = tuple(range(gain.ndim - 1, weights.ndim - 1))
+    return weights * jnp.expand_dims(gain, axes).astype(weights.dtype)
 
 
 def flatten_batch(

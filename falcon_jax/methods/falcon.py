@@ -20,6 +20,7 @@ from falcon_jax.methods.base import (
     Params,
     bias_cost,
     flatten_batch,
+    scale_outputs,
     spatial_shape,
     unit_gain,
 )
@@ -96,6 +97,11 @@ class Falcon(RankMethod):
         """Return the equivalent standard kernel (Theorem 1)."""
         return falcon_kernel(params["depthwise"], params["pointwise"])
 
+    def forms(self) -> tuple["Falcon", ...]:
+        """Return FALCON of this rank with every ``impl`` but ``auto``."""
+        names = [n for n in get_args(Impl) if n != "auto" and (n != "wide" or self.rank != 1)]
+        return tuple(dataclasses.replace(self, impl=name) for name in names)
+
     def apply(
         self,
         params: Params,
@@ -168,6 +174,10 @@ class Falcon(RankMethod):
             feature_group_count=spec.out_features,
             precision=precision,
         )
+
+    def with_gain(self, params: Params, gain: Float[Array, "*stack n"]) -> Params:
+        """Return parameters of the kernel with output channels multiplied by a gain."""
+        return params | {"depthwise": scale_outputs(params["depthwise"], gain)}
 
     def cost(self, spec: ConvSpec, input_shape: Sequence[int]) -> Cost:
         """Return ``k N (M / g + D^2)`` parameters, ``k N (H W M / g + H' W' D^2)`` mult-adds.
