@@ -103,7 +103,7 @@ def _with_built_kernel(path: str, module: nnx.Module) -> nnx.Module | None:
         feature_group_count=spec.feature_group_count,
         use_bias=module.bias is not None,
         dtype=module.dtype,
-        precision=module.precision,
+        precision=module.precision,  # type: ignore[arg-type]  # Flax knows fewer names
         conv_general_dilated=conv_on_small_maps,
         kernel_init=nnx.initializers.zeros_init(),
         rngs=nnx.Rngs(0),

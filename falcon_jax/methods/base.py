@@ -177,7 +177,7 @@ def bias_cost(spec: ConvSpec, points: int) -> Cost:
     return Cost(params=n, mult_adds=points * n)
 
 
-def spatial_shape(spec: ConvSpec, input_shape: Sequence[int]) -> tuple[int, ...]:
+def spatial_shape(spec: ConvSpec, input_shape: Sequence[Any]) -> tuple[int, ...]:
     """Return the spatial sizes of an input of shape ``(..., *spatial, M)``.
 
     Raises:
@@ -208,7 +208,7 @@ def scale_outputs(
 
 def flatten_batch(
     x: Float[Array, "*batch m"], spec: ConvSpec
-) -> tuple[Float[Array, "b *spatial m"], tuple[int, ...]]:
+) -> tuple[Float[Array, "b *spatial m"], tuple[Any, ...]]:
     """Merge any number of batch axes (none, too) into one.
 
     Args:

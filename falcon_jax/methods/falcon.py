@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -142,7 +142,7 @@ class Falcon(RankMethod):
             y = functools.reduce(jnp.add, terms)
         return y.reshape(*batch, *y.shape[1:])
 
-    def _form(self, spec: ConvSpec, input_shape: Sequence[int]) -> Impl:
+    def _form(self, spec: ConvSpec, input_shape: Sequence[Any]) -> Impl:
         known = all(isinstance(n, int) for n in input_shape)  # not so in exported functions
         return falcon_form(
             points=math.prod(input_shape[:-1]) if known else None,
