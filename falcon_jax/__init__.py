@@ -12,8 +12,10 @@ from falcon_jax.compression import Quantization as Quantization
 from falcon_jax.compression import QuantizationRow as QuantizationRow
 from falcon_jax.compression import QuantizedArray as QuantizedArray
 from falcon_jax.compression import Rule as Rule
+from falcon_jax.compression import autotune as autotune
 from falcon_jax.compression import calibrate as calibrate
 from falcon_jax.compression import compress as compress
+from falcon_jax.compression import deploy as deploy
 from falcon_jax.compression import fold_batchnorm as fold_batchnorm
 from falcon_jax.compression import load_compressed as load_compressed
 from falcon_jax.compression import make_plan as make_plan
@@ -47,9 +49,12 @@ from falcon_jax.methods import method_names as method_names
 from falcon_jax.methods import relative_error as relative_error
 from falcon_jax.methods import standard_cost as standard_cost
 from falcon_jax.nn import linen as linen
+from falcon_jax.nn.batch_norm import BatchNorm as BatchNorm
+from falcon_jax.nn.depthwise import DepthwiseConv as DepthwiseConv
 from falcon_jax.nn.method_conv import MethodConv as MethodConv
 from falcon_jax.nn.nnx import CPConv as CPConv
 from falcon_jax.nn.nnx import DepthwiseSeparableConv as DepthwiseSeparableConv
 from falcon_jax.nn.nnx import FalconConv as FalconConv
 from falcon_jax.nn.nnx import TuckerConv as TuckerConv
 from falcon_jax.ops import depthwise_conv as depthwise_conv
+from falcon_jax.ops import separable_conv as separable_conv

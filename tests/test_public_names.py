@@ -6,9 +6,10 @@ import pytest
 import falcon_jax as fj
 
 NAMES = [
-    "AdamWSettings", "ConvSpec", "Cost", "DepthwiseSeparable", "DepthwiseSeparableConv", "Falcon",
-    "FalconConv", "Plan", "Profile", "Rule", "compress", "fit", "gep", "get_method", "linen",
-    "make_plan", "models", "profile", "reestimate_batchnorm",
+    "AdamWSettings", "BatchNorm", "ConvSpec", "Cost", "DepthwiseConv", "DepthwiseSeparable",
+    "DepthwiseSeparableConv", "Falcon", "FalconConv", "Plan", "Profile", "Rule", "autotune",
+    "compress", "deploy", "depthwise_conv", "fit", "gep", "get_method", "linen", "make_plan",
+    "models", "profile", "reestimate_batchnorm", "separable_conv",
 ]  # fmt: skip
 MODELS = ["resnet18_cifar", "resnet34_cifar", "vgg16_cifar", "vgg19_cifar"]
 

@@ -4,12 +4,12 @@ import collections
 from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
-import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from falcon_jax.compression.layers import inner_jaxprs
+from falcon_jax.methods.base import scale_outputs
 
 _BEFORE, _AFTER = "falcon_jax before ", "falcon_jax after "
 
@@ -62,15 +62,26 @@ def folded_arrays(
         offset: beta, or None.
         epsilon: eps.
     """
+    gain, new = gain_and_bias(bias, mean=mean, var=var, scale=scale, offset=offset, epsilon=epsilon)
+    scaled = scale_outputs(kernel, gain)
+    return scaled.astype(kernel.dtype), new.astype(kernel.dtype)
+
+
+def gain_and_bias(
+    bias: Float[Array, "*stack n"] | None,
+    *,
+    mean: Float[Array, "*stack n"],
+    var: Float[Array, "*stack n"],
+    scale: Float[Array, "*stack n"] | None,
+    offset: Float[Array, "*stack n"] | None,
+    epsilon: float,
+) -> tuple[Float[Array, "*stack n"], Float[Array, "*stack n"]]:
+    """Return what a BatchNorm multiplies each output by, and the bias; see `folded_arrays`."""
     gain = lax.rsqrt(var + epsilon)
     if scale is not None:
         gain = gain * scale
-    axes = tuple(range(gain.ndim - 1, kernel.ndim - 1))
     new = (-mean if bias is None else bias - mean) * gain
-    if offset is not None:
-        new = new + offset
-    scaled = kernel * jnp.expand_dims(gain, axes)
-    return scaled.astype(kernel.dtype), new.astype(kernel.dtype)
+    return gain, new if offset is None else new + offset
 
 
 def _followed(jaxpr: Any) -> Iterator[tuple[str, str]]:

@@ -1,19 +1,25 @@
 """BatchNorm folded into the convolution before it."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, overload
 
+import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
 from jaxtyping import Array
 
-from falcon_jax.compression.batchnorm_pairs import conv_of_norm, folded_arrays, mark_call
+from falcon_jax.compression.batchnorm_pairs import conv_of_norm, gain_and_bias, mark_call
 from falcon_jax.compression.inputs import Inputs
 from falcon_jax.compression.inspection import Model
 from falcon_jax.compression.linen_folding import fold_linen
 from falcon_jax.compression.nnx_layers import jaxpr_through
 from falcon_jax.compression.nnx_tree import map_modules, named_modules
+from falcon_jax.methods import Params
+from falcon_jax.methods.base import scale_outputs
+from falcon_jax.nn.batch_norm import BatchNorm
 from falcon_jax.nn.linen_compressed import CompressedModule
+from falcon_jax.nn.method_conv import MethodConv
 
 
 class FoldedBatchNorm(nnx.Module):
@@ -37,8 +43,9 @@ def fold_batchnorm(
 
     ``K' = K g / sqrt(v + eps)``, ``b' = (b - m) g / sqrt(v + eps) + beta``
 
-    A BatchNorm is folded if its input is the output of a convolution of Flax, nothing else uses
-    that output, and both are used once. The copy gives what the model gives in evaluation mode; it
+    A BatchNorm is folded if its input is the output of a convolution of Flax, or in NNX models of
+    one that FALCON, a depthwise separable method, Tucker or CP carries out, nothing else uses that
+    output, and both are used once. The copy gives what the model gives in evaluation mode; it
     is for deployment or training-free compression, not for further training.
 
     Args:
@@ -67,12 +74,14 @@ def fold_batchnorm(
 
 def _fold_nnx(model: nnx.Module, inputs: Inputs) -> nnx.Module:
     def chosen(module: nnx.Module) -> bool:
+        if isinstance(module, MethodConv):
+            return _with_gain(module, jnp.ones(module.spec.out_features)) is not None
         if type(module) is nnx.Conv:
             return module.mask is None
-        return type(module) is nnx.BatchNorm and module.axis == -1
+        return _is_batch_norm(module) and module.axis == -1  # type: ignore[attr-defined]
 
     modules = dict(named_modules(model))
-    norms = {path for path, module in modules.items() if type(module) is nnx.BatchNorm}
+    norms = {path for path, module in modules.items() if _is_batch_norm(module)}
     pairs = conv_of_norm(jaxpr_through(model, inputs, chosen, mark_call), norms)
     norm_of_conv = {conv: modules[norm] for norm, conv in pairs.items()}
 
@@ -81,7 +90,7 @@ def _fold_nnx(model: nnx.Module, inputs: Inputs) -> nnx.Module:
             return FoldedBatchNorm()
         if path in norm_of_conv:
             norm = norm_of_conv[path]
-            assert isinstance(module, nnx.Conv) and isinstance(norm, nnx.BatchNorm)
+            assert isinstance(module, (nnx.Conv, MethodConv)) and isinstance(norm, nnx.BatchNorm)
             _fold(module, norm)
         return None
 
@@ -90,9 +99,16 @@ def _fold_nnx(model: nnx.Module, inputs: Inputs) -> nnx.Module:
     return copy
 
 
-def _fold(conv: nnx.Conv, norm: nnx.BatchNorm) -> None:
-    kernel, bias = folded_arrays(
-        conv.kernel[...],
+def _is_batch_norm(module: nnx.Module) -> bool:
+    return type(module) in (nnx.BatchNorm, BatchNorm)
+
+
+def _with_gain(conv: MethodConv, gain: Array) -> Params | None:
+    return conv.method.with_gain(conv.params, gain)
+
+
+def _fold(conv: nnx.Conv | MethodConv, norm: nnx.BatchNorm) -> None:
+    gain, bias = gain_and_bias(
         None if conv.bias is None else conv.bias[...],
         mean=norm.mean[...],
         var=norm.var[...],
@@ -100,6 +116,15 @@ def _fold(conv: nnx.Conv, norm: nnx.BatchNorm) -> None:
         offset=None if norm.bias is None else norm.bias[...],
         epsilon=norm.epsilon,
     )
-    conv.kernel[...] = kernel
-    conv.bias = nnx.Param(bias)
-    conv.use_bias = True
+    if isinstance(conv, nnx.Conv):
+        conv.kernel[...] = scale_outputs(conv.kernel[...], gain)
+        dtype = conv.kernel[...].dtype
+        conv.use_bias = True
+    else:
+        params = _with_gain(conv, gain)
+        assert params is not None
+        for name, value in params.items():
+            getattr(conv, name)[...] = value
+        dtype = next(iter(params.values())).dtype
+        conv.spec = dataclasses.replace(conv.spec, use_bias=True)
+    conv.bias = nnx.Param(bias.astype(dtype))

@@ -26,6 +26,8 @@ class PlanRow:
         before: its cost; mult-adds are None if the model was not traced.
         after: its cost under the method; as before if it stays.
         error: relative error of the fitted kernel, ``||K - K'|| / ||K||``; None where not fitted.
+        measured_ms: milliseconds of a forward pass of the layer, by form, as `autotune` measured
+            them (of a forward and backward pass, if it was asked for that); None if it did not.
     """
 
     path: str
@@ -35,6 +37,12 @@ class PlanRow:
     before: Cost
     after: Cost
     error: float | None = None
+    measured_ms: Mapping[str, float] | None = None
+
+    @property
+    def impl(self) -> str | None:
+        """The form that the method is computed in; None without a method, or with one form only."""
+        return None if self.method is None else self.method.options().get("impl")
 
     @property
     def energy(self) -> float | None:
@@ -151,6 +159,7 @@ def _row_to_json(row: PlanRow) -> dict[str, Any]:
         "before": dataclasses.asdict(row.before),
         "after": dataclasses.asdict(row.after),
         "error": row.error,
+        "measured_ms": None if row.measured_ms is None else dict(row.measured_ms),
     }
 
 
@@ -164,6 +173,7 @@ def _row_from_json(data: Mapping[str, Any]) -> PlanRow:
         before=Cost(**data["before"]),
         after=Cost(**data["after"]),
         error=data["error"],
+        measured_ms=data.get("measured_ms"),
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -70,6 +71,22 @@ class Method(abc.ABC):
     @abc.abstractmethod
     def cost(self, spec: ConvSpec, input_shape: Sequence[int]) -> Cost:
         """Return the cost for one example of shape ``(*spatial, M)`` (batch axes are ignored)."""
+
+    def forms(self) -> tuple["Method", ...]:
+        """Return the method in every way that it can be computed, with the same result."""
+        return (self,)
+
+    def with_gain(self, params: Params, gain: Float[Array, "*stack n"]) -> Params | None:
+        """Return parameters of a kernel whose output channels are multiplied by a gain.
+
+        Args:
+            params: the method's parameters, with leading axes if layers are stacked.
+            gain: one for each output channel, with the same leading axes.
+
+        Returns:
+            The parameters; None if the method has none for such a kernel.
+        """
+        return None
 
     def for_layer(
         self, spec: ConvSpec, kernels: Float[Array, "layers *kernel_shape"] | None = None
@@ -160,7 +177,7 @@ def bias_cost(spec: ConvSpec, points: int) -> Cost:
     return Cost(params=n, mult_adds=points * n)
 
 
-def spatial_shape(spec: ConvSpec, input_shape: Sequence[int]) -> tuple[int, ...]:
+def spatial_shape(spec: ConvSpec, input_shape: Sequence[Any]) -> tuple[int, ...]:
     """Return the spatial sizes of an input of shape ``(..., *spatial, M)``.
 
     Raises:
@@ -181,9 +198,17 @@ def unit_gain(key: PRNGKeyArray, shape: Sequence[int], terms: int) -> Float[Arra
     return jax.random.uniform(key, tuple(shape), minval=-bound, maxval=bound)
 
 
+def scale_outputs(
+    weights: Float[Array, "*stack_and_shape"], gain: Float[Array, "*stack n"]
+) -> Float[Array, "*stack_and_shape"]:
+    """Return weights, output channels last, with each channel multiplied by a gain."""
+    axes = tuple(range(gain.ndim - 1, weights.ndim - 1))
+    return weights * jnp.expand_dims(gain, axes).astype(weights.dtype)
+
+
 def flatten_batch(
     x: Float[Array, "*batch m"], spec: ConvSpec
-) -> tuple[Float[Array, "b *spatial m"], tuple[int, ...]]:
+) -> tuple[Float[Array, "b *spatial m"], tuple[Any, ...]]:
     """Merge any number of batch axes (none, too) into one.
 
     Args:

@@ -19,6 +19,7 @@ from falcon_jax.methods.base import (
     Params,
     bias_cost,
     flatten_batch,
+    scale_outputs,
     spatial_shape,
     unit_gain,
 )
@@ -133,6 +134,10 @@ class CP(Method):
             y = ops.depthwise_conv(y, kernel, **_along(spec, axis))
         y = ops.pointwise_conv(y, params["outer"], precision=precision)
         return y.reshape(*batch, *y.shape[1:])
+
+    def with_gain(self, params: Params, gain: Float[Array, "*stack n"]) -> Params:
+        """Return parameters of the kernel with output channels multiplied by a gain."""
+        return params | {"outer": scale_outputs(params["outer"], gain)}
 
     def cost(self, spec: ConvSpec, input_shape: Sequence[int]) -> Cost:
         """Return ``R (M + D + D + N)`` parameters, each times the points where its step runs."""

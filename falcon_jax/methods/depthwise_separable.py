@@ -18,6 +18,7 @@ from falcon_jax.methods.base import (
     Params,
     bias_cost,
     flatten_batch,
+    scale_outputs,
     spatial_shape,
     unit_gain,
 )
@@ -108,6 +109,10 @@ class DepthwiseSeparable(RankMethod):
             precision=precision,
         )
         return y.reshape(*batch, *y.shape[1:])
+
+    def with_gain(self, params: Params, gain: Float[Array, "*stack n"]) -> Params:
+        """Return parameters of the kernel with output channels multiplied by a gain."""
+        return params | {"pointwise": scale_outputs(params["pointwise"], gain)}
 
     def cost(self, spec: ConvSpec, input_shape: Sequence[int]) -> Cost:
         """Return ``k M (D^2 + N / g)`` parameters and ``H' W'`` times as many mult-adds.

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +20,16 @@ from falcon_jax.methods.base import (
     Params,
     bias_cost,
     flatten_batch,
+    scale_outputs,
     spatial_shape,
     unit_gain,
 )
 from falcon_jax.methods.ranks import Rank, RankMethod
 from falcon_jax.methods.registry import register
 from falcon_jax.methods.spec import ConvSpec
+from falcon_jax.ops.choice import falcon_form
 
-Impl = Literal["separable", "grouped", "gep"]
+Impl = Literal["auto", "separable", "wide", "grouped", "gep"]
 
 
 @register
@@ -44,16 +46,18 @@ class Falcon(RankMethod):
     Attributes:
         rank: number k of terms; ``full`` (D^2, or M / groups if that is less) reproduces any
             kernel, an `Energy` is decided by the trained kernel.
-        impl: how it is computed, with the same result: ``separable`` (matrix products and one
-            fused depthwise pass; the fast one), ``grouped`` (1x1 and feature-grouped ``lax``
-            convolutions) or ``gep`` (build the kernel by einsum, then one standard convolution).
+        impl: how it is computed, with the same result: ``separable`` (a matrix product a term and
+            one fused depthwise pass), ``wide`` (one matrix product for all terms), ``grouped`` (1x1
+            and feature-grouped ``lax`` convolutions), ``gep`` (build the kernel by einsum, then one
+            standard convolution), or ``auto``: the fastest for such a shape and batch, as measured
+            on the default backend.
 
     Reference:
         FALCON, Sections 3.3 and 3.4, Equation 5, Theorems 1 and 3 to 5, Definition 3.
     """
 
     rank: Rank = 1
-    impl: Impl = "separable"
+    impl: Impl = "auto"
     name: ClassVar[str] = "falcon"
 
     def __post_init__(self):
@@ -93,6 +97,11 @@ class Falcon(RankMethod):
         """Return the equivalent standard kernel (Theorem 1)."""
         return falcon_kernel(params["depthwise"], params["pointwise"])
 
+    def forms(self) -> tuple["Falcon", ...]:
+        """Return FALCON of this rank with every ``impl`` but ``auto``."""
+        names = [n for n in get_args(Impl) if n != "auto" and (n != "wide" or self.rank != 1)]
+        return tuple(dataclasses.replace(self, impl=name) for name in names)
+
     def apply(
         self,
         params: Params,
@@ -106,7 +115,8 @@ class Falcon(RankMethod):
         geometry = spec.geometry
         groups = spec.feature_group_count
         depthwise, pointwise = params["depthwise"], params["pointwise"]
-        if self.impl == "separable":
+        impl = self._form(spec, x.shape) if self.impl == "auto" else self.impl
+        if impl in ("separable", "wide"):
             y = ops.pointwise_then_depthwise(
                 x,
                 depthwise,
@@ -114,8 +124,9 @@ class Falcon(RankMethod):
                 **geometry,
                 feature_group_count=groups,
                 precision=precision,
+                wide=impl == "wide",
             )
-        elif self.impl == "gep":
+        elif impl == "gep":
             y = ops.conv(
                 x,
                 falcon_kernel(depthwise, pointwise),
@@ -130,6 +141,16 @@ class Falcon(RankMethod):
             )
             y = functools.reduce(jnp.add, terms)
         return y.reshape(*batch, *y.shape[1:])
+
+    def _form(self, spec: ConvSpec, input_shape: Sequence[Any]) -> Impl:
+        known = all(isinstance(n, int) for n in input_shape)  # not so in exported functions
+        return falcon_form(
+            points=math.prod(input_shape[:-1]) if known else None,
+            taps=spec.taps,
+            in_features=spec.group_in_features,
+            out_features=spec.out_features,
+            rank=self.terms(spec),
+        )
 
     def _grouped_term(
         self, x: Array, depthwise: Array, pointwise: Array, spec: ConvSpec, precision
@@ -153,6 +174,10 @@ class Falcon(RankMethod):
             feature_group_count=spec.out_features,
             precision=precision,
         )
+
+    def with_gain(self, params: Params, gain: Float[Array, "*stack n"]) -> Params:
+        """Return parameters of the kernel with output channels multiplied by a gain."""
+        return params | {"depthwise": scale_outputs(params["depthwise"], gain)}
 
     def cost(self, spec: ConvSpec, input_shape: Sequence[int]) -> Cost:
         """Return ``k N (M / g + D^2)`` parameters, ``k N (H W M / g + H' W' D^2)`` mult-adds.

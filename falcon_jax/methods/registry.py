@@ -38,7 +38,7 @@ def get_method(name: str, **options: Any) -> Method:
         ValueError: if there is no such method, or it has no such setting.
 
     >>> get_method("falcon", rank=2)
-    Falcon(rank=2, impl='separable')
+    Falcon(rank=2, impl='auto')
     """
     known = method_settings(name)
     unknown = sorted(set(options) - set(known))

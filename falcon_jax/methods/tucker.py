@@ -19,6 +19,7 @@ from falcon_jax.methods.base import (
     Params,
     bias_cost,
     flatten_batch,
+    scale_outputs,
     spatial_shape,
     unit_gain,
 )
@@ -140,6 +141,10 @@ class Tucker(Method):
         y = ops.conv(y, params["core"], **spec.geometry, precision=precision)
         y = ops.pointwise_conv(y, params["outer"], precision=precision)
         return y.reshape(*batch, *y.shape[1:])
+
+    def with_gain(self, params: Params, gain: Float[Array, "*stack n"]) -> Params:
+        """Return parameters of the kernel with output channels multiplied by a gain."""
+        return params | {"outer": scale_outputs(params["outer"], gain)}
 
     def cost(self, spec: ConvSpec, input_shape: Sequence[int]) -> Cost:
         """Return ``M R_in + D^2 R_in R_out + R_out N`` parameters, each times its points."""

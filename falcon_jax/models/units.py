@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from falcon_jax.methods import ConvSpec, Method
 from falcon_jax.models.convolutions import PAD_ONE, conv_3x3
+from falcon_jax.nn.batch_norm import BatchNorm
 from falcon_jax.nn.conv_like import method_conv
 
 
@@ -79,9 +80,9 @@ class ConvUnit(nnx.Module):
         return y if self.activation is None else self.activation(y)
 
 
-def batch_norm(features: int, *, dtype: Dtype | None, rngs: nnx.Rngs) -> nnx.BatchNorm:
+def batch_norm(features: int, *, dtype: Dtype | None, rngs: nnx.Rngs) -> BatchNorm:
     """Return BatchNorm with PyTorch's settings: new statistics weigh 0.1, epsilon 1e-5."""
-    return nnx.BatchNorm(features, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs)
+    return BatchNorm(features, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs)
 
 
 def dense(

@@ -134,14 +134,14 @@ class FalconConv(ConvLike):
         param_dtype: of the parameters.
         precision: of products on accelerators, as in ``jax.lax``.
         bias_init: makes the bias.
-        impl: ``separable``, ``grouped`` or ``gep``; see `Falcon`.
+        impl: ``auto``, ``separable``, ``wide``, ``grouped`` or ``gep``; see `Falcon`.
 
     Reference:
         FALCON, Sections 3.3 and 3.4.
     """
 
     rank: Rank = 1
-    impl: Impl = "separable"
+    impl: Impl = "auto"
 
     def method(self) -> Method:
         """Return FALCON of this module's rank."""

@@ -27,7 +27,7 @@ class FalconConv(ConvLike):
         kernel_size: taps per spatial axis; a number for one axis.
         strides: step between outputs.
         rank: number k of terms, or ``full``.
-        impl: ``separable``, ``grouped`` or ``gep``; see `Falcon`.
+        impl: ``auto``, ``separable``, ``wide``, ``grouped`` or ``gep``; see `Falcon`.
         **conv: ``padding``, ``input_dilation``, ``kernel_dilation``, ``feature_group_count``,
             ``use_bias``, ``dtype``, ``param_dtype``, ``precision``, ``bias_init`` and ``rngs`` as
             in ``nnx.Conv``; ``params`` and ``bias`` to start from.
@@ -51,14 +51,14 @@ class FalconConv(ConvLike):
         strides: PerAxis = 1,
         *,
         rank: Rank = 1,
-        impl: Impl = "separable",
+        impl: Impl = "auto",
         **conv: Unpack[ConvOptions],
     ):
         method = Falcon(rank=rank, impl=impl)
         super().__init__(method, in_features, out_features, kernel_size, strides, conv)
 
     @classmethod
-    def from_conv(cls, conv: nnx.Conv, rank: Rank = 1, *, impl: Impl = "separable") -> "FalconConv":
+    def from_conv(cls, conv: nnx.Conv, rank: Rank = 1, *, impl: Impl = "auto") -> "FalconConv":
         """Return the FALCON layer nearest to a trained convolution.
 
         Raises:

@@ -5,6 +5,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from falcon_jax.ops.geometry import Padding, pad_boundary, padding_pairs
+from falcon_jax.ops.small_maps import conv_on_small_maps
 
 
 def conv(
@@ -49,7 +50,7 @@ def conv(
     rank = len(kernel_size)
     channels_last = (0, rank + 1, *range(1, rank + 1))
     kernel_layout = (rank + 1, rank, *range(rank))
-    return lax.conv_general_dilated(
+    return conv_on_small_maps(
         x,
         kernel,
         strides,

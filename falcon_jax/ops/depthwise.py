@@ -1,31 +1,30 @@
-"""Depthwise convolution as one fused sum of shifted slices, with its own backward pass.
+"""Depthwise convolution in several forms, with its own backward pass.
 
-A grouped ``lax`` convolution is 4 to 20 times slower on CPUs, forward and backward. Here the input
-is padded once and the taps are strided slices of it, which XLA fuses into a single loop, together
-with the loops of further convolutions whose results are summed. The gradient of the input is again
-such a sum, with the kernel flipped; the gradient of the kernel is one reduction per tap.
+A grouped ``lax`` convolution is 4 to 20 times slower on CPUs, forward and backward, than a sum of
+shifted slices; see `falcon_jax.ops.shifted` and `falcon_jax.ops.per_pixel`.
 """
 
 import functools
 import math
-from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from falcon_jax.names import no_such
+from falcon_jax.ops.choice import DEPTHWISE_FORMS, DepthwiseForm, depthwise_form
+from falcon_jax.ops.convolution import conv
 from falcon_jax.ops.geometry import (
     Geometry,
     Padding,
     dilated,
+    output_sizes,
     pad_boundary,
     padding_pairs,
-    tap_slices,
 )
-
-_ELEMENTS_IN_CACHE = 2**19  # elements of input that one pass of the kernel gradient reads
+from falcon_jax.ops.per_pixel import kernel_gradient_per_pixel, sum_per_pixel
+from falcon_jax.ops.shifted import kernel_gradient, padded_input, sum_of_taps
 
 
 def depthwise_conv(
@@ -36,10 +35,13 @@ def depthwise_conv(
     padding: Padding = "SAME",
     input_dilation: tuple[int, ...] | int = 1,
     kernel_dilation: tuple[int, ...] | int = 1,
+    impl: DepthwiseForm = "auto",
 ) -> Float[Array, "*batch_out c"]:
     """Convolve every channel with a kernel of its own.
 
     ``y[b, h', w', c] = sum_ij kernel[i, j, c] * x[b, h' s + i - p, w' s + j - p, c]``
+
+    Differentiable in reverse mode any number of times; forward mode takes ``impl="grouped"``.
 
     Args:
         x: input of shape ``(..., *spatial, C)``, any number of batch axes.
@@ -48,12 +50,15 @@ def depthwise_conv(
         padding: a name (SAME, VALID, CIRCULAR, REFLECT, CAUSAL) or ``(low, high)`` pairs.
         input_dilation: distance between input points.
         kernel_dilation: distance between taps.
+        impl: how it is computed, with the same result: ``shifted`` (one sum of shifted slices),
+            ``per_pixel`` (for maps of a few pixels), ``grouped`` (a ``lax`` convolution), or
+            ``auto``, the fastest as measured on the default backend.
 
     Returns:
         Output of shape ``(..., *spatial_out, C)``.
 
     Raises:
-        ValueError: if the shapes do not fit each other.
+        ValueError: if the shapes do not fit each other, or there is no such ``impl``.
 
     Reference:
         FALCON, Equations 3 and 7.
@@ -68,11 +73,13 @@ def depthwise_conv(
             f"depthwise_conv takes x of shape (..., *spatial, C) and a kernel of shape "
             f"(*kernel_size, C) with equal C; got {x.shape} and {kernel.shape}."
         )
+    if impl not in DEPTHWISE_FORMS:
+        raise ValueError(no_such("impl of depthwise_conv", impl, DEPTHWISE_FORMS))
     batch = x.shape[: x.ndim - axes - 1]
     x = x.reshape(math.prod(batch), *x.shape[x.ndim - axes - 1 :])
     kernel_size = kernel.shape[:-1]
-    strides, kernel_dilation = _per_axis(strides, axes), _per_axis(kernel_dilation, axes)
-    input_dilation = _per_axis(input_dilation, axes)
+    strides, kernel_dilation = per_axis(strides, axes), per_axis(kernel_dilation, axes)
+    input_dilation = per_axis(input_dilation, axes)
     x, padding = pad_boundary(x, padding, kernel_size, kernel_dilation=kernel_dilation)
     pairs = padding_pairs(
         padding,
@@ -82,53 +89,83 @@ def depthwise_conv(
         input_dilation=input_dilation,
         kernel_dilation=kernel_dilation,
     )
-    y: Array = _depthwise((strides, pairs, input_dilation, kernel_dilation), x, kernel)
+    geometry = (strides, pairs, input_dilation, kernel_dilation)
+    outputs = output_sizes(geometry, x.shape[1:-1], kernel_size)
+    if impl == "auto":
+        impl = depthwise_form(
+            points=max(math.prod(x.shape[1:-1]), math.prod(outputs)), taps=math.prod(kernel_size)
+        )
+    y: Array = _FUNCTIONS[impl](geometry, x, kernel)
     return y.reshape(*batch, *y.shape[1:])
 
 
-def _per_axis(value: tuple[int, ...] | int, axes: int) -> tuple[int, ...]:
+def per_axis(value: tuple[int, ...] | int, axes: int) -> tuple[int, ...]:
+    """Return one value for each axis."""
     return (value,) * axes if isinstance(value, int) else tuple(value)
 
 
-def _largest_divisor(n: int, *, at_most: int) -> int:
-    return next(d for d in range(max(min(n, at_most), 1), 0, -1) if n % d == 0)
-
-
-def _accumulator(x: Array, kernel: Array) -> jnp.dtype:
-    """Half-precision terms are summed in float32."""
-    return jnp.promote_types(jnp.result_type(x, kernel), jnp.float32)
-
-
-def _sum(terms: Iterable[Array]) -> Array:
-    first, *rest = terms
-    return functools.reduce(jnp.add, rest, first)
+def _grouped(geometry: Geometry, x: Array, kernel: Array) -> Array:
+    strides, pairs, input_dilation, kernel_dilation = geometry
+    dtype = jnp.result_type(x, kernel)
+    return conv(
+        x.astype(dtype),
+        kernel[..., None, :].astype(dtype),
+        strides=strides,
+        padding=pairs,
+        input_dilation=input_dilation,
+        kernel_dilation=kernel_dilation,
+        feature_group_count=x.shape[-1],
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _depthwise(geometry: Geometry, x: Array, kernel: Array) -> Array:
-    dtype = _accumulator(x, kernel)
-    rows = kernel.reshape(-1, *(1,) * (x.ndim - 1), kernel.shape[-1]).astype(dtype)
-    points = tap_slices(geometry, x, kernel.shape[:-1])
-    terms = (p.astype(dtype) * row for p, row in zip(points, rows, strict=True))
-    return _sum(terms).astype(jnp.result_type(x, kernel))
+def _shifted(geometry: Geometry, x: Array, kernel: Array) -> Array:
+    return sum_of_taps(geometry, padded_input(geometry, x), kernel)
 
 
-def _forward(geometry: Geometry, x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _depthwise(geometry, x, kernel), (x, kernel)
+def _shifted_forward(geometry: Geometry, x: Array, kernel: Array) -> tuple[Array, tuple]:
+    padded = padded_input(geometry, x)
+    # An empty array of the input's shape: padding could not be told from it otherwise.
+    return sum_of_taps(geometry, padded, kernel), (padded, kernel, x[:0])
 
 
-def _backward(
-    geometry: Geometry, residual: tuple[Array, Array], dy: ArrayLike
-) -> tuple[Array, Array]:
-    x, kernel = residual
+def _shifted_backward(geometry: Geometry, residual: tuple, dy: ArrayLike) -> tuple[Array, Array]:
+    padded, kernel, empty = residual
     dy = jnp.asarray(dy)  # outside of jit, JAX hands NumPy arrays on
+    back = _transposed(geometry, kernel.shape[:-1], empty.shape[1:-1], dy.shape[1:-1])
+    dx: Array = _shifted(back, dy, _flipped(kernel))
+    dkernel = kernel_gradient(geometry, padded, dy, kernel.shape[:-1])
+    return dx.astype(padded.dtype), dkernel.astype(kernel.dtype)
+
+
+_shifted.defvjp(_shifted_forward, _shifted_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _per_pixel(geometry: Geometry, x: Array, kernel: Array) -> Array:
+    return sum_per_pixel(geometry, x, kernel)
+
+
+def _per_pixel_forward(geometry: Geometry, x: Array, kernel: Array) -> tuple[Array, tuple]:
+    return sum_per_pixel(geometry, x, kernel), (x, kernel)
+
+
+def _per_pixel_backward(geometry: Geometry, residual: tuple, dy: ArrayLike) -> tuple[Array, Array]:
+    x, kernel = residual
+    dy = jnp.asarray(dy)
     back = _transposed(geometry, kernel.shape[:-1], x.shape[1:-1], dy.shape[1:-1])
-    dx: Array = _depthwise(back, dy, jnp.flip(kernel, axis=tuple(range(kernel.ndim - 1))))
-    dkernel = _chunked_kernel_gradient(geometry, x, dy, kernel.shape[:-1])
+    dx: Array = _per_pixel(back, dy, _flipped(kernel))
+    dkernel = kernel_gradient_per_pixel(geometry, x, dy, kernel.shape[:-1])
     return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
 
 
-_depthwise.defvjp(_forward, _backward)
+_per_pixel.defvjp(_per_pixel_forward, _per_pixel_backward)
+
+_FUNCTIONS = {"shifted": _shifted, "per_pixel": _per_pixel, "grouped": _grouped}
+
+
+def _flipped(kernel: Array) -> Array:
+    return jnp.flip(kernel, axis=tuple(range(kernel.ndim - 1)))
 
 
 def _transposed(
@@ -147,41 +184,3 @@ def _transposed(
         needed = dilated(n, di) - 1 + dilated(k, dk)
         back.append((before, needed - before - dilated(out, s)))
     return input_dilation, tuple(back), strides, kernel_dilation
-
-
-def _kernel_gradient(
-    geometry: Geometry, x: Array, dy: Array, kernel_size: tuple[int, ...]
-) -> Array:
-    """Return ``dK[tap, c] = sum over batch and points of x shifted by tap times dy``.
-
-    Up to 32 rows are summed while the products are made, the rest in one wide column sum behind an
-    optimisation barrier: XLA's fused reduction to single rows is several times slower on CPUs.
-    """
-    dtype = _accumulator(x, dy)
-    dy = dy.astype(dtype)
-    unrolled = _largest_divisor(dy.shape[1], at_most=32)
-    sums = []
-    for points in tap_slices(geometry, x, kernel_size):
-        product = points.astype(dtype) * dy
-        blocks = product.reshape(dy.shape[0], unrolled, -1, *product.shape[2:])
-        sums.append(_sum(blocks[:, h] for h in range(unrolled)))
-    stacked = lax.optimization_barrier(jnp.stack(sums, axis=-2))
-    columns = stacked.reshape(-1, *stacked.shape[-2:]).sum(axis=0)
-    return columns.reshape(*kernel_size, -1)
-
-
-def _chunked_kernel_gradient(
-    geometry: Geometry, x: Array, dy: Array, kernel_size: tuple[int, ...]
-) -> Array:
-    per_image = max(math.prod(x.shape[1:]), math.prod(dy.shape[1:]), 1)
-    chunk = _largest_divisor(x.shape[0], at_most=max(_ELEMENTS_IN_CACHE // per_image, 1))
-    if chunk == x.shape[0]:
-        return _kernel_gradient(geometry, x, dy, kernel_size)
-    xs = x.reshape(-1, chunk, *x.shape[1:])
-    dys = dy.reshape(-1, chunk, *dy.shape[1:])
-
-    def add(total: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
-        return total + _kernel_gradient(geometry, *pair, kernel_size), None
-
-    zero = jnp.zeros((*kernel_size, x.shape[-1]), _accumulator(x, dy))
-    return lax.scan(add, zero, (xs, dys))[0]

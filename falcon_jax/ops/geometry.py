@@ -148,22 +148,51 @@ def output_shape(
     return tuple(sizes)
 
 
+def output_sizes(
+    geometry: Geometry, spatial: Sequence[int], kernel_size: Sequence[int]
+) -> tuple[int, ...]:
+    """Return the spatial output sizes where padding is given by pairs.
+
+    Args:
+        geometry: strides, padding, input dilation and kernel dilation.
+        spatial: sizes of the input's spatial axes.
+        kernel_size: taps per axis.
+
+    Returns:
+        One size per axis.
+    """
+    strides, pairs, input_dilation, kernel_dilation = geometry
+    return output_shape(
+        spatial,
+        kernel_size,
+        strides=strides,
+        padding=pairs,
+        input_dilation=input_dilation,
+        kernel_dilation=kernel_dilation,
+    )
+
+
+def pad(geometry: Geometry, x: Float[Array, "b *spatial c"]) -> Float[Array, "b *padded c"]:
+    """Return the input, dilated and padded with zeros (cropped where padding is negative)."""
+    _, pairs, input_dilation, _ = geometry
+    config = [(low, high, d - 1) for (low, high), d in zip(pairs, input_dilation, strict=True)]
+    return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *config, (0, 0, 0)])
+
+
 def tap_slices(
-    geometry: Geometry, x: Float[Array, "b *spatial c"], kernel_size: tuple[int, ...]
+    geometry: Geometry, padded: Float[Array, "b *padded c"], kernel_size: tuple[int, ...]
 ) -> Iterator[Float[Array, "b *spatial_out c"]]:
     """Yield, for every tap in row-major order, the padded input points that it multiplies.
 
     Args:
         geometry: strides, padding, input dilation and kernel dilation.
-        x: input of shape ``(batch, *spatial, channels)``.
+        padded: what `pad` returns, of shape ``(batch, *padded, channels)``.
         kernel_size: taps per axis.
 
     Returns:
         An iterator over arrays of shape ``(batch, *spatial_out, channels)``.
     """
-    strides, pairs, input_dilation, kernel_dilation = geometry
-    config = [(low, high, d - 1) for (low, high), d in zip(pairs, input_dilation, strict=True)]
-    padded = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *config, (0, 0, 0)])
+    strides, _, _, kernel_dilation = geometry
     extents = [dilated(k, d) for k, d in zip(kernel_size, kernel_dilation, strict=True)]
     outputs = [
         max((n - extent) // s + 1, 0)
@@ -177,5 +206,5 @@ def tap_slices(
             start + dilated(n, s) for start, n, s in zip(starts, outputs, strides, strict=True)
         ]
         yield lax.slice(
-            padded, (0, *starts, 0), (x.shape[0], *stops, x.shape[-1]), (1, *strides, 1)
+            padded, (0, *starts, 0), (padded.shape[0], *stops, padded.shape[-1]), (1, *strides, 1)
         )

@@ -1,12 +1,15 @@
 """Depthwise separable convolutions of rank k, in both orders."""
 
 import functools
+import math
+from typing import Literal
 
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from falcon_jax.ops.depthwise import depthwise_conv
+from falcon_jax.ops.depthwise import depthwise_conv, per_axis
 from falcon_jax.ops.geometry import Padding
 from falcon_jax.ops.pointwise import pointwise_conv
 
@@ -22,13 +25,15 @@ def pointwise_then_depthwise(
     kernel_dilation: tuple[int, ...],
     feature_group_count: int = 1,
     precision: lax.PrecisionLike = None,
+    wide: bool = False,
 ) -> Float[Array, "b *spatial_out n"]:
     """Apply a rank-k FALCON convolution: matrix products, then one fused depthwise pass.
 
     ``y = sum_r depthwise_r * (x @ pointwise_r)``
 
     A matrix product for each term: one wide product for all of them makes the depthwise pass and
-    its gradients read k arrays interleaved, and is 1.3 to 1.8 times slower in training on CPUs.
+    its gradients read k arrays interleaved, and is 1.3 to 1.8 times slower in training on CPUs. It
+    is faster for small batches of small maps.
 
     Args:
         x: input of shape ``(batch, *spatial, M)``.
@@ -40,6 +45,7 @@ def pointwise_then_depthwise(
         kernel_dilation: distance between taps, per axis.
         feature_group_count: number of groups that channels are split into.
         precision: of the matrix product, as in ``jax.lax``.
+        wide: whether all terms are one matrix product.
 
     Returns:
         Output of shape ``(batch, *spatial_out, N)``.
@@ -47,18 +53,25 @@ def pointwise_then_depthwise(
     Reference:
         FALCON, Equations 6 and 7, Definition 3.
     """
+    mix = functools.partial(
+        pointwise_conv, feature_group_count=feature_group_count, precision=precision
+    )
+    k, n = pointwise.shape[1:]
+    if wide and feature_group_count == 1:
+        z = mix(x, pointwise.reshape(-1, k * n))
+        mixed = [z[..., r * n : (r + 1) * n] for r in range(k)]
+    else:
+        mixed = [mix(x, pointwise[:, r]) for r in range(k)]
     terms = (
         depthwise_conv(
-            pointwise_conv(
-                x, pointwise[:, r], feature_group_count=feature_group_count, precision=precision
-            ),
+            z,
             depthwise[..., r, :],
             strides=strides,
             padding=padding,
             input_dilation=input_dilation,
             kernel_dilation=kernel_dilation,
         )
-        for r in range(pointwise.shape[1])
+        for r, z in enumerate(mixed)
     )
     return functools.reduce(jnp.add, terms)
 
@@ -113,3 +126,78 @@ def depthwise_then_pointwise(
         for r in range(pointwise.shape[1])
     )
     return functools.reduce(jnp.add, terms)
+
+
+def separable_conv(
+    x: Float[ArrayLike, "*batch m"],
+    depthwise: Float[ArrayLike, "*depthwise_shape"],
+    pointwise: Float[ArrayLike, "*pointwise_shape"],
+    *,
+    first: Literal["pointwise", "depthwise"] = "pointwise",
+    strides: tuple[int, ...] | int = 1,
+    padding: Padding = "SAME",
+    input_dilation: tuple[int, ...] | int = 1,
+    kernel_dilation: tuple[int, ...] | int = 1,
+    feature_group_count: int = 1,
+    precision: lax.PrecisionLike = None,
+) -> Float[Array, "*batch_out n"]:
+    """Apply a depthwise separable convolution, in either order, of one or several terms.
+
+    ``y = sum_r depthwise_r * (x @ pointwise_r)`` or ``y = sum_r (depthwise_r * x) @ pointwise_r``
+
+    Args:
+        x: input of shape ``(..., *spatial, M)``, any number of batch axes.
+        depthwise: shape ``(*kernel_size, k, N)``, or ``(*kernel_size, M, k)`` if it comes first;
+            without the axis k for one term.
+        pointwise: shape ``(M / groups, k, N)``, or ``(M / groups, N)`` for one term.
+        first: which step comes first. The depthwise one carries strides and dilations.
+        strides: step between outputs, per axis or one for all.
+        padding: a name or explicit ``(low, high)`` pairs, as in `depthwise_conv`.
+        input_dilation: distance between input points.
+        kernel_dilation: distance between taps.
+        feature_group_count: number of groups that the pointwise step splits channels into.
+        precision: of the matrix product, as in ``jax.lax``.
+
+    Returns:
+        Output of shape ``(..., *spatial_out, N)``.
+
+    Raises:
+        ValueError: if ``first`` is neither, or the shapes do not fit each other.
+
+    Reference:
+        FALCON, Sections 3.3 and 3.6.1, Definition 3.
+
+    >>> separable_conv(jnp.ones((2, 8, 8, 4)), jnp.ones((3, 3, 6)), jnp.ones((4, 6))).shape
+    (2, 8, 8, 6)
+    """
+    if first not in ("pointwise", "depthwise"):
+        raise ValueError(f"first is 'pointwise' or 'depthwise'; got {first!r}.")
+    x, depthwise, pointwise = map(jnp.asarray, (x, depthwise, pointwise))
+    if pointwise.ndim == 2:
+        depthwise = jnp.expand_dims(depthwise, -2 if first == "pointwise" else -1)
+        pointwise = pointwise[:, None, :]
+    axes = depthwise.ndim - 2
+    m = pointwise.shape[0] * feature_group_count
+    k, n = pointwise.shape[1:]
+    expected = (k, n) if first == "pointwise" else (m, k)
+    if depthwise.shape[-2:] != expected or x.ndim <= axes or x.shape[-1] != m:
+        raise ValueError(
+            f"separable_conv, {first} first, with pointwise of shape {pointwise.shape} and "
+            f"{feature_group_count} groups takes x of shape (..., *spatial, {m}) and depthwise of "
+            f"shape (*kernel_size, {expected[0]}, {expected[1]}); got {x.shape} and "
+            f"{depthwise.shape}."
+        )
+    batch = x.shape[: x.ndim - axes - 1]
+    function = pointwise_then_depthwise if first == "pointwise" else depthwise_then_pointwise
+    y = function(
+        x.reshape(math.prod(batch), *x.shape[x.ndim - axes - 1 :]),
+        depthwise,
+        pointwise,
+        strides=per_axis(strides, axes),
+        padding=padding,
+        input_dilation=per_axis(input_dilation, axes),
+        kernel_dilation=per_axis(kernel_dilation, axes),
+        feature_group_count=feature_group_count,
+        precision=precision,
+    )
+    return y.reshape(*batch, *y.shape[1:])

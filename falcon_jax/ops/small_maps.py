@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from falcon_jax.ops.geometry import output_shape, padding_pairs, tap_slices
+from falcon_jax.ops.geometry import output_shape, pad, padding_pairs, tap_slices
 
 _SMALL = 4  # output pixels: a 2x2 map
 
@@ -61,11 +61,8 @@ def conv_on_small_maps(
             **options,
         )
     pairs = padding_pairs(pairs, spatial, kernel_size, **geometry)
-    taps = tap_slices(
-        (geometry["strides"], pairs, geometry["input_dilation"], geometry["kernel_dilation"]),
-        lhs,
-        kernel_size,
-    )
+    form = (geometry["strides"], pairs, geometry["input_dilation"], geometry["kernel_dilation"])
+    taps = tap_slices(form, pad(form, lhs), kernel_size)
     columns = jnp.concatenate(list(taps), axis=-1)
     y = jnp.matmul(
         columns.reshape(-1, columns.shape[-1]),

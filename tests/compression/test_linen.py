@@ -233,7 +233,7 @@ def test_why_layers_stay():
         "normalised": "kernel normalised anew in every call",
         "boxed": "kernel in a box of Flax metadata, such as its partitioning",
         "function": "own convolution function",
-        "falcon": "compressed already by Falcon(rank=3, impl='separable')",
+        "falcon": "compressed already by Falcon(rank=3, impl='auto')",
         "second_axis": "stacked along an axis other than the first",
     }
     assert plan.replaced == ()

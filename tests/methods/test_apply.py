@@ -15,7 +15,9 @@ from tests.methods.reference import built, float64, standard_conv
 from tests.nn.weights import draw
 
 VARIANTS = [
+    functools.partial(fj.Falcon, impl="auto"),
     functools.partial(fj.Falcon, impl="separable"),
+    functools.partial(fj.Falcon, impl="wide"),
     functools.partial(fj.Falcon, impl="grouped"),
     functools.partial(fj.Falcon, impl="gep"),
     fj.DepthwiseSeparable,

@@ -8,6 +8,7 @@ from jax import lax
 from jax.test_util import check_grads
 
 import falcon_jax as fj
+from falcon_jax.ops.choice import depthwise_form
 from falcon_jax.ops.geometry import output_shape
 
 NAMED = ["SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT"]
@@ -61,6 +62,59 @@ def test_matches_the_definition_in_float64(geometry, kernel_size):
     np.testing.assert_allclose(y, reference(x, kernel, **geometry), rtol=1e-5, atol=1e-5)
 
 
+@settings(max_examples=8, deadline=None)
+@given(
+    geometry=geometries,
+    impl=st.sampled_from(["per_pixel", "grouped"]),
+    sides=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+)
+def test_every_form_and_its_gradients_are_those_of_the_shifted_one(geometry, impl, sides):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, *sides, 3)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(3, 2, 3)), jnp.float32)
+    options = {"padding": geometry["pads"], **without_pads(geometry)}
+    if 0 in output_shape(sides, (3, 2), **options):
+        return
+
+    def results(impl):
+        y, vjp = jax.vjp(lambda *a: fj.depthwise_conv(*a, **options, impl=impl), x, kernel)
+        return y, *vjp(jnp.cos(y))
+
+    for ours, theirs in zip(results(impl), results("shifted"), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    expected = reference(x, kernel, **geometry)
+    np.testing.assert_allclose(results(impl)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_small_maps_take_the_form_per_pixel_and_its_second_gradient_is_right():
+    assert depthwise_form(points=4, taps=9, backend="cpu") == "per_pixel"
+    assert depthwise_form(points=5, taps=9, backend="cpu") == "shifted"
+    assert depthwise_form(points=4, taps=9, backend="a new one") == "shifted"
+    x = jax.random.normal(jax.random.key(0), (2, 2, 2, 2))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 2))
+    check_grads(
+        jax.jit(lambda x, k: fj.depthwise_conv(x, k) ** 2), (x, kernel), 2, ["rev"], 2e-2, 2e-2
+    )
+
+
+def test_forward_mode_takes_the_grouped_form():
+    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 2))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 2))
+    check_grads(
+        lambda x, k: fj.depthwise_conv(x, k, impl="grouped"), (x, kernel), 1, ["fwd"], 2e-2, 2e-2
+    )
+
+
+def test_vmap_of_the_gradient():
+    x = jax.random.normal(jax.random.key(0), (3, 2, 5, 5, 2))
+    kernels = jax.random.normal(jax.random.key(1), (3, 3, 3, 2))
+    gradient = jax.grad(lambda x, k: (fj.depthwise_conv(x, k) ** 2).sum(), (0, 1))
+    mapped = jax.jit(jax.vmap(gradient))(x, kernels)
+    for i in range(3):
+        for ours, one in zip(mapped, gradient(x[i], kernels[i]), strict=True):
+            np.testing.assert_allclose(ours[i], one, rtol=1e-4, atol=1e-4)
+
+
 def without_pads(geometry):
     return {name: value for name, value in geometry.items() if name != "pads"}
 
@@ -112,7 +166,12 @@ def test_gradient_of_gradient():
     x = jax.random.normal(jax.random.key(0), (2, 4, 4, 2))
     kernel = jax.random.normal(jax.random.key(1), (3, 3, 2))
     check_grads(
-        lambda x, k: fj.depthwise_conv(x, k, strides=2) ** 2, (x, kernel), 2, ["rev"], 2e-2, 2e-2
+        jax.jit(lambda x, k: fj.depthwise_conv(x, k, strides=2) ** 2),
+        (x, kernel),
+        2,
+        ["rev"],
+        2e-2,
+        2e-2,
     )
 
 

@@ -1,0 +1,105 @@
+"""Times of several calls that take turns in one process, so that their ratios mean something."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+
+from falcon_jax.report.machine import describe_machine
+
+_WARM_UPS = 2
+_PAUSE_S = 0.003  # OpenMP's and XLA's idle threads spin for a while and would slow the next call
+_SHORT_S = 0.02  # calls up to this long run once unmeasured after the pause
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Times of one call, in milliseconds.
+
+    Attributes:
+        median: of all.
+        low: the first quartile.
+        high: the third quartile.
+        calls: how many were timed.
+    """
+
+    median: float
+    low: float
+    high: float
+    calls: int
+
+
+def synchronised(function: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+    """Return a call of a JAX function on given arguments that ends when its results are there."""
+    return lambda: jax.block_until_ready(function(*args))
+
+
+def take_turns(
+    calls: Mapping[str, Callable[[], Any]], *, rounds: int, burst: int = 5
+) -> dict[str, Timing]:
+    """Time several calls in turn.
+
+    In every round each call has a pause, one unmeasured run if it is short, and a burst of measured
+    runs; a slow second of the machine so hits all of them.
+
+    Args:
+        calls: what is timed, by name; each returns when its work is done.
+        rounds: how many turns each gets.
+        burst: runs a turn; a call of more than 20 ms has one.
+
+    Returns:
+        The times by name.
+    """
+    lasts = {}
+    for name, call in calls.items():
+        for _ in range(_WARM_UPS):
+            start = time.perf_counter()
+            call()
+            lasts[name] = time.perf_counter() - start
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            time.sleep(_PAUSE_S)
+            short = lasts[name] < _SHORT_S
+            if short:
+                call()
+            for _ in range(burst if short else 1):
+                start = time.perf_counter()
+                call()
+                seconds[name].append(time.perf_counter() - start)
+    return {name: _timing(values) for name, values in seconds.items()}
+
+
+def _timing(seconds: list[float]) -> Timing:
+    ms = sorted(1e3 * s for s in seconds)
+    low, median, high = statistics.quantiles(ms, n=4) if len(ms) > 1 else ms * 3
+    return Timing(median=median, low=low, high=high, calls=len(ms))
+
+
+def geometric_mean(ratios: Iterable[float]) -> float:
+    """Return the geometric mean.
+
+    >>> geometric_mean([2.0, 8.0])
+    4.0
+    """
+    logs = [math.log(r) for r in ratios]
+    return math.exp(sum(logs) / len(logs))
+
+
+def settings_of_run() -> dict[str, Any]:
+    """Return the machine, the version of PyTorch if it is there, and how glibc allocates."""
+    try:
+        import torch
+
+        version = str(torch.__version__)
+    except ImportError:
+        version = None
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    return {"machine": describe_machine(), "torch": version, "glibc_tunables": tunables}

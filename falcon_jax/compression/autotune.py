@@ -1,0 +1,156 @@
+"""`autotune`: how each layer of a plan is computed fastest, measured on the device at hand."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jaxtyping import Array
+
+from falcon_jax import ops
+from falcon_jax.compression.inputs import Inputs
+from falcon_jax.compression.inspection import Model, inspect_model
+from falcon_jax.compression.layers import Call
+from falcon_jax.compression.plan import Plan, PlanRow
+from falcon_jax.compression.planning import make_plan
+from falcon_jax.methods import ConvSpec, Method
+from falcon_jax.methods.base import flatten_batch
+
+STANDARD = "standard"
+_HOPELESS = 3.0  # times the fastest, in the first run after compilation
+
+
+def autotune(
+    model: Model,
+    sample: Any,
+    plan: Plan | None = None,
+    variables: Mapping[str, Any] | None = None,
+    *,
+    backward: bool = False,
+    only_faster: bool = True,
+    repeats: int = 15,
+) -> Plan:
+    """Return a plan whose layers are computed in the form that is fastest on this device.
+
+    Every layer that the plan replaces is timed by itself, in every form that its method has and as
+    the standard convolution that it is, on random arrays of the shapes that the sample gives it.
+    Where no form is faster than the standard convolution, the layer stays and the plan says so.
+
+    Args:
+        model: the model before compression, NNX or Linen; it is not changed.
+        sample: example input of the batch size to tune for.
+        plan: what is replaced; `make_plan` with its defaults if not given.
+        variables: of a Linen module.
+        backward: whether to time forward and backward, for training.
+        only_faster: whether layers stay whose every form is slower than the standard convolution;
+            if not, they get their fastest form, and the plan remarks on it.
+        repeats: timed runs of each form, in turns.
+
+    Returns:
+        The plan; rows have ``measured_ms``, by form, and methods the form that won.
+
+    Raises:
+        ValueError: if the plan does not fit the model, or the sample does not.
+    """
+    inputs = Inputs.of(sample)
+    if plan is None:
+        plan = make_plan(model, None, inputs, variables)
+    layers = {layer.path: layer for layer in inspect_model(model, inputs.shapes, variables).layers}
+    known: dict[Any, dict[Method | None, float]] = {}
+    rows = []
+    for row in plan.rows:
+        layer = layers.get(row.path)
+        if row.method is None or layer is None or not layer.calls:
+            rows.append(row)
+            continue
+        measured = dict.fromkeys((None, *row.method.forms()), 0.0)
+        for call in layer.calls:
+            key = (row.spec, row.method, call.input_shape)
+            if key not in known:
+                known[key] = _measure(row.method, row.spec, call, backward, repeats)
+            for form in measured:
+                measured[form] += call.times * known[key][form]
+        rows.append(_decided(row, measured, only_faster=only_faster))
+    return dataclasses.replace(plan, rows=tuple(rows), inputs=plan.inputs or inputs.shapes)
+
+
+def _measure(
+    method: Method, spec: ConvSpec, call: Call, backward: bool, repeats: int
+) -> dict[Method | None, float]:
+    """Return the least milliseconds of one call of the layer: in each form, and as it is (None).
+
+    Forms that are hopelessly slow are run only once.
+    """
+    x = jax.random.normal(jax.random.key(0), call.input_shape)
+    params = method.init(jax.random.key(1), spec)
+    runs: dict[Method | None, Callable[[], Any]] = {
+        None: _run(_standard(spec), (method.kernel(params, spec), x), backward)
+    }
+    for form in method.forms():
+        runs[form] = _run(_applied(form, spec), (params, x), backward)
+    first = {}
+    for form, run in runs.items():
+        run()
+        first[form] = _milliseconds(run)
+    fastest = min(first.values())
+    hopeful = [form for form, ms in first.items() if ms <= _HOPELESS * fastest]
+    times: dict[Method | None, list[float]] = {form: [] for form in hopeful}
+    for _ in range(repeats):
+        for form in hopeful:
+            times[form].append(_milliseconds(runs[form]))
+    return first | {form: min(values) for form, values in times.items() if values}
+
+
+def _run(
+    function: Callable[[Any, Array], Array], args: tuple[Any, Array], backward: bool
+) -> Callable[[], Any]:
+    def both(weights: Any, x: Array) -> Any:
+        y, gradients = jax.vjp(function, weights, x)
+        return y, gradients(y)
+
+    compiled = jax.jit(both if backward else function)
+    return lambda: jax.block_until_ready(compiled(*args))
+
+
+def _milliseconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _applied(form: Method, spec: ConvSpec) -> Callable[[Any, Array], Array]:
+    return lambda params, x: form.apply(params, x, spec)
+
+
+def _standard(spec: ConvSpec) -> Callable[[Any, Array], Array]:
+    def standard(kernel: Any, x: Array) -> Array:
+        flat, _ = flatten_batch(x, spec)
+        groups = spec.feature_group_count
+        return ops.conv(flat, kernel, **spec.geometry, feature_group_count=groups)
+
+    return standard
+
+
+def _decided(
+    row: PlanRow, measured: Mapping[Method | None, float], *, only_faster: bool
+) -> PlanRow:
+    """Return the row with the fastest form, or without a method where there is none."""
+    forms = [form for form in measured if form is not None]
+    best = min(forms, key=lambda form: measured[form])
+    ms = {_form_name(form): value for form, value in measured.items()}
+    ratio = measured[None] / measured[best]
+    if ratio > 1:
+        remark = f"{_form_name(best)}: {ratio:.1f} times faster than the standard convolution"
+        return dataclasses.replace(row, method=best, reason=remark, measured_ms=ms)
+    remark = f"no form is faster than the standard convolution; {_form_name(best)} {1 / ratio:.1f}"
+    remark += " times slower"
+    if not only_faster:
+        return dataclasses.replace(row, method=best, reason=remark, measured_ms=ms)
+    return dataclasses.replace(
+        row, method=None, reason=remark, after=row.before, error=None, measured_ms=ms
+    )
+
+
+def _form_name(form: Method | None) -> str:
+    return STANDARD if form is None else str(form.options().get("impl", form.name))
