@@ -1,5 +1,6 @@
 """Checkpoints of a training run, with Orbax, verified when they are read."""
 
+import contextlib
 import os
 import pathlib
 from collections.abc import Mapping
@@ -40,6 +41,7 @@ class Checkpoints:
     def __init__(self, directory: str | os.PathLike[str], *, keep: int = 2):
         self._directory = pathlib.Path(directory).absolute()
         self._unsealed: int | None = None
+        self._failed = False
         best = preservation_policy.BestN(get_metric_fn=_score, n=1)
         latest = preservation_policy.LatestN(n=keep)
         set_damaged_aside(self._directory)
@@ -148,7 +150,9 @@ class Checkpoints:
         try:
             self._finish_saving()
         finally:
-            self._manager.close()
+            # What could not be saved was told; closing would tell it again.
+            with contextlib.suppress(Exception if self._failed else ()):
+                self._manager.close()
 
     def _finish_saving(self) -> None:
         step, self._unsealed = self._unsealed, None
@@ -160,6 +164,7 @@ class Checkpoints:
             seal(self._directory / str(step))
 
     def _stopped(self, step: int | None, error: Exception) -> Stopped:
+        self._failed = True
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         return Stopped(
             f"the checkpoint of step {step} could not be saved in {self._directory} ({reason}); "

@@ -1,9 +1,11 @@
 import json
+import subprocess
+import sys
 
 import pytest
 
 from falcon_jax.training.config import default_config
-from falcon_jax.training.workdir import claim_workdir
+from falcon_jax.training.workdir import claim_workdir, locked
 
 
 def config(**fields):
@@ -73,3 +75,32 @@ def test_a_file_in_the_way(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         claim_workdir(tmp_path / "file", config())
+
+
+HOLD = """
+import pathlib, sys
+from falcon_jax.training.workdir import locked
+with locked(pathlib.Path(sys.argv[1])):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_run_is_refused_and_a_crash_leaves_no_lock(tmp_path):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert holder.stdout.readline() == b"locked\n"
+    told = f"process {holder.pid} on .* works in"
+    with pytest.raises(BlockingIOError, match=told), locked(tmp_path):
+        raise AssertionError("both hold the lock")
+    holder.kill()
+    holder.communicate()
+    for _ in range(2):  # and again, when it has been given back
+        with locked(tmp_path):
+            claim_workdir(tmp_path, config())
+
+
+def test_settings_that_change_no_result_may_differ(tmp_path):
+    claim_workdir(tmp_path, config())
+    claim_workdir(tmp_path, config(data__workers=4, checkpoint__every_steps=10, checkpoint__keep=5))
