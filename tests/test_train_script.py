@@ -1,7 +1,10 @@
 import os
 import pathlib
+import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -243,3 +246,25 @@ def test_help_says_how_to_use_it():
     finished = program("--help", cwd=ROOT)
     assert finished.returncode == 0
     assert "--workdir" in finished.stdout and "--config" in finished.stdout
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_ends_with_the_status_of_a_run_that_can_go_on(tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), f"--config={ROOT}/configs/torture.py"]
+    workdir = tmp_path / "run"
+    process = subprocess.Popen(
+        [*command, f"--workdir={workdir}", "--config.train.epochs=1000"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    saved = workdir / "standard" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not any(path.name.isdigit() for path in saved.glob("*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 3
+    assert "SIGTERM: saving at the next step" in told
+    step = re.search(r"standard: stopped and saved at step (\d+); the same command goes on", told)
+    assert (saved / step[1] / "manifest.json").is_file()
