@@ -74,7 +74,7 @@ class Watch:
         if self._unseen is None:
             return
         (step, indices, metrics), self._unseen = self._unseen, None
-        values = {name: float(value) for name, value in metrics.items()}
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         self.stop = self.stop or values["stop"] > 0
         if values["skipped"] > self._skipped:
             self._skipped = int(values["skipped"])

@@ -79,9 +79,9 @@ def test_calibration_inputs_and_shapes_come_from_streamed_images(folder, tmp_pat
     config = folder_config(folder)
     config.train.batch_size = 8
     experiment = check_config(config)
-    setting = begin(experiment, tmp_path / "new", config.to_dict())
-    assert setting.sample(2).shape == (2, 16, 16, 3)
-    first, second = setting.inputs(experiment.train, 2)
+    with begin(experiment, tmp_path / "new", config.to_dict()) as setting:
+        assert setting.sample(2).shape == (2, 16, 16, 3)
+        first, second = setting.inputs(experiment.train, 2)
     assert first.shape == second.shape == (8, 16, 16, 3)
     assert first.dtype == np.float32
     assert -2.2 < float(first.min()) < float(first.max()) < 2.7
