@@ -55,7 +55,7 @@ class FalconRow:
 _DEPTHWISE: Mapping[str, tuple[Row, ...]] = MappingProxyType(
     {
         "cpu": (
-            Row(form="per_pixel", most_points=4, most_taps=25),
+            Row(form="per_pixel", most_points=9, most_taps=25),
             Row(form="shifted"),
         ),
     }

@@ -151,7 +151,7 @@ class Checkpoints:
             self._finish_saving()
         finally:
             # What could not be saved was told; closing would tell it again.
-            with contextlib.suppress(Exception if self._failed else ()):
+            with contextlib.suppress(*[Exception] * self._failed):
                 self._manager.close()
 
     def _finish_saving(self) -> None:
