@@ -28,4 +28,4 @@ def unknown_field(dotted: str, value: str, known: Iterable[str]) -> str:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str | None:
-    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
+    return next(iter(difflib.get_close_matches(str(name), list(known), n=1)), None)

@@ -13,7 +13,16 @@ os.environ["XLA_FLAGS"] = (
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
+import jaxtyping
 import pytest
+
+
+@pytest.fixture(scope="module")
+def without_hook():
+    """Leave out the checks of annotations: what is wrong comes as far as it does for a user."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+        yield
 
 
 @pytest.fixture(autouse=True)

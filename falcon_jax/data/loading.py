@@ -87,10 +87,7 @@ def load_dataset(
     """
     if source not in SOURCES:
         raise ValueError(no_such("data source", source, SOURCES))
-    if not 0.0 < train_fraction <= 1.0:
-        raise ValueError(f"train_fraction must lie in (0, 1], but is {train_fraction}")
-    if not 0.0 <= validation_fraction < 1.0:
-        raise ValueError(f"validation_fraction must lie in [0, 1), but is {validation_fraction}")
+    check_fractions(train_fraction=train_fraction, validation_fraction=validation_fraction)
     options = SourceOptions(
         name=name,
         data_dir=data_dir,
@@ -129,6 +126,22 @@ def load_dataset(
         mean=mean,
         std=std,
     )
+
+
+def check_fractions(*, train_fraction: float, validation_fraction: float) -> None:
+    """Raise if the training split is to be shared out in a way that cannot be.
+
+    Args:
+        train_fraction: share of the training split to use at all.
+        validation_fraction: share of it to hold out.
+
+    Raises:
+        ValueError: if one is out of range.
+    """
+    if not 0.0 < train_fraction <= 1.0:
+        raise ValueError(f"train_fraction must lie in (0, 1], but is {train_fraction}")
+    if not 0.0 <= validation_fraction < 1.0:
+        raise ValueError(f"validation_fraction must lie in [0, 1), but is {validation_fraction}")
 
 
 def check_augmentation(dataset: Dataset, augmentation: Augmentation) -> None:

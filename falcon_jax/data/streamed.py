@@ -59,7 +59,7 @@ class StreamSettings:
             raise ValueError(f"image_size must be 1 or more, but is {self.image_size}")
         if self.workers < 0:
             raise ValueError(f"workers must be 0 or more, but is {self.workers}")
-        if self.shorter_side and self.shorter_side < self.image_size:
+        if self.shorter_side < 0 or 0 < self.shorter_side < self.image_size:
             raise ValueError(
                 f"shorter_side must be 0 (for image_size / {CENTRE_SHARE}) or at least image_size "
                 f"{self.image_size}, but is {self.shorter_side}"

@@ -9,6 +9,8 @@ import optax
 from jax import lax
 from jaxtyping import Array, Float
 
+from falcon_jax.numeric import is_number, is_whole
+
 Params = dict[str, Array]
 
 
@@ -33,10 +35,12 @@ class AdamWSettings:
     weight_decay: float = 0.01
 
     def __post_init__(self):
-        if self.steps < 1 or self.learning_rate <= 0:
+        whole = is_whole(self.steps) and all(map(is_whole, self.drops))
+        finite = is_number(self.learning_rate) and is_number(self.weight_decay)
+        if not whole or not finite or self.steps < 1 or self.learning_rate <= 0:
             raise ValueError(
-                f"AdamW fitting needs steps >= 1 and learning_rate > 0; got steps={self.steps} and "
-                f"learning_rate={self.learning_rate}."
+                "AdamW fitting needs steps >= 1, learning_rate > 0 and a finite weight_decay, and "
+                f"whole numbers of steps for drops; got {self}."
             )
 
 

@@ -29,6 +29,7 @@ from falcon_jax.methods.channel_ranks import Budget
 from falcon_jax.methods.ranks import Energy
 from falcon_jax.methods.registry import get_method, method_from
 from falcon_jax.methods.spec import ConvSpec
+from falcon_jax.numeric import is_whole
 
 HALF = Budget(2.0)
 ChainRank = int | Literal["full"] | Energy | Budget
@@ -53,7 +54,7 @@ class Chain(Method):
     def __post_init__(self):
         rank = self.rank
         named = rank == "full" or isinstance(rank, (Energy, Budget))
-        if not named and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        if not named and (not is_whole(rank) or rank < 1):
             raise ValueError(
                 "rank is a whole number of at least 1, 'full', an Energy or a Budget; got "
                 f"{rank!r}."
@@ -250,7 +251,11 @@ class Chain(Method):
 def _inner_method(given: Inner) -> Method | None:
     if isinstance(given, str):
         return get_method(given)
-    return method_from(given) if isinstance(given, Mapping) else given
+    if isinstance(given, Mapping):
+        return method_from(given)
+    if given is None or isinstance(given, Method):
+        return given
+    raise ValueError(f"inner is a method, its name or settings, or None; got {given!r}.")
 
 
 def _as_data(method: Any) -> dict[str, Any] | None:

@@ -41,6 +41,11 @@ class ChannelDecomposition(Chain, ResponseMethod):
     name: ClassVar[str] = "channel_decomposition"
     stage_names: ClassVar[tuple[str, str]] = ("spatial", "pointwise")
 
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.relu, bool):
+            raise ValueError(f"relu is True or False; got {self.relu!r}.")
+
     def supports(self, spec: ConvSpec) -> str | None:
         """Return None, or the reason why the method cannot replace such a convolution."""
         if spec.taps == 1:

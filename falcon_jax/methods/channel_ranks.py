@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from falcon_jax.fitting.vbmf import vbmf_rank
 from falcon_jax.methods.spec import ConvSpec
+from falcon_jax.numeric import is_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,14 +23,16 @@ class Budget:
         ratio: how many times fewer parameters; above 0.
 
     Raises:
-        ValueError: if the ratio is not above 0.
+        ValueError: if the ratio is no finite number above 0.
     """
 
     ratio: float | int
 
     def __post_init__(self):
-        if not self.ratio > 0:
-            raise ValueError(f"the ratio of a budget is above 0; got {self.ratio!r}.")
+        if not is_number(self.ratio) or self.ratio <= 0:
+            raise ValueError(
+                f"the ratio of a budget is a finite number above 0; got {self.ratio!r}."
+            )
 
     def params(self, spec: ConvSpec) -> float:
         """Return the parameters that a layer may have, the bias left out."""

@@ -26,6 +26,7 @@ from falcon_jax.methods.base import (
 from falcon_jax.methods.channel_ranks import Budget, Named, estimated_ranks
 from falcon_jax.methods.registry import register
 from falcon_jax.methods.spec import ConvSpec
+from falcon_jax.numeric import is_whole
 
 TermRank = Named | Budget | int
 
@@ -56,7 +57,7 @@ class CP(Method):
         rank = self.rank
         if rank == "vbmf" or isinstance(rank, Budget):
             return
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        if not is_whole(rank) or rank < 1:
             raise ValueError(
                 f"rank is a whole number of at least 1, 'vbmf' or a Budget; got {rank!r}."
             )

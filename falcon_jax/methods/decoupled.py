@@ -14,6 +14,7 @@ from falcon_jax.methods.falcon import Falcon
 from falcon_jax.methods.ranks import RankMethod
 from falcon_jax.methods.registry import register
 from falcon_jax.methods.spec import ConvSpec
+from falcon_jax.numeric import is_number
 
 Order = Literal["pw-dw", "dw-pw"]
 
@@ -53,7 +54,8 @@ class Decoupled(Method):
             raise ValueError("give either terms or energy, not both.")
         if self.terms is None and self.energy is None:
             object.__setattr__(self, "energy", 0.95)
-        if self.energy is not None and not 0 < self.energy <= 1:
+        energy = self.energy
+        if energy is not None and (not is_number(energy) or not 0 < energy <= 1):
             raise ValueError(f"energy is above 0 and at most 1; got {self.energy!r}.")
         if self.terms is not None:
             self._separable(self.terms)

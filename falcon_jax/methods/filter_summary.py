@@ -17,6 +17,7 @@ from falcon_jax.fitting.filter_summary import gather_segments, neighbour_order, 
 from falcon_jax.methods.base import Cost, Method, Params, flatten_batch, standard_cost
 from falcon_jax.methods.registry import register
 from falcon_jax.methods.spec import ConvSpec
+from falcon_jax.numeric import is_number
 
 Step = Literal["even", "paper"]
 
@@ -31,10 +32,8 @@ class SummaryMethod(Method):
     ratio: float | int
 
     def __post_init__(self):
-        ratio = self.ratio
-        number = isinstance(ratio, (int, float)) and not isinstance(ratio, bool)
-        if not number or not math.isfinite(ratio) or ratio < 1:
-            raise ValueError(f"ratio is a finite number of at least 1; got {ratio!r}.")
+        if not is_number(self.ratio) or self.ratio < 1:
+            raise ValueError(f"ratio is a finite number of at least 1; got {self.ratio!r}.")
 
     def supports(self, spec: ConvSpec) -> str | None:
         """Return None, or the reason why the method cannot replace such a convolution."""

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from falcon_jax.fitting.energy import smallest_rank
 from falcon_jax.methods.base import Method
 from falcon_jax.methods.spec import ConvSpec
+from falcon_jax.numeric import is_number, is_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Energy:
     share: float | int
 
     def __post_init__(self):
-        if not 0 < self.share <= 1:
+        if not is_number(self.share) or not 0 < self.share <= 1:
             raise ValueError(f"the share of energy is above 0 and at most 1; got {self.share!r}.")
 
 
@@ -48,7 +49,7 @@ class RankMethod(Method):
         rank = self.rank
         if rank == "full" or isinstance(rank, Energy):
             return
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        if not is_whole(rank) or rank < 1:
             raise ValueError(
                 f"rank is a whole number of at least 1, 'full' or an Energy; got {rank!r}."
             )

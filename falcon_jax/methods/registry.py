@@ -1,5 +1,6 @@
 """Methods by name, for configs, plans and the command line."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ def method_names() -> tuple[str, ...]:
     return tuple(sorted(_METHODS))
 
 
-def get_method(name: str, **options: Any) -> Method:
+def get_method(name: str, /, **options: Any) -> Method:
     """Return a method by its name.
 
     Args:
@@ -84,6 +85,6 @@ def method_settings(name: str) -> tuple[str, ...]:
     Raises:
         ValueError: if there is no such method.
     """
-    if name not in _METHODS:
+    if not isinstance(name, str) or name not in _METHODS:
         raise ValueError(no_such("method", name, method_names()))
-    return tuple(_METHODS[name].__dataclass_fields__)  # type: ignore[attr-defined]
+    return tuple(field.name for field in dataclasses.fields(_METHODS[name]))  # type: ignore[arg-type]

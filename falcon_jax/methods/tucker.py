@@ -26,6 +26,7 @@ from falcon_jax.methods.base import (
 from falcon_jax.methods.channel_ranks import Budget, Named, estimated_ranks, too_large
 from falcon_jax.methods.registry import register
 from falcon_jax.methods.spec import ConvSpec
+from falcon_jax.numeric import is_whole
 
 ChannelRanks = Named | Literal["full"] | Budget | int | Sequence[int]
 
@@ -60,7 +61,7 @@ class Tucker(Method):
             rank = tuple(rank)
             object.__setattr__(self, "rank", rank)
         numbers = rank if isinstance(rank, tuple) and len(rank) == 2 else (rank,)
-        if any(isinstance(r, bool) or not isinstance(r, int) or r < 1 for r in numbers):
+        if any(not is_whole(r) or r < 1 for r in numbers):
             raise ValueError(
                 "rank is (R_in, R_out), one number for both, 'vbmf', 'full' or a Budget, numbers "
                 f"at least 1; got {rank!r}."

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from falcon_jax.models.channels import channel_shuffle
 from falcon_jax.models.convolutions import PAD_ONE, depthwise_3x3, pointwise
 from falcon_jax.models.units import ConvUnit, UnitFactory
+from falcon_jax.numeric import is_whole
 
 _BOTTLENECK = 4
 
@@ -87,9 +88,14 @@ def gdg_unit(groups: int = 2) -> UnitFactory:
     Returns:
         A unit factory.
 
+    Raises:
+        ValueError: if there is no such number of groups.
+
     Reference:
         FALCON, Section 4.1.4.
     """
+    if not is_whole(groups) or groups < 1:
+        raise ValueError(f"groups is a whole number of at least 1; got {groups!r}.")
 
     def unit(
         in_features: int,

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 
 from falcon_jax.models.convolutions import depthwise_3x3, pointwise
 from falcon_jax.models.units import ConvUnit, UnitFactory
+from falcon_jax.numeric import is_number
 
 
 class PDPUnit(nnx.Module):
@@ -78,9 +79,14 @@ def pdp_unit(expansion: float | int = 0.5) -> UnitFactory:
     Returns:
         A unit factory. The units end linearly, whatever ``activate`` says, as in MobileNetV2.
 
+    Raises:
+        ValueError: if the expansion is no number above 0.
+
     Reference:
         FALCON, Section 4.1.4.
     """
+    if not is_number(expansion) or expansion <= 0:
+        raise ValueError(f"expansion is a finite number above 0; got {expansion!r}.")
 
     def unit(
         in_features: int,

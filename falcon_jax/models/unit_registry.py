@@ -23,7 +23,7 @@ UNIT_NAMES = tuple(_UNITS)
 _OPTIONS = MappingProxyType({"gdg": ("groups",), "pdp": ("expansion",)})
 
 
-def get_unit(name: str, **options: Any) -> UnitFactory:
+def get_unit(name: str, /, **options: Any) -> UnitFactory:
     """Return the factory of a conv unit by its name.
 
     Args:
@@ -36,7 +36,7 @@ def get_unit(name: str, **options: Any) -> UnitFactory:
     Raises:
         ValueError: if there is no such unit, or it has no such option.
     """
-    if name not in _UNITS:
+    if not isinstance(name, str) or name not in _UNITS:
         raise ValueError(no_such("unit", name, _UNITS))
     known = _OPTIONS.get(name, ())
     unknown = sorted(set(options) - set(known))

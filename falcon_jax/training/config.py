@@ -1,20 +1,26 @@
 """The config of an experiment: its fields, their defaults, and what they may be."""
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from falcon_jax.data.augmentation import Augmentation
-from falcon_jax.data.loading import SOURCES
+from falcon_jax.data.loading import SOURCES, check_fractions
+from falcon_jax.data.resizing import RESIZE_MODES
 from falcon_jax.data.streamed import StreamSettings
+from falcon_jax.methods.fitting import check_solver
 from falcon_jax.models import MODELS
 from falcon_jax.names import unknown_field
 from falcon_jax.training.execution import ParallelSettings
 from falcon_jax.training.run import LogSettings
 from falcon_jax.training.settings import TrainSettings, defaults
-from falcon_jax.training.variants import Variant, chosen_variants
+from falcon_jax.training.variants import Variant, chosen_variants, rules_from
+
+_INTEGERS = 2**31  # steps and seeds are 32-bit on devices
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,12 +126,34 @@ def check_config(config: Any) -> Experiment:
         raise ValueError(unknown_field("config.data.source", data["source"], SOURCES))
     streamed = [field.name for field in dataclasses.fields(StreamSettings)]
     _built("config.data", StreamSettings, {field: data[field] for field in streamed})
+    if data["resize"] not in RESIZE_MODES:
+        raise ValueError(unknown_field("config.data.resize", data["resize"], RESIZE_MODES))
+    with _below("config.data."):
+        check_fractions(
+            train_fraction=data["train_fraction"], validation_fraction=data["validation_fraction"]
+        )
+    if fields["seed"] < 0:
+        raise ValueError(f"config.seed must be 0 or more, but is {fields['seed']}")
+    if not compression["start"].strip():
+        raise ValueError(
+            "config.compression.start must be train, scratch, the workdir of an experiment or a "
+            f"stored model, but is {compression['start']!r}"
+        )
+    with _below("config.compression."):
+        check_solver(compression["solver"])
+    with _below("config.compression.rules: "):
+        rules_from(compression["rules"])
     for field in ("calibration_batches", "batchnorm_batches"):
         if compression[field] < 0:
-            raise ValueError(f"config.compression.{field} must be 0 or more")
+            raise ValueError(
+                f"config.compression.{field} must be 0 or more, but is {compression[field]}"
+            )
     for field, least in (("keep", 1), ("every_steps", 0)):
         if fields["checkpoint"][field] < least:
-            raise ValueError(f"config.checkpoint.{field} must be {least} or more")
+            raise ValueError(
+                f"config.checkpoint.{field} must be {least} or more, but is "
+                f"{fields['checkpoint'][field]}"
+            )
     return Experiment(
         seed=fields["seed"],
         model=model["name"],
@@ -183,6 +211,8 @@ def _check_fields(given: Mapping[str, Any], known: Mapping[str, Any], name: str)
             _check_fields(value, default, dotted)
         elif not _same_type(value, default):
             raise ValueError(f"{dotted} must be a {type(default).__name__}, but is {value!r}")
+        else:
+            _check_numbers(value, dotted)
 
 
 def _check_complete(given: Mapping[str, Any], known: Mapping[str, Any], name: str) -> None:
@@ -201,9 +231,18 @@ def _same_type(value: Any, default: Any) -> bool:
     if isinstance(default, tuple):
         numbers = all(isinstance(d, float) for d in default) and default
         return isinstance(value, (tuple, list)) and (
-            not numbers or all(isinstance(v, (int, float)) for v in value)
+            not numbers or all(_same_type(v, 0.0) for v in value)
         )
     return isinstance(value, type(default))
+
+
+def _check_numbers(value: Any, dotted: str) -> None:
+    """Raise if a number, or one in a tuple, is not finite or has more than 32 bits."""
+    for number in value if isinstance(value, (tuple, list)) else (value,):
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ValueError(f"{dotted} must be finite, but is {value!r}")
+        if isinstance(number, int) and abs(number) >= _INTEGERS:
+            raise ValueError(f"{dotted} must have less than 32 bits, but is {value!r}")
 
 
 def _built(name: str, cls: Any, fields: Mapping[str, Any]) -> Any:
@@ -214,7 +253,14 @@ def _built(name: str, cls: Any, fields: Mapping[str, Any]) -> Any:
             values[field] = float(value)
         elif isinstance(value, (tuple, list)):
             values[field] = tuple(float(v) if isinstance(v, int) else v for v in value)
-    try:
+    with _below(f"{name}."):
         return cls(**values)
+
+
+@contextmanager
+def _below(prefix: str) -> Iterator[None]:
+    """Put the dotted name of a group before what is wrong in it."""
+    try:
+        yield
     except ValueError as error:
-        raise ValueError(f"{name}.{error}") from None
+        raise ValueError(f"{prefix}{error}") from None

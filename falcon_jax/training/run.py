@@ -29,6 +29,11 @@ class LogSettings:
     profile_start_step: int = 10
     profile_steps: int = 0
 
+    def __post_init__(self):
+        for name in ("profile_start_step", "profile_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, but is {getattr(self, name)!r}")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:

@@ -1,6 +1,7 @@
 """Typed settings of one training run."""
 
 import dataclasses
+import math
 from typing import Any
 
 OPTIMIZERS = ("sgd", "adamw")
@@ -57,19 +58,20 @@ class TrainSettings:
                 raise ValueError(f"{name} must be {need}, but is {getattr(self, name)!r}")
 
     def _checks(self) -> list[tuple[str, bool, str]]:
-        numbers = all(isinstance(b, (int, float)) for b in self.boundaries)
-        rising = numbers and list(self.boundaries) == sorted(set(self.boundaries))
+        numbers = all(isinstance(b, (int, float)) and math.isfinite(b) for b in self.boundaries)
+        positive = numbers and min(self.boundaries, default=0) >= 0
+        rising = positive and list(self.boundaries) == sorted(set(self.boundaries))
         return [
             ("epochs", self.epochs >= 0, "0 or more"),
             ("batch_size", self.batch_size >= 1, "1 or more"),
-            ("accumulate", self.accumulate >= 1, "1 or more"),
+            ("accumulate", 1 <= self.accumulate <= self.batch_size, "in [1, batch_size]"),
             ("eval_batch_size", self.eval_batch_size >= 1, "1 or more"),
             ("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
-            ("learning_rate", self.learning_rate > 0, "positive"),
+            ("learning_rate", 0 < self.learning_rate < math.inf, "positive and finite"),
             ("momentum", 0 <= self.momentum < 1, "in [0, 1)"),
-            ("weight_decay", self.weight_decay >= 0, "0 or more"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "0 or more, and finite"),
             ("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
-            ("boundaries", rising, "rising epochs"),
+            ("boundaries", rising, "rising epochs, 0 or more"),
             ("factor", 0 < self.factor <= 1, "in (0, 1]"),
             ("warmup_epochs", 0 <= self.warmup_epochs <= self.epochs, "in [0, epochs]"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1)"),

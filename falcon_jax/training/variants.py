@@ -12,6 +12,7 @@ from falcon_jax.methods.registry import method_from
 from falcon_jax.models.unit_registry import UNIT_NAMES, get_unit
 from falcon_jax.models.units import UnitFactory
 from falcon_jax.names import unknown_field
+from falcon_jax.numeric import is_number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,8 +97,8 @@ def _variant(name: str, compression: Mapping[str, Any]) -> Variant:
     options = dict(given)
     try:
         width = options.pop("width", 1.0)
-        if isinstance(width, bool) or not isinstance(width, (int, float)) or width <= 0:
-            raise ValueError(f"width must be a number above 0, but is {width!r}")
+        if not is_number(width) or width <= 0:
+            raise ValueError(f"width must be a finite number above 0, but is {width!r}")
         if "unit" in options:
             unit_options = dict(options)
             kind = options.pop("unit")
@@ -116,10 +117,12 @@ def _variant(name: str, compression: Mapping[str, Any]) -> Variant:
         check_solver(solver)
         pairs = options.pop("rules", compression["rules"])
         of = options.pop("of", "")
+        if not isinstance(of, str):
+            raise ValueError(f"of names a variant, but is {of!r}")
         if of and width != 1:
             raise ValueError(f"its width is that of {of!r}; leave width out")
         method = _method(options)
-        rules = [Rule(path=path, method=_other_method(other)) for path, other in pairs]
+        rules = rules_from(pairs)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{dotted}: {error}") from None
     return Variant(
@@ -133,15 +136,35 @@ def _variant(name: str, compression: Mapping[str, Any]) -> Variant:
     )
 
 
-def _other_method(given: str | Mapping[str, Any] | None) -> Method | None:
-    """Return the method of a rule: none, one by its name, or one with settings."""
-    if given is None:
-        return None
-    return get_method(given) if isinstance(given, str) else _method(given)
+def rules_from(pairs: Any) -> list[Rule]:
+    """Return the rules that pairs of a path and a method describe.
+
+    Args:
+        pairs: each method None, a name, or a group with a name and settings.
+
+    Raises:
+        ValueError: if they are no such pairs.
+    """
+    if not isinstance(pairs, (tuple, list)):
+        raise ValueError(f"rules are pairs of a path and a method, such as {_PAIR}; got {pairs!r}")
+    return [_rule(pair) for pair in pairs]
+
+
+_PAIR = "('stem/.*', None) or ('head/.*', 'falcon')"
+
+
+def _rule(pair: Any) -> Rule:
+    good = isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str)
+    if not good or not isinstance(pair[1], (str, Mapping, type(None))):
+        raise ValueError(f"a rule is a pair of a path and a method, such as {_PAIR}; got {pair!r}")
+    path, method = pair
+    if isinstance(method, str):
+        return Rule(path=path, method=get_method(method))
+    return Rule(path=path, method=None if method is None else _method(method))
 
 
 def _method(options: Mapping[str, Any]) -> Method:
-    name = options["method"]
+    name = options.get("method")
     if name in UNIT_NAMES:
         raise ValueError(
             f"{name!r} is a conv unit: it stands for convolution, BatchNorm and activation "

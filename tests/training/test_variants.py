@@ -53,7 +53,7 @@ def test_only_brings_what_is_compressed():
         ({"method": "pdp"}, "is a conv unit.*no drop-in for a bare convolution"),
         ({"unit": "pdpp"}, "Did you mean 'pdp'"),
         ({"unit": "branch", "groups": 2}, "has no option groups"),
-        ({"method": "falcon", "width": 0}, "width must be a number above 0, but is 0"),
+        ({"method": "falcon", "width": 0}, "width must be a finite number above 0, but is 0"),
         ({"method": "falcon", "width": "wide"}, "width must be a number above 0, but is 'wide'"),
         ({"method": "falcon", "of": "b"}, r"variants\.a\.of names a variant that has a unit"),
         ({"method": "falcon", "of": "u", "width": 0.5}, "its width is that of 'u'"),
