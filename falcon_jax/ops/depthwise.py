@@ -18,10 +18,13 @@ from jaxtyping import Array, Float
 
 from falcon_jax.ops.geometry import (
     Geometry,
-    Padding,
+    PaddingLike,
+    PerAxis,
+    canonical_padding,
     dilated,
     pad_boundary,
     padding_pairs,
+    per_axis,
     tap_slices,
 )
 
@@ -32,10 +35,10 @@ def depthwise_conv(
     x: Float[ArrayLike, "*batch c"],
     kernel: Float[ArrayLike, "*kernel_size kernel_c"],
     *,
-    strides: tuple[int, ...] | int = 1,
-    padding: Padding = "SAME",
-    input_dilation: tuple[int, ...] | int = 1,
-    kernel_dilation: tuple[int, ...] | int = 1,
+    strides: PerAxis = 1,
+    padding: PaddingLike = "SAME",
+    input_dilation: PerAxis = 1,
+    kernel_dilation: PerAxis = 1,
 ) -> Float[Array, "*batch_out c"]:
     """Convolve every channel with a kernel of its own.
 
@@ -45,7 +48,8 @@ def depthwise_conv(
         x: input of shape ``(..., *spatial, C)``, any number of batch axes.
         kernel: shape ``(*kernel_size, C)``.
         strides: step between outputs, per axis or one for all.
-        padding: a name (SAME, VALID, CIRCULAR, REFLECT, CAUSAL) or ``(low, high)`` pairs.
+        padding: SAME, SAME_LOWER, VALID, CIRCULAR, REFLECT, CAUSAL, ``(low, high)`` pairs, or
+            numbers for both.
         input_dilation: distance between input points.
         kernel_dilation: distance between taps.
 
@@ -53,7 +57,7 @@ def depthwise_conv(
         Output of shape ``(..., *spatial_out, C)``.
 
     Raises:
-        ValueError: if the shapes do not fit each other.
+        ValueError: if the shapes do not fit each other, or a size is not positive.
 
     Reference:
         FALCON, Equations 3 and 7.
@@ -63,7 +67,7 @@ def depthwise_conv(
     """
     x, kernel = jnp.asarray(x), jnp.asarray(kernel)
     axes = kernel.ndim - 1
-    if x.ndim <= axes or x.shape[-1] != kernel.shape[-1]:
+    if axes < 0 or x.ndim <= axes or x.shape[-1] != kernel.shape[-1]:
         raise ValueError(
             f"depthwise_conv takes x of shape (..., *spatial, C) and a kernel of shape "
             f"(*kernel_size, C) with equal C; got {x.shape} and {kernel.shape}."
@@ -71,9 +75,17 @@ def depthwise_conv(
     batch = x.shape[: x.ndim - axes - 1]
     x = x.reshape(math.prod(batch), *x.shape[x.ndim - axes - 1 :])
     kernel_size = kernel.shape[:-1]
-    strides, kernel_dilation = _per_axis(strides, axes), _per_axis(kernel_dilation, axes)
-    input_dilation = _per_axis(input_dilation, axes)
-    x, padding = pad_boundary(x, padding, kernel_size, kernel_dilation=kernel_dilation)
+    strides = per_axis("strides", strides, axes)
+    kernel_dilation = per_axis("kernel_dilation", kernel_dilation, axes)
+    input_dilation = per_axis("input_dilation", input_dilation, axes)
+    if min((*kernel_size, *strides, *kernel_dilation, *input_dilation), default=1) < 1:
+        raise ValueError(
+            f"depthwise_conv needs a kernel with taps, and strides and dilations of 1 or more; got "
+            f"kernel_size={kernel_size}, {strides=}, {kernel_dilation=}, {input_dilation=}."
+        )
+    x, padding = pad_boundary(
+        x, canonical_padding(padding, axes), kernel_size, kernel_dilation=kernel_dilation
+    )
     pairs = padding_pairs(
         padding,
         x.shape[1:-1],
@@ -84,10 +96,6 @@ def depthwise_conv(
     )
     y: Array = _depthwise((strides, pairs, input_dilation, kernel_dilation), x, kernel)
     return y.reshape(*batch, *y.shape[1:])
-
-
-def _per_axis(value: tuple[int, ...] | int, axes: int) -> tuple[int, ...]:
-    return (value,) * axes if isinstance(value, int) else tuple(value)
 
 
 def _largest_divisor(n: int, *, at_most: int) -> int:
@@ -107,7 +115,9 @@ def _sum(terms: Iterable[Array]) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _depthwise(geometry: Geometry, x: Array, kernel: Array) -> Array:
     dtype = _accumulator(x, kernel)
-    rows = kernel.reshape(-1, *(1,) * (x.ndim - 1), kernel.shape[-1]).astype(dtype)
+    rows = kernel.reshape(
+        math.prod(kernel.shape[:-1]), *(1,) * (x.ndim - 1), kernel.shape[-1]
+    ).astype(dtype)
     points = tap_slices(geometry, x, kernel.shape[:-1])
     terms = (p.astype(dtype) * row for p, row in zip(points, rows, strict=True))
     return _sum(terms).astype(jnp.result_type(x, kernel))
