@@ -96,17 +96,12 @@ def separable_kernel(
         FALCON, Theorem 2.
     """
     depthwise, pointwise = jnp.asarray(depthwise), jnp.asarray(pointwise)
-    groups = as_whole(feature_group_count)
-    good = groups is not None and groups >= 1 and pointwise.ndim == 3 and depthwise.ndim >= 2
-    if (
-        not good
-        or pointwise.shape[2] % groups
-        or depthwise.shape[-2:]
-        != (
-            groups * pointwise.shape[0],
-            pointwise.shape[1],
-        )
-    ):
+    groups = as_whole(feature_group_count) or 0
+    good = groups >= 1 and pointwise.ndim == 3 and depthwise.ndim >= 2
+    if good:
+        m_group, k, n = pointwise.shape
+        good = n % groups == 0 and depthwise.shape[-2:] == (groups * m_group, k)
+    if not good:
         raise ValueError(
             "separable_kernel takes a depthwise kernel of shape (*kernel_size, M, k) and a "
             "pointwise one of shape (M / groups, k, N), groups dividing M and N; got "
