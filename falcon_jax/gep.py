@@ -1,8 +1,12 @@
 """The generalized elementwise product (GEP) and the convolution kernels built from it."""
 
+import math
+
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
+
+from falcon_jax.numeric import as_whole
 
 
 def gep(d: Float[ArrayLike, "..."], p: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
@@ -32,9 +36,10 @@ def gep(d: Float[ArrayLike, "..."], p: Float[ArrayLike, "..."]) -> Float[Array, 
             f"gep multiplies along the last axis of d and the first axis of p, which must have "
             f"equal length; got shapes {d.shape} and {p.shape}. Transpose or reshape one of them."
         )
-    m = d.shape[-1]
-    product = jnp.einsum("im,mj->imj", d.reshape(-1, m), p.reshape(m, -1))
-    return product.reshape(d.shape[:-1] + p.shape)
+    (*rows, m), (_, *columns) = d.shape, p.shape
+    d, p = d.reshape(math.prod(rows), m), p.reshape(m, math.prod(columns))
+    product = jnp.einsum("im,mj->imj", d, p)
+    return product.reshape(*rows, m, *columns)
 
 
 def falcon_kernel(
@@ -51,9 +56,18 @@ def falcon_kernel(
     Returns:
         Kernel of shape ``(*kernel_size, M, N)``, the layout of ``flax`` convolutions.
 
+    Raises:
+        ValueError: if the shapes do not fit each other.
+
     Reference:
         FALCON, Theorem 1 (k = 1) and Definition 3.
     """
+    depthwise, pointwise = jnp.asarray(depthwise), jnp.asarray(pointwise)
+    if depthwise.ndim < 2 or pointwise.ndim != 3 or depthwise.shape[-2:] != pointwise.shape[1:]:
+        raise ValueError(
+            "falcon_kernel takes a depthwise kernel of shape (*kernel_size, k, N) and a pointwise "
+            f"one of shape (M, k, N); got {depthwise.shape} and {pointwise.shape}."
+        )
     return jnp.einsum("...rn,mrn->...mn", depthwise, pointwise)
 
 
@@ -75,12 +89,25 @@ def separable_kernel(
     Returns:
         Kernel of shape ``(*kernel_size, M / groups, N)``.
 
+    Raises:
+        ValueError: if the shapes and groups do not fit each other.
+
     Reference:
         FALCON, Theorem 2.
     """
     depthwise, pointwise = jnp.asarray(depthwise), jnp.asarray(pointwise)
+    groups = as_whole(feature_group_count) or 0
+    good = groups >= 1 and pointwise.ndim == 3 and depthwise.ndim >= 2
+    if good:
+        m_group, k, n = pointwise.shape
+        good = n % groups == 0 and depthwise.shape[-2:] == (groups * m_group, k)
+    if not good:
+        raise ValueError(
+            "separable_kernel takes a depthwise kernel of shape (*kernel_size, M, k) and a "
+            "pointwise one of shape (M / groups, k, N), groups dividing M and N; got "
+            f"{depthwise.shape} and {pointwise.shape} with {feature_group_count=}."
+        )
     m_group, k, n = pointwise.shape
-    groups = feature_group_count
     d = depthwise.reshape(*depthwise.shape[:-2], groups, m_group, k)
     p = pointwise.reshape(m_group, k, groups, n // groups)
     kernel = jnp.einsum("...gmr,mrgn->...mgn", d, p)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, UInt8
@@ -109,6 +110,8 @@ def quantize_linear(values: Float[ArrayLike, "*shape"], *, bits: int = 8) -> Qua
     """
     if isinstance(bits, bool) or bits not in range(1, 9):
         raise ValueError(f"bits is a whole number from 1 to 8; got {bits!r}.")
+    if np.iscomplexobj(values):
+        raise ValueError("quantize_linear takes real numbers; got complex ones.")
     values = jnp.asarray(values, jnp.float32)
     check_finite(values, "the array")
     if not values.size:

@@ -17,7 +17,7 @@ class Rule:
         where: further condition on the layer's `ConvSpec`.
 
     Raises:
-        ValueError: if ``path`` is no regular expression.
+        ValueError: if ``path`` is no regular expression, or another field is of a wrong type.
 
     >>> Rule(path=r"stem/.*", method=None).matches(
     ...     "stem/conv", ConvSpec(kernel_size=(3, 3), in_features=3, out_features=8))
@@ -29,6 +29,12 @@ class Rule:
     where: Callable[[ConvSpec], bool] | None = None
 
     def __post_init__(self):
+        known = isinstance(self.path, str) and isinstance(self.method, (Method, type(None)))
+        if not known or not (self.where is None or callable(self.where)):
+            raise ValueError(
+                "a rule has a path, a method such as Falcon(rank=2) or None, and where, a function "
+                f"or None; got {self.path!r}, {self.method!r} and {self.where!r}."
+            )
         try:
             re.compile(self.path)
         except re.error as error:

@@ -114,11 +114,35 @@ class Method(abc.ABC):
         rank = self.options().get("rank")
         return self.name if rank is None else f"{self.name} {rank}"
 
-    def require(self, spec: ConvSpec) -> None:
-        """Raise ValueError with the reason if the method cannot replace such a convolution."""
+    def require(self, spec: ConvSpec, kernel: Float[Array, "*kernel_shape"] | None = None) -> None:
+        """Raise unless the method can replace such a convolution, and the kernel belongs to it.
+
+        Raises:
+            ValueError: with the reason.
+        """
         reason = self.supports(spec)
         if reason is not None:
             raise ValueError(f"{self} cannot replace {spec}: {reason}.")
+        if kernel is not None:
+            check_form(kernel, spec)
+
+
+def check_form(kernel: Float[Array, "*kernel_shape"], spec: ConvSpec) -> None:
+    """Raise unless a kernel has the shape of a convolution's kernels, and floating-point numbers.
+
+    Raises:
+        ValueError: saying what it has.
+    """
+    if not jnp.issubdtype(kernel.dtype, jnp.floating):
+        raise ValueError(
+            f"the kernel holds {kernel.dtype}, in which no fit can be kept; give floating-point "
+            "numbers, such as kernel.astype('float32')."
+        )
+    if kernel.shape != spec.kernel_shape:
+        raise ValueError(
+            f"the kernel has shape {kernel.shape}, but the convolution's kernels have shape "
+            f"{spec.kernel_shape}: (*kernel_size, in_features / groups, out_features)."
+        )
 
 
 class ResponseMethod(Method):

@@ -188,7 +188,7 @@ class Chain(Method):
 
     def fit(self, kernel: Float[Array, "*kernel_shape"], spec: ConvSpec) -> Params:
         """Return the best approximation of low rank, its factors given to the inner methods."""
-        self.require(spec)
+        self.require(spec, kernel)
         rank = self._rank(spec, kernel[None])
         return self.stage_params(self._fitted(kernel, spec, rank), spec)
 

@@ -95,7 +95,7 @@ class ChannelDecomposition(Chain, ResponseMethod):
         ``min || f(targets) - f(responses left right + offset) ||^2``, f the positive part if
         ``relu``; the kernel is then ``[(D^2 M) x N] left right``.
         """
-        self.require(spec)
+        self.require(spec, kernel)
         regression = positive_part_regression if self.relu else reduced_rank_regression
         left, right, offset = regression(
             responses, targets, rank=self._rank(spec, kernel[None]), centred=bias is not None

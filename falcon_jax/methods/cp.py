@@ -105,7 +105,7 @@ class CP(Method):
 
     def fit(self, kernel: Float[Array, "*kernel_shape"], spec: ConvSpec) -> Params:
         """Return the decomposition that alternating least squares find."""
-        self.require(spec)
+        self.require(spec, kernel)
         *axes, inner, outer = cp_als(kernel, rank=self._terms(spec, kernel[None]))
         spatial = {f"axis{axis}": factor for axis, factor in enumerate(axes)}
         return {"inner": inner, "outer": outer.T} | spatial

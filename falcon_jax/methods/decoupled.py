@@ -101,7 +101,7 @@ class Decoupled(Method):
 
     def fit(self, kernel: Float[Array, "*kernel_shape"], spec: ConvSpec) -> Params:
         """Return the leading singular terms of the matrix of every filter."""
-        self.require(spec)
+        self.require(spec, kernel)
         return self._decided(spec, kernel[None]).fit(kernel, spec)
 
     def kernel(self, params: Params, spec: ConvSpec) -> Float[Array, "*kernel_shape"]:

@@ -71,7 +71,7 @@ class DepthwiseSeparable(RankMethod):
 
     def fit(self, kernel: Float[Array, "*kernel_shape"], spec: ConvSpec) -> Params:
         """Return the best rank-k approximation of the D^2 x N / g matrix of each input channel."""
-        self.require(spec)
+        self.require(spec, kernel)
         groups, m, n = spec.feature_group_count, spec.group_in_features, spec.out_features
         k = self.terms(spec, kernel)
         left, right = best_low_rank(self.matrices(kernel, spec), rank=k)

@@ -85,7 +85,7 @@ class Falcon(RankMethod):
 
     def fit(self, kernel: Float[Array, "*kernel_shape"], spec: ConvSpec) -> Params:
         """Return the best rank-k approximation of the D^2 x M matrix of each output channel."""
-        self.require(spec)
+        self.require(spec, kernel)
         left, right = best_low_rank(self.matrices(kernel, spec), rank=self.terms(spec, kernel))
         depthwise = left.transpose(1, 2, 0)
         return {

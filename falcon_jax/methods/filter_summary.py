@@ -188,7 +188,7 @@ class FilterSummary(SummaryMethod):
         Raises:
             ValueError: if the order of the filters is not decided.
         """
-        self.require(spec)
+        self.require(spec, kernel)
         means = shared_means(_filters(kernel, spec), self.locations(spec), self.length(spec))
         return {"summary": means}
 
@@ -230,7 +230,7 @@ class DifferentiableFilterSummary(SummaryMethod):
 
     def fit(self, kernel: Float[Array, "*kernel_shape"], spec: ConvSpec) -> Params:
         """Return the least-squares vector at even locations, as `FilterSummary` has it."""
-        self.require(spec)
+        self.require(spec, kernel)
         means = shared_means(_filters(kernel, spec), self._starts(spec), self.length(spec))
         return {"summary": means, "shift": jnp.zeros(spec.out_features, kernel.dtype)}
 

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from falcon_jax.fitting import AdamWSettings, fit_adamw
-from falcon_jax.methods.base import Method, Params
+from falcon_jax.methods.base import Method, Params, check_form
 from falcon_jax.methods.spec import ConvSpec
 
 Solver = Literal["exact", "adamw", "random"]
@@ -57,6 +57,8 @@ def fit(
     kernel = jnp.asarray(kernel)
     if spec is None:
         spec = ConvSpec.of_kernel(kernel.shape)
+    if not isinstance(method, Method):
+        raise ValueError(f"method is one such as Falcon(rank=2); got {method!r}.")
     method.require(spec)
     check_kernel(kernel, spec)
     if settings is not None and solver != "adamw":
@@ -83,11 +85,7 @@ def check_kernel(kernel: Float[Array, "*kernel_shape"], spec: ConvSpec) -> None:
     Raises:
         ValueError: saying what is wrong.
     """
-    if kernel.shape != spec.kernel_shape:
-        raise ValueError(
-            f"the kernel has shape {kernel.shape}, but the convolution's kernels have shape "
-            f"{spec.kernel_shape}: (*kernel_size, in_features / groups, out_features)."
-        )
+    check_form(kernel, spec)
     check_finite(kernel, "the kernel")
 
 
@@ -115,9 +113,20 @@ def relative_error(
 
     Returns:
         A scalar; the energy kept is 1 minus its square.
+
+    Raises:
+        ValueError: if the shapes differ, or a value is not real or, in float32, not finite.
     """
-    dtype = jnp.promote_types(jnp.result_type(kernel), jnp.float32)
-    k, a = jnp.asarray(kernel, dtype), jnp.asarray(approximation, dtype)
+    k, a = jnp.asarray(kernel), jnp.asarray(approximation)
+    if k.shape != a.shape or jnp.iscomplexobj(k) or jnp.iscomplexobj(a):
+        raise ValueError(
+            "relative_error compares two arrays of real numbers of one shape; got "
+            f"{k.dtype}{list(k.shape)} and {a.dtype}{list(a.shape)}."
+        )
+    dtype = jnp.promote_types(k.dtype, jnp.float32)
+    k, a = k.astype(dtype), a.astype(dtype)
+    check_finite(k, "the kernel")
+    check_finite(a, "the approximation")
     # Dividing by the largest entry first keeps the squares of tiny and huge kernels in range.
     scale = jnp.maximum(jnp.max(jnp.abs(k), initial=0), jnp.max(jnp.abs(a), initial=0))
     k, a = k / jnp.where(scale > 0, scale, 1), a / jnp.where(scale > 0, scale, 1)

@@ -5,10 +5,15 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from falcon_jax.ops.geometry import PADDING_NAMES, Padding, output_shape
-
-PerAxis = int | Sequence[int] | None
-PaddingLike = str | int | Sequence[int | tuple[int, int] | Sequence[int]]
+from falcon_jax.numeric import as_whole, as_wholes
+from falcon_jax.ops.geometry import (
+    Padding,
+    PaddingLike,
+    PerAxis,
+    canonical_padding,
+    output_shape,
+    per_axis,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, init=False)
@@ -30,7 +35,7 @@ class ConvSpec:
         use_bias: whether a bias of N entries is added.
 
     Raises:
-        ValueError: if a size is not positive, or sizes do not fit each other.
+        ValueError: if a size is no positive whole number, or sizes do not fit each other.
 
     >>> ConvSpec(kernel_size=(3, 3), in_features=4, out_features=8, padding=1).padding
     ((1, 1), (1, 1))
@@ -59,19 +64,26 @@ class ConvSpec:
         feature_group_count: int = 1,
         use_bias: bool = True,
     ):
-        size = (kernel_size,) if isinstance(kernel_size, int) else tuple(map(int, kernel_size))
+        one = as_whole(kernel_size)
+        size = as_wholes(kernel_size) if one is None else (one,)
+        if size is None or None in size:
+            raise ValueError(
+                f"kernel_size is a whole number, or one for each spatial axis; got {kernel_size!r}."
+            )
         axes = len(size)
         values = {
             "kernel_size": size,
-            "in_features": in_features,
-            "out_features": out_features,
-            "strides": _per_axis("strides", strides, axes),
-            "padding": _canonical_padding(padding, axes),
-            "kernel_dilation": _per_axis("kernel_dilation", kernel_dilation, axes),
-            "input_dilation": _per_axis("input_dilation", input_dilation, axes),
-            "feature_group_count": feature_group_count,
+            "in_features": _whole("in_features", in_features),
+            "out_features": _whole("out_features", out_features),
+            "strides": per_axis("strides", strides, axes),
+            "padding": canonical_padding(padding, axes),
+            "kernel_dilation": per_axis("kernel_dilation", kernel_dilation, axes),
+            "input_dilation": per_axis("input_dilation", input_dilation, axes),
+            "feature_group_count": _whole("feature_group_count", feature_group_count),
             "use_bias": use_bias,
         }
+        if not isinstance(use_bias, bool):
+            raise ValueError(f"use_bias is True or False; got {use_bias!r}.")
         for name, value in values.items():
             object.__setattr__(self, name, value)
         self._validate()
@@ -123,7 +135,16 @@ class ConvSpec:
         return math.prod(self.kernel_size)
 
     def output_shape(self, spatial: Sequence[int]) -> tuple[int, ...]:
-        """Return the spatial output sizes for the given spatial input sizes."""
+        """Return the spatial output sizes for the given spatial input sizes.
+
+        Raises:
+            ValueError: if there is not one size, 0 or more, for each spatial axis.
+        """
+        if len(spatial) != len(self.kernel_size) or min(spatial) < 0:
+            raise ValueError(
+                f"give one size, 0 or more, for each of the {len(self.kernel_size)} spatial axes; "
+                f"got {tuple(spatial)}."
+            )
         return output_shape(spatial, self.kernel_size, **self.geometry)
 
     @classmethod
@@ -142,30 +163,8 @@ class ConvSpec:
         return cls(kernel_size=tuple(size), in_features=m, out_features=n, use_bias=False)
 
 
-def _per_axis(name: str, value: PerAxis, axes: int) -> tuple[int, ...]:
-    if value is None:
-        return (1,) * axes
-    if isinstance(value, int):
-        return (value,) * axes
-    if len(value) != axes:
-        raise ValueError(
-            f"{name} has {len(value)} entries for {axes} spatial axes: {tuple(value)}. "
-            "Give one number, or one for each axis."
-        )
-    return tuple(int(v) for v in value)
-
-
-def _canonical_padding(padding: PaddingLike, axes: int) -> Padding:
-    if isinstance(padding, str):
-        if padding in PADDING_NAMES:
-            return padding
-    elif isinstance(padding, int):
-        return ((padding, padding),) * axes
-    elif len(padding) == axes:
-        pairs = [(p, p) if isinstance(p, int) else tuple(p) for p in padding]
-        if all(len(pair) == 2 for pair in pairs):
-            return tuple((int(low), int(high)) for low, high in pairs)
-    raise ValueError(
-        f"padding {padding!r} is not one of {', '.join(PADDING_NAMES)}, a whole number, or a "
-        f"number or (low, high) pair for each of the {axes} spatial axes."
-    )
+def _whole(name: str, value: Any) -> int:
+    number = as_whole(value)
+    if number is None:
+        raise ValueError(f"{name} is a whole number; got {value!r}.")
+    return number

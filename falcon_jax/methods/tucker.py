@@ -114,7 +114,7 @@ class Tucker(Method):
 
     def fit(self, kernel: Float[Array, "*kernel_shape"], spec: ConvSpec) -> Params:
         """Return the decomposition that HOSVD and HOOI find."""
-        self.require(spec)
+        self.require(spec, kernel)
         r_in, r_out = self._ranks(spec, kernel[None])
         flat = kernel.reshape(spec.taps, spec.in_features, spec.out_features)
         inner, core, outer = tucker2(flat, rank_in=r_in, rank_out=r_out)

@@ -11,9 +11,9 @@ from jaxtyping import Array, PRNGKeyArray
 
 from falcon_jax.methods import ConvSpec, Method, Params, Solver
 from falcon_jax.methods.fitting import check_finite
-from falcon_jax.methods.spec import PaddingLike, PerAxis
 from falcon_jax.nn.method_conv import MethodConv
 from falcon_jax.nn.trained import conv_obstacle, conv_spec, fit_stacked, for_trained
+from falcon_jax.ops.geometry import PaddingLike, PerAxis
 
 
 class ConvOptions(TypedDict, total=False):

@@ -15,9 +15,9 @@ from falcon_jax.methods import CP, ConvSpec, DepthwiseSeparable, Falcon, Method,
 from falcon_jax.methods.cp import TermRank
 from falcon_jax.methods.falcon import Impl
 from falcon_jax.methods.ranks import Rank
-from falcon_jax.methods.spec import PaddingLike, PerAxis
 from falcon_jax.methods.tucker import ChannelRanks
 from falcon_jax.nn.method_conv import apply_method
+from falcon_jax.ops.geometry import PaddingLike, PerAxis
 
 
 def method_conv(

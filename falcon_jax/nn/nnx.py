@@ -9,9 +9,9 @@ from falcon_jax.methods import CP, DepthwiseSeparable, Falcon, Tucker
 from falcon_jax.methods.cp import TermRank
 from falcon_jax.methods.falcon import Impl
 from falcon_jax.methods.ranks import Rank
-from falcon_jax.methods.spec import PerAxis
 from falcon_jax.methods.tucker import ChannelRanks
 from falcon_jax.nn.conv_like import ConvLike, ConvOptions, fit_conv, named_layer
+from falcon_jax.ops.geometry import PerAxis
 
 
 @named_layer

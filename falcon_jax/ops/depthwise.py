@@ -17,11 +17,14 @@ from falcon_jax.ops.choice import DEPTHWISE_FORMS, DepthwiseForm, depthwise_form
 from falcon_jax.ops.convolution import conv
 from falcon_jax.ops.geometry import (
     Geometry,
-    Padding,
+    PaddingLike,
+    PerAxis,
+    canonical_padding,
     dilated,
     output_sizes,
     pad_boundary,
     padding_pairs,
+    per_axis,
 )
 from falcon_jax.ops.per_pixel import kernel_gradient_per_pixel, sum_per_pixel
 from falcon_jax.ops.shifted import kernel_gradient, padded_input, sum_of_taps
@@ -31,10 +34,10 @@ def depthwise_conv(
     x: Float[ArrayLike, "*batch c"],
     kernel: Float[ArrayLike, "*kernel_size kernel_c"],
     *,
-    strides: tuple[int, ...] | int = 1,
-    padding: Padding = "SAME",
-    input_dilation: tuple[int, ...] | int = 1,
-    kernel_dilation: tuple[int, ...] | int = 1,
+    strides: PerAxis = 1,
+    padding: PaddingLike = "SAME",
+    input_dilation: PerAxis = 1,
+    kernel_dilation: PerAxis = 1,
     impl: DepthwiseForm = "auto",
 ) -> Float[Array, "*batch_out c"]:
     """Convolve every channel with a kernel of its own.
@@ -47,7 +50,8 @@ def depthwise_conv(
         x: input of shape ``(..., *spatial, C)``, any number of batch axes.
         kernel: shape ``(*kernel_size, C)``.
         strides: step between outputs, per axis or one for all.
-        padding: a name (SAME, VALID, CIRCULAR, REFLECT, CAUSAL) or ``(low, high)`` pairs.
+        padding: SAME, SAME_LOWER, VALID, CIRCULAR, REFLECT, CAUSAL, ``(low, high)`` pairs, or
+            numbers for both.
         input_dilation: distance between input points.
         kernel_dilation: distance between taps.
         impl: how it is computed, with the same result: ``shifted`` (one sum of shifted slices),
@@ -58,7 +62,8 @@ def depthwise_conv(
         Output of shape ``(..., *spatial_out, C)``.
 
     Raises:
-        ValueError: if the shapes do not fit each other, or there is no such ``impl``.
+        ValueError: if the shapes do not fit each other, a size is not positive, or there is no such
+            ``impl``.
 
     Reference:
         FALCON, Equations 3 and 7.
@@ -68,7 +73,7 @@ def depthwise_conv(
     """
     x, kernel = jnp.asarray(x), jnp.asarray(kernel)
     axes = kernel.ndim - 1
-    if x.ndim <= axes or x.shape[-1] != kernel.shape[-1]:
+    if axes < 0 or x.ndim <= axes or x.shape[-1] != kernel.shape[-1]:
         raise ValueError(
             f"depthwise_conv takes x of shape (..., *spatial, C) and a kernel of shape "
             f"(*kernel_size, C) with equal C; got {x.shape} and {kernel.shape}."
@@ -78,9 +83,17 @@ def depthwise_conv(
     batch = x.shape[: x.ndim - axes - 1]
     x = x.reshape(math.prod(batch), *x.shape[x.ndim - axes - 1 :])
     kernel_size = kernel.shape[:-1]
-    strides, kernel_dilation = per_axis(strides, axes), per_axis(kernel_dilation, axes)
-    input_dilation = per_axis(input_dilation, axes)
-    x, padding = pad_boundary(x, padding, kernel_size, kernel_dilation=kernel_dilation)
+    strides = per_axis("strides", strides, axes)
+    kernel_dilation = per_axis("kernel_dilation", kernel_dilation, axes)
+    input_dilation = per_axis("input_dilation", input_dilation, axes)
+    if min((*kernel_size, *strides, *kernel_dilation, *input_dilation), default=1) < 1:
+        raise ValueError(
+            f"depthwise_conv needs a kernel with taps, and strides and dilations of 1 or more; got "
+            f"kernel_size={kernel_size}, {strides=}, {kernel_dilation=}, {input_dilation=}."
+        )
+    x, padding = pad_boundary(
+        x, canonical_padding(padding, axes), kernel_size, kernel_dilation=kernel_dilation
+    )
     pairs = padding_pairs(
         padding,
         x.shape[1:-1],
@@ -97,11 +110,6 @@ def depthwise_conv(
         )
     y: Array = _FUNCTIONS[impl](geometry, x, kernel)
     return y.reshape(*batch, *y.shape[1:])
-
-
-def per_axis(value: tuple[int, ...] | int, axes: int) -> tuple[int, ...]:
-    """Return one value for each axis."""
-    return (value,) * axes if isinstance(value, int) else tuple(value)
 
 
 def _grouped(geometry: Geometry, x: Array, kernel: Array) -> Array:

@@ -8,13 +8,64 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from falcon_jax.numeric import as_whole, as_wholes
+
 Pairs = tuple[tuple[int, int], ...]
 Padding = str | Pairs
+# What users may give.
+PerAxis = int | Sequence[int] | None
+PaddingLike = str | int | Sequence[int | tuple[int, int] | Sequence[int]]
 # (strides, padding, input_dilation, kernel_dilation), hashable.
 Geometry = tuple[tuple[int, ...], Pairs, tuple[int, ...], tuple[int, ...]]
 
 BOUNDARY_MODES = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
 PADDING_NAMES = ("SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", "CAUSAL")
+
+
+def per_axis(name: str, value: PerAxis, axes: int) -> tuple[int, ...]:
+    """Return one whole number for each axis: a single one is spread, None stands for 1.
+
+    Raises:
+        ValueError: with the name, if that is not what is given.
+    """
+    one = 1 if value is None else as_whole(value)
+    if one is not None:
+        return (one,) * axes
+    given = as_wholes(value)
+    if given is None or None in given:
+        raise ValueError(f"{name} is a whole number, or one for each axis; got {value!r}.")
+    if len(given) != axes:
+        raise ValueError(
+            f"{name} has {len(given)} entries for {axes} spatial axes: {given}. "
+            "Give one number, or one for each axis."
+        )
+    return given  # type: ignore[return-value]
+
+
+def canonical_padding(padding: PaddingLike, axes: int) -> Padding:
+    """Return the name of a padding, or its ``(low, high)`` pairs.
+
+    Raises:
+        ValueError: if it is neither a name, nor whole numbers for the axes.
+    """
+    if isinstance(padding, str):
+        if padding in PADDING_NAMES:
+            return padding
+    else:
+        one, entries = as_whole(padding), as_wholes(padding)
+        if one is not None:
+            return ((one, one),) * axes
+        if entries is not None and len(entries) == axes:
+            pairs = tuple(
+                as_wholes(given) if one is None else (one, one)
+                for given, one in zip(padding, entries, strict=True)  # type: ignore[arg-type]
+            )
+            if all(pair is not None and len(pair) == 2 and None not in pair for pair in pairs):
+                return pairs  # type: ignore[return-value]
+    raise ValueError(
+        f"padding {padding!r} is not one of {', '.join(PADDING_NAMES)}, a whole number, or a "
+        f"number or (low, high) pair for each of the {axes} spatial axes."
+    )
 
 
 def dilated(size: int, dilation: int) -> int:
@@ -51,8 +102,17 @@ def padding_pairs(
 
     Returns:
         One ``(low, high)`` pair per axis, in points of the dilated input.
+
+    Raises:
+        ValueError: if negative pairs take away more points than there are.
     """
     if not isinstance(padding, str):
+        points = [dilated(n, di) for n, di in zip(spatial, input_dilation, strict=True)]
+        if any(n + low + high < 0 for n, (low, high) in zip(points, padding, strict=True)):
+            raise ValueError(
+                f"padding {padding} takes more away than the {points} points that there are along "
+                "the axes; give pairs that leave 0 points or more."
+            )
         return padding
     pairs = []
     for n, k, s, di, dk in zip(

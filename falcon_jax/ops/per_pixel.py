@@ -60,7 +60,7 @@ def sum_per_pixel(
     kernel_size, spatial = kernel.shape[:-1], x.shape[1:-1]
     outputs = output_sizes(geometry, spatial, kernel_size)
     pixels = _pixels(x.astype(dtype))
-    rows = kernel.reshape(-1, 1, kernel.shape[-1]).astype(dtype)
+    rows = kernel.reshape(math.prod(kernel.shape[:-1]), 1, kernel.shape[-1]).astype(dtype)
     terms: list[list[Array]] = [[] for _ in range(math.prod(outputs))]
     for tap, point, out in pairings(geometry, spatial, kernel_size):
         terms[out].append(pixels[point] * rows[tap])

@@ -9,8 +9,8 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from falcon_jax.ops.depthwise import depthwise_conv, per_axis
-from falcon_jax.ops.geometry import Padding
+from falcon_jax.ops.depthwise import depthwise_conv
+from falcon_jax.ops.geometry import Padding, per_axis
 from falcon_jax.ops.pointwise import pointwise_conv
 
 
@@ -193,10 +193,10 @@ def separable_conv(
         x.reshape(math.prod(batch), *x.shape[x.ndim - axes - 1 :]),
         depthwise,
         pointwise,
-        strides=per_axis(strides, axes),
+        strides=per_axis("strides", strides, axes),
         padding=padding,
-        input_dilation=per_axis(input_dilation, axes),
-        kernel_dilation=per_axis(kernel_dilation, axes),
+        input_dilation=per_axis("input_dilation", input_dilation, axes),
+        kernel_dilation=per_axis("kernel_dilation", kernel_dilation, axes),
         feature_group_count=feature_group_count,
         precision=precision,
     )

@@ -35,7 +35,8 @@ def sum_of_taps(
 ) -> Float[Array, "b *spatial_out c"]:
     """Return ``sum over taps of the padded input, shifted, times the tap's row of the kernel``."""
     dtype = accumulator(padded, kernel)
-    rows = kernel.reshape(-1, *(1,) * (padded.ndim - 1), kernel.shape[-1]).astype(dtype)
+    taps = math.prod(kernel.shape[:-1])
+    rows = kernel.reshape(taps, *(1,) * (padded.ndim - 1), kernel.shape[-1]).astype(dtype)
     points = tap_slices(geometry, padded, kernel.shape[:-1])
     terms = (p.astype(dtype) * row for p, row in zip(points, rows, strict=True))
     return add_up(terms).astype(jnp.result_type(padded, kernel))
