@@ -66,7 +66,7 @@ def sum_per_pixel(
         terms[out].append(pixels[point] * rows[tap])
     zero = jnp.zeros((x.shape[0], x.shape[-1]), dtype)
     y = jnp.stack([add_up(t) if t else zero for t in terms] or [zero], axis=1)[:, : len(terms)]
-    return y.reshape(x.shape[0], *outputs, -1).astype(jnp.result_type(x, kernel))
+    return y.reshape(x.shape[0], *outputs, x.shape[-1]).astype(jnp.result_type(x, kernel))
 
 
 def kernel_gradient_per_pixel(
@@ -83,7 +83,7 @@ def kernel_gradient_per_pixel(
         terms[tap].append(inputs[point] * outputs[out])
     zero = jnp.zeros((x.shape[0], x.shape[-1]), dtype)
     stacked = lax.optimization_barrier(jnp.stack([add_up(t) if t else zero for t in terms], axis=1))
-    return stacked.sum(axis=0).reshape(*kernel_size, -1)
+    return stacked.sum(axis=0).reshape(*kernel_size, dy.shape[-1])
 
 
 def _pixels(x: Array) -> list[Array]:

@@ -1,5 +1,7 @@
 """Pointwise (1x1) convolution as a matrix product."""
 
+import math
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -31,7 +33,8 @@ def pointwise_conv(
     m_group, n = kernel.shape
     groups = feature_group_count
     if groups == 1:
-        y = jnp.matmul(x.reshape(-1, m_group), kernel, precision=precision)
+        rows = math.prod(x.shape[:-1])
+        y = jnp.matmul(x.reshape(rows, m_group), kernel, precision=precision)
     else:
         y = jnp.einsum(
             "bgm,mgn->bgn",

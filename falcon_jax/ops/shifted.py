@@ -90,8 +90,9 @@ def _chunk_gradient(
         for points in tap_slices(geometry, padded, kernel_size)
     ]
     stacked = lax.optimization_barrier(jnp.stack(sums, axis=-2))
-    columns = stacked.reshape(-1, *stacked.shape[-2:]).sum(axis=0)
-    return columns.reshape(*kernel_size, -1)
+    rows = math.prod(stacked.shape[:-2])
+    columns = stacked.reshape(rows, *stacked.shape[-2:]).sum(axis=0)
+    return columns.reshape(*kernel_size, dy.shape[-1])
 
 
 def _largest_divisor(n: int, *, at_most: int) -> int:
