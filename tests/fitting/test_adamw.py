@@ -83,5 +83,5 @@ def test_vmaps_over_kernels():
 
 @pytest.mark.parametrize("wrong", [{"steps": 0}, {"learning_rate": 0.0}])
 def test_settings_are_checked(wrong):
-    with pytest.raises(ValueError, match="steps >= 1 and learning_rate > 0"):
+    with pytest.raises(ValueError, match="steps >= 1, learning_rate > 0"):
         AdamWSettings(**wrong)
