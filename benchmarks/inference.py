@@ -10,17 +10,12 @@ python -m benchmarks.inference --out results/inference.json [--compiled]
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import shlex
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import falcon_jax as fj
-from benchmarks.timing import settings_of_run, synchronised, take_turns
+from benchmarks.timing import ratios_and_times, report, synchronised, take_turns
 from benchmarks.vgg19 import images, models, torch_images, torch_model
-from falcon_jax.report.formats import format_ratio
-from falcon_jax.report.table import Column, format_table, write_json
 
 RATIOS = {
     "tuned / ours": ("tuned", "ours"),
@@ -84,15 +79,10 @@ def measure(batch: int, *, rounds: int, compiled: bool, slow: bool) -> dict[str,
     }
     calls |= torch_calls(batch, compiled=compiled)
     times = take_turns(calls, rounds=rounds)
-    ms = {name: timing.median for name, timing in times.items()}
-    measured = [ms[name] for name in TORCH_FALCON if name in ms]
+    measured = [times[name] for name in TORCH_FALCON if name in times]
     if measured:
-        ms["torch best"] = min(measured)
-    row: dict[str, Any] = {"batch": batch}
-    row |= {r: ms[a] / ms[b] for r, (a, b) in RATIOS.items() if a in ms and b in ms}
-    row |= {f"{name} ms": value for name, value in ms.items()}
-    row["times"] = {name: dataclasses.asdict(timing) for name, timing in times.items()}
-    return row
+        times["torch best"] = min(measured, key=lambda timing: timing.median)
+    return {"batch": batch, **ratios_and_times(times, RATIOS)}
 
 
 def main() -> None:
@@ -106,15 +96,7 @@ def main() -> None:
         measure(b, rounds=options.rounds, compiled=options.compiled, slow=b < 128)
         for b in options.batches
     ]
-    columns = [Column(name="batch", header="Images")] + [
-        Column(name=n, header=n, format=format_ratio if n in RATIOS else "{:.2f}".format)
-        for n in rows[0]
-        if n in RATIOS or n.endswith(" ms")
-    ]
-    print(format_table(rows, columns))
-    if options.out:
-        command = shlex.join(["python", "-m", "benchmarks.inference", *sys.argv[1:]])
-        write_json(options.out, {"command": command, **settings_of_run(), "rows": rows})
+    report(rows, RATIOS, module="benchmarks.inference", out=options.out)
 
 
 if __name__ == "__main__":

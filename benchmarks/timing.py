@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 
+from falcon_jax.report.formats import format_ratio
 from falcon_jax.report.machine import describe_machine
+from falcon_jax.report.table import Column, format_table, write_json
 
 _WARM_UPS = 2
 _PAUSE_S = 0.003  # OpenMP's and XLA's idle threads spin for a while and would slow the next call
@@ -93,6 +97,43 @@ def geometric_mean(ratios: Iterable[float]) -> float:
     """
     logs = [math.log(r) for r in ratios]
     return math.exp(sum(logs) / len(logs))
+
+
+def ratios_and_times(
+    times: Mapping[str, Timing], ratios: Mapping[str, tuple[str, str]]
+) -> dict[str, Any]:
+    """Return a row of a report: ratios of medians, milliseconds, and every time with its spread.
+
+    Args:
+        times: by name.
+        ratios: by name, which time is divided by which; left out where one is missing.
+    """
+    ms = {name: timing.median for name, timing in times.items()}
+    row = {name: ms[a] / ms[b] for name, (a, b) in ratios.items() if a in ms and b in ms}
+    row |= {f"{name} ms": value for name, value in ms.items()}
+    return {**row, "times": {name: dataclasses.asdict(timing) for name, timing in times.items()}}
+
+
+def report(
+    rows: list[dict[str, Any]], ratios: Iterable[str], *, module: str, out: str | None
+) -> None:
+    """Print the rows of whole models, ratios first, and write them with the command and machine.
+
+    Args:
+        rows: of `ratios_and_times`, each with its ``batch``.
+        ratios: names of the ratios.
+        module: the benchmark's, as ``python -m`` takes it.
+        out: the JSON file; None for none.
+    """
+    shown = [n for n in rows[0] if n in ratios or n.endswith(" ms")]
+    columns = [Column(name="batch", header="Images")] + [
+        Column(name=n, header=n, format=format_ratio if n in ratios else "{:.2f}".format)
+        for n in shown
+    ]
+    print(format_table(rows, columns))
+    if out:
+        command = shlex.join(["python", "-m", module, *sys.argv[1:]])
+        write_json(out, {"command": command, **settings_of_run(), "rows": rows})
 
 
 def settings_of_run() -> dict[str, Any]:

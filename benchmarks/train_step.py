@@ -9,9 +9,6 @@ GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m benchmarks.train_step --out resu
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import shlex
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,10 +16,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks.timing import settings_of_run, take_turns
+from benchmarks.timing import ratios_and_times, report, take_turns
 from benchmarks.vgg19 import CLASSES, images, models, torch_images, torch_model
-from falcon_jax.report.formats import format_ratio
-from falcon_jax.report.table import Column, format_table, write_json
 from falcon_jax.training.network import Network
 
 RATIOS = {
@@ -101,12 +96,7 @@ def measure(batch: int, *, rounds: int, skip: list[str]) -> dict[str, Any]:
         if call is not None:
             calls[name] = call
     times = take_turns(calls, rounds=rounds)
-    ms = {name: timing.median for name, timing in times.items()}
-    row: dict[str, Any] = {"batch": batch}
-    row |= {r: ms[a] / ms[b] for r, (a, b) in RATIOS.items() if a in ms and b in ms}
-    row |= {f"{name} ms": value for name, value in ms.items()}
-    row["times"] = {name: dataclasses.asdict(timing) for name, timing in times.items()}
-    return row
+    return {"batch": batch, **ratios_and_times(times, RATIOS)}
 
 
 def main() -> None:
@@ -117,15 +107,7 @@ def main() -> None:
     parser.add_argument("--skip", nargs="*", default=[], help="models to leave out")
     options = parser.parse_args()
     rows = [measure(b, rounds=options.rounds, skip=options.skip) for b in options.batches]
-    columns = [Column(name="batch", header="Images")] + [
-        Column(name=n, header=n, format=format_ratio if n in RATIOS else "{:.1f}".format)
-        for n in rows[0]
-        if n in RATIOS or n.endswith(" ms")
-    ]
-    print(format_table(rows, columns))
-    if options.out:
-        command = shlex.join(["python", "-m", "benchmarks.train_step", *sys.argv[1:]])
-        write_json(options.out, {"command": command, **settings_of_run(), "rows": rows})
+    report(rows, RATIOS, module="benchmarks.train_step", out=options.out)
 
 
 if __name__ == "__main__":

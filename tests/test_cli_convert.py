@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 import falcon_jax as fj
 from falcon_jax import cli
-from falcon_jax.compression import read_metadata, storage
+from falcon_jax.compression import open_compressed, storage
 from falcon_jax.models import ResNet, residual, stored
 from tests.convert.test_torchvision import small_resnet, small_weights
 
@@ -60,8 +60,8 @@ def test_weights_become_a_checkpoint_with_metadata(weights, tmp_path, capsys):
     assert capsys.readouterr().out == f"{out}\n"
     expected = fj.convert.torchvision(build(), fj.convert.load_torch(weights))
     np.testing.assert_array_equal(logits(fj.load_compressed(out, build)), logits(expected))
-    assert json.loads((out / "metadata.json").read_text()) == read_metadata(out)
-    assert read_metadata(out) == {
+    assert json.loads((out / "metadata.json").read_text()) == open_compressed(out).metadata
+    assert open_compressed(out).metadata == {
         "version": 1,
         "arch": "resnet18",
         "classes": 5,
@@ -110,7 +110,7 @@ def test_a_new_head_has_other_classes(weights, tmp_path):
     assert convert(weights, out, "--classes=3", "--head=new") == 0
     loaded = fj.load_compressed(out, lambda: small(num_classes=3, rngs=nnx.Rngs(1)))
     assert loaded.head.bias.shape == (3,)
-    assert read_metadata(out)["source"]["head"] == "new"
+    assert open_compressed(out).metadata["source"]["head"] == "new"
 
 
 @pytest.mark.parametrize(

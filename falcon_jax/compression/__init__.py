@@ -22,6 +22,5 @@ from falcon_jax.compression.quantization import quantize_linear as quantize_line
 from falcon_jax.compression.quantization import quantize_weights as quantize_weights
 from falcon_jax.compression.rules import Rule as Rule
 from falcon_jax.compression.storage import load_compressed as load_compressed
-from falcon_jax.compression.storage import load_plan as load_plan
-from falcon_jax.compression.storage import read_metadata as read_metadata
+from falcon_jax.compression.storage import open_compressed as open_compressed
 from falcon_jax.compression.storage import save_compressed as save_compressed

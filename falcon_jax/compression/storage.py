@@ -1,5 +1,6 @@
 """Compressed models on disk: the plan and the arrays in one Orbax directory, with digests."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -110,56 +111,69 @@ def load_compressed(
         ValueError: if it holds no compressed model, or one that is damaged, or that does not fit
             what ``build_model`` makes, saying what differs.
     """
-    directory = pathlib.Path(path).absolute()
-    data = _read_data(directory)
-    plan = Plan.from_json(data["plan"])
-    saved = {
-        name: jax.ShapeDtypeStruct(tuple(a["shape"]), np.dtype(a["dtype"]))
-        for name, a in data["arrays"].items()
-    }
-    model = build_model()
-    if isinstance(model, nn.Module):
-        check_plan(plan, inspect_model(model, plan.inputs, None).layers)
-        module = compressed_module(model, plan)
-        assert plan.inputs is not None
-        expected = _named(abstract_variables(module, plan.inputs))
-        collections = {name.split("/", 1)[0] for name in saved} | {"params"}
-        expected = {n: a for n, a in expected.items() if n.split("/", 1)[0] in collections}
-        _check_same(directory, expected, saved)
-        return module, unflatten_dict(_read_arrays(directory, data, saved), sep="/")
-    inspected = inspect_model(model, None, None)
-    check_plan(plan, inspected.layers)
-    blank = {row.path: _blank_params(row, inspected.kernels[row.path]) for row in plan.replaced}
-    compressed = replace_convs(model, plan, blank)
-    holders = weights(compressed)
-    _check_same(directory, {name: v.get_value() for name, v in holders.items()}, saved)
-    for name, array in _read_arrays(directory, data, saved).items():
-        holders[name].set_value(array)
-    return compressed
+    return open_compressed(path).load(build_model)
 
 
-def load_plan(path: str | os.PathLike[str]) -> Plan:
-    """Return the plan that a model was saved with; arguments and errors of `load_compressed`."""
-    return Plan.from_json(_read_data(pathlib.Path(path).absolute())["plan"])
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """What `save_compressed` saved, its files verified, its arrays not yet read.
+
+    Attributes:
+        directory: where it is.
+        plan: what the model was compressed with.
+        metadata: of the caller of `save_compressed`; empty if none was given.
+    """
+
+    directory: pathlib.Path
+    plan: Plan
+    metadata: Mapping[str, Any]
+    _data: Mapping[str, Any]
+
+    def load(
+        self, build_model: Callable[[], Model]
+    ) -> nnx.Module | tuple[CompressedModule, Mapping[str, Any]]:
+        """Load the model; see `load_compressed`."""
+        directory, plan, data = self.directory, self.plan, self._data
+        saved = {
+            name: jax.ShapeDtypeStruct(tuple(a["shape"]), np.dtype(a["dtype"]))
+            for name, a in data["arrays"].items()
+        }
+        model = build_model()
+        if isinstance(model, nn.Module):
+            check_plan(plan, inspect_model(model, plan.inputs, None).layers)
+            module = compressed_module(model, plan)
+            assert plan.inputs is not None
+            expected = _named(abstract_variables(module, plan.inputs))
+            collections = {name.split("/", 1)[0] for name in saved} | {"params"}
+            expected = {n: a for n, a in expected.items() if n.split("/", 1)[0] in collections}
+            _check_same(directory, expected, saved)
+            return module, unflatten_dict(_read_arrays(directory, data, saved), sep="/")
+        inspected = inspect_model(model, None, None)
+        check_plan(plan, inspected.layers)
+        blank = {row.path: _blank_params(row, inspected.kernels[row.path]) for row in plan.replaced}
+        compressed = replace_convs(model, plan, blank)
+        holders = weights(compressed)
+        _check_same(directory, {name: v.get_value() for name, v in holders.items()}, saved)
+        for name, array in _read_arrays(directory, data, saved).items():
+            holders[name].set_value(array)
+        return compressed
 
 
-def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Return the metadata that a model was saved with.
+def open_compressed(path: str | os.PathLike[str]) -> Saved:
+    """Verify the files of a saved model, and read all but its arrays.
 
     Args:
         path: the directory.
-
-    Returns:
-        What was given; empty if nothing was.
 
     Raises:
         FileNotFoundError: if there is no such directory.
         ValueError: if it holds no compressed model, or one that is damaged.
     """
     directory = pathlib.Path(path).absolute()
-    _require_intact(directory)
+    data = _read_data(directory)
     file = directory / METADATA
-    return json.loads(file.read_text()) if file.exists() else {}
+    metadata = json.loads(file.read_text()) if file.exists() else {}
+    return Saved(directory, Plan.from_json(data["plan"]), metadata, data)
 
 
 def _blank_params(row: PlanRow, kernel: jax.Array) -> Params:
@@ -212,16 +226,12 @@ def _check_same(
         )
 
 
-def _require_intact(directory: pathlib.Path) -> None:
+def _read_data(directory: pathlib.Path) -> dict[str, Any]:
     if not directory.is_dir():
         raise FileNotFoundError(f"there is no directory {directory}.")
     if not (directory / MANIFEST).is_file():
         raise ValueError(f"{directory} holds no compressed model of falcon_jax.")
     check_manifest(directory)
-
-
-def _read_data(directory: pathlib.Path) -> dict[str, Any]:
-    _require_intact(directory)
     data = _restore(directory, "plan", ocp.args.JsonRestore())
     if data["version"] != _VERSION:
         raise ValueError(

@@ -11,6 +11,7 @@ from falcon_jax.convert.torch_pickle import Storage, read_pickle
 from falcon_jax.convert.torch_tensors import elements_of, state_dict_of, view_of
 
 _LARGEST_PICKLE = 2**24
+# What zipfile raises for damaged files; NotImplementedError for versions that it does not know.
 _DAMAGES = (
     zipfile.BadZipFile,
     NotImplementedError,

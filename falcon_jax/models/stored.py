@@ -15,12 +15,11 @@ from falcon_jax.compression import (
     Plan,
     Rule,
     compress,
-    load_compressed,
-    load_plan,
     make_plan,
-    read_metadata,
+    open_compressed,
     save_compressed,
 )
+from falcon_jax.compression.storage import Saved
 from falcon_jax.manifest import MANIFEST
 from falcon_jax.methods import Method
 from falcon_jax.models.registry import get_model
@@ -198,11 +197,15 @@ def read_description(path: str | os.PathLike[str]) -> Description:
         FileNotFoundError: if there is no such directory.
         ValueError: if it holds no such model, or one that is damaged.
     """
+    return _description(open_compressed(path))
+
+
+def _description(saved: Saved) -> Description:
     try:
-        return Description.from_json(read_metadata(path))
+        return Description.from_json(saved.metadata)
     except (KeyError, TypeError) as error:
         raise ValueError(
-            f"{os.fspath(path)} holds no description of a model of falcon_jax ({error} is missing "
+            f"{saved.directory} holds no description of a model of falcon_jax ({error} is missing "
             "or wrong). Models that convert, compress and train.py stored have one."
         ) from None
 
@@ -217,8 +220,9 @@ def load_stored(path: str | os.PathLike[str]) -> Stored:
         FileNotFoundError: if there is no such directory.
         ValueError: if it holds no such model, or one that is damaged.
     """
-    description = read_description(path)
-    model = load_compressed(path, lambda: description.build(rngs=nnx.Rngs(0)))
+    saved = open_compressed(path)
+    description = _description(saved)
+    model = saved.load(lambda: description.build(rngs=nnx.Rngs(0)))
     assert isinstance(model, nnx.Module)
     model.eval()
-    return Stored(model=model, plan=load_plan(path), description=description)
+    return Stored(model=model, plan=saved.plan, description=description)

@@ -70,7 +70,7 @@ class Checkpoints:
         Raises:
             Stopped: if the one before could not be saved.
         """
-        self._finish_saving()
+        self.wait()
         step = int(state.step)
         if step in self._manager.all_steps():
             self._manager.delete(step)
@@ -100,7 +100,7 @@ class Checkpoints:
             ValueError: if there were checkpoints, but none is whole, or they are those of another
                 network.
         """
-        self._finish_saving()
+        self.wait()
         model, optimizer = _items(like)
         found = None
         had_some = self._manager.latest_step() is not None or self._set_aside_before()
@@ -126,7 +126,7 @@ class Checkpoints:
             FileNotFoundError: if there is no checkpoint.
             ValueError: if none is whole, or the best one is that of another network.
         """
-        self._finish_saving()
+        self.wait()
         like = {"params": params, "statistics": statistics}
         leaves, structure = jax.tree.flatten_with_path(like)
         named = {_name(path): leaf for path, leaf in leaves}
@@ -148,13 +148,18 @@ class Checkpoints:
             Stopped: if something could not be saved.
         """
         try:
-            self._finish_saving()
+            self.wait()
         finally:
             # What could not be saved was told; closing would tell it again.
             with contextlib.suppress(*[Exception] * self._failed):
                 self._manager.close()
 
-    def _finish_saving(self) -> None:
+    def wait(self) -> None:
+        """Wait until what was saved is on disk.
+
+        Raises:
+            Stopped: if it could not be saved.
+        """
         step, self._unsealed = self._unsealed, None
         try:
             self._manager.wait_until_finished()
