@@ -75,7 +75,7 @@ def measure(batch: int, *, rounds: int, compiled: bool, slow: bool) -> dict[str,
     calls = {
         name: synchronised(fj.deploy(make(), x[:1]), x)
         for name, make in models().items()
-        if slow or name not in SLOW
+        if name != "flax" and (slow or name not in SLOW)
     }
     calls |= torch_calls(batch, compiled=compiled)
     times = take_turns(calls, rounds=rounds)

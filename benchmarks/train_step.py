@@ -1,7 +1,8 @@
 """A training step of VGG19 on 32x32 images: FALCON, its grouped form, the standard model, PyTorch.
 
 Forward, backward and SGD with momentum, float32, the state donated. "Tuned" is the standard model
-with im2col on small maps, "lax" the one with XLA's convolutions only. About five minutes.
+with im2col on small maps, "lax" the one with XLA's convolutions only, "flax" FALCON with Flax's own
+layers. About five minutes.
 
 GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python -m benchmarks.train_step --out results/train_step.json
 """
@@ -24,6 +25,7 @@ RATIOS = {
     "tuned / ours": ("tuned", "ours"),
     "lax / ours": ("lax", "ours"),
     "grouped / ours": ("grouped", "ours"),
+    "flax / ours": ("flax", "ours"),
     "ours / torch": ("ours", "torch"),
     "torch standard / torch": ("torch standard", "torch"),
 }

@@ -19,9 +19,9 @@ CLASSES = 10
 def models() -> dict[str, Callable[[], nnx.Module]]:
     """Return makers of the models, by name.
 
-    ``ours`` and ``grouped`` are FALCON of rank 1; ``tuned`` is the standard model with im2col on
-    the 2x2 maps and this project's pooling and BatchNorm, ``lax`` the same with XLA's convolutions
-    only.
+    ``ours`` and ``grouped`` are FALCON of rank 1, ``flax`` is the same network as one would write
+    it with Flax's own layers; ``tuned`` is the standard model with im2col on the 2x2 maps and this
+    project's pooling and BatchNorm, ``lax`` the same with XLA's convolutions only.
     """
 
     def falcon(**options: Any) -> nnx.Module:
@@ -43,9 +43,40 @@ def models() -> dict[str, Callable[[], nnx.Module]]:
     return {
         "ours": falcon,
         "grouped": lambda: falcon(impl="grouped"),
+        "flax": lambda: FlaxFalcon(rngs=nnx.Rngs(0)),
         "tuned": tuned,
         "lax": plain,
     }
+
+
+class FlaxFalcon(nnx.Module):
+    """FALCON of rank 1 with Flax's layers only: 1x1 and feature-grouped convolutions."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.stages = nnx.List()
+        inputs = 3
+        for widths in VGG19_STAGES:
+            layers: list[Any] = []
+            for n in widths:
+                if inputs == 3:
+                    layers.append(nnx.Conv(3, n, (3, 3), rngs=rngs))
+                else:
+                    grouped = {"use_bias": False, "feature_group_count": n, "rngs": rngs}
+                    layers.append(nnx.Conv(inputs, n, (1, 1), use_bias=False, rngs=rngs))
+                    layers.append(nnx.Conv(n, n, (3, 3), **grouped))
+                layers += [nnx.BatchNorm(n, rngs=rngs), jax.nn.relu]
+                inputs = n
+            self.stages.append(nnx.Sequential(*layers))
+        self.hidden = nnx.Linear(inputs, 512, rngs=rngs)
+        self.dropout = nnx.Dropout(0.3, rngs=rngs)
+        self.head = nnx.Linear(512, CLASSES, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return logits."""
+        for index, stage in enumerate(self.stages):
+            x = nnx.max_pool(x, (2, 2), (2, 2)) if index else x
+            x = stage(x)
+        return self.head(self.dropout(jax.nn.relu(self.hidden(x.mean(axis=(1, 2))))))
 
 
 def images(batch: int) -> jax.Array:

@@ -11,7 +11,7 @@ from jax.nn import initializers
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from falcon_jax import ops
-from falcon_jax.fitting import best_low_rank
+from falcon_jax.fitting import best_terms
 from falcon_jax.gep import separable_kernel
 from falcon_jax.methods.base import (
     Cost,
@@ -74,9 +74,9 @@ class DepthwiseSeparable(RankMethod):
         self.require(spec, kernel)
         groups, m, n = spec.feature_group_count, spec.group_in_features, spec.out_features
         k = self.terms(spec, kernel)
-        left, right = best_low_rank(self.matrices(kernel, spec), rank=k)
-        depthwise = left.transpose(1, 0, 2)
-        pointwise = right.reshape(groups, m, k, n // groups).transpose(1, 2, 0, 3)
+        left, right = best_terms(self.matrices(kernel, spec).transpose(1, 2, 0), rank=k)
+        depthwise = left.transpose(0, 2, 1)
+        pointwise = right.reshape(n // groups, k, groups, m).transpose(3, 1, 2, 0)
         return {
             "depthwise": depthwise.reshape(*spec.kernel_size, groups * m, k),
             "pointwise": pointwise.reshape(m, k, n),

@@ -13,7 +13,7 @@ from jax.nn import initializers
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from falcon_jax import ops
-from falcon_jax.fitting import best_low_rank
+from falcon_jax.fitting import best_terms
 from falcon_jax.gep import falcon_kernel
 from falcon_jax.methods.base import (
     Cost,
@@ -86,10 +86,10 @@ class Falcon(RankMethod):
     def fit(self, kernel: Float[Array, "*kernel_shape"], spec: ConvSpec) -> Params:
         """Return the best rank-k approximation of the D^2 x M matrix of each output channel."""
         self.require(spec, kernel)
-        left, right = best_low_rank(self.matrices(kernel, spec), rank=self.terms(spec, kernel))
-        depthwise = left.transpose(1, 2, 0)
+        matrices = kernel.reshape(spec.taps, spec.group_in_features, spec.out_features)
+        depthwise, pointwise = best_terms(matrices, rank=self.terms(spec, kernel))
         return {
-            "pointwise": right.transpose(2, 1, 0),
+            "pointwise": pointwise,
             "depthwise": depthwise.reshape(*spec.kernel_size, *depthwise.shape[1:]),
         }
 

@@ -89,13 +89,18 @@ def check_kernel(kernel: Float[Array, "*kernel_shape"], spec: ConvSpec) -> None:
     check_finite(kernel, "the kernel")
 
 
+@jax.jit
+def _all_finite(values: Array) -> Array:
+    return jnp.isfinite(values).all()
+
+
 def check_finite(values: Float[Array, "*shape"], name: str) -> None:
     """Raise if an array holds a value that is not finite; under a trace, nothing is checked.
 
     Raises:
         ValueError: naming the array.
     """
-    if not isinstance(values, Tracer) and not bool(jnp.isfinite(values).all()):
+    if not isinstance(values, Tracer) and not bool(_all_finite(values)):
         raise ValueError(
             f"{name} holds values that are not finite; the weights are damaged or training "
             "diverged. Load or train the model again."
