@@ -16,9 +16,8 @@ from jaxtyping import Array, Float
 from falcon_jax.fitting.low_rank import MOST_ROTATED, best_low_rank, singular_basis
 from falcon_jax.ops.accumulation import add_up
 
-_MOST_TERMS = 2  # rotations are as fast for more
+_MOST_TERMS = 3  # rotations find all at once and are as fast for more
 _CHUNK = 8  # products written out at once: more compile longer, fewer read memory more often
-_SQUARINGS = 24  # tell singular values apart that differ by more than float32's precision
 _SAFE = (1e-20, 1e30)  # sums of squares within lose nothing to underflow or overflow
 
 
@@ -101,10 +100,13 @@ def _leading_vector(a: Float[Array, "p q b"]) -> Float[Array, "p b"]:
     safe = jnp.all((trace > _SAFE[0]) & (trace < _SAFE[1]))
     gram = lax.cond(safe, lambda a, g: g, lambda a, g: _gram(a / _largest(a)), a, gram)
 
+    precision = jnp.finfo(gram.dtype)
+
     def unfinished(state: tuple[Array, Array, Array]) -> Array:
         _, purity, count = state
-        enough = 1 - jnp.finfo(gram.dtype).eps
-        return (count < _SQUARINGS) & jnp.any(purity < enough)
+        # The last squaring squares what is impure. Equal singular values stay mixed: any will do.
+        impure = jnp.any(purity < 1 - jnp.sqrt(precision.eps))
+        return (count <= precision.nmant) & impure
 
     def square(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         g, _, count = state

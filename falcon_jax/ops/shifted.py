@@ -15,8 +15,9 @@ from jaxtyping import Array, Float
 from falcon_jax.ops.accumulation import accumulator, add_up
 from falcon_jax.ops.geometry import Geometry, pad, tap_slices
 
-_ELEMENTS_IN_CACHE = 2**19  # elements of input that one pass of the kernel gradient reads
-_MOST_UNROLLED = 32
+_SMALL_MAP = 14 * 14  # points
+_ELEMENTS = {True: 2**23, False: 2**18}  # of small and of other maps, in a pass of kernel_gradient
+_MOST_PRODUCTS = 9 * 128  # written out in one loop: a row of 128 points for nine taps
 
 
 def padded_input(
@@ -50,11 +51,13 @@ def kernel_gradient(
 ) -> Float[Array, "*kernel_size c"]:
     """Return ``dK[tap, c] = sum over batch and points of x shifted by the tap times dy``.
 
-    In chunks of the batch that fit the cache, since every tap reads both arrays anew.
+    In chunks of the batch that fit the cache, since every tap reads both arrays anew; chunks of
+    small maps are larger, or there is too little to do in each.
     """
     per_image = max(math.prod(padded.shape[1:]), math.prod(dy.shape[1:]), 1)
     batch = dy.shape[0]
-    chunk = _largest_divisor(batch, at_most=max(_ELEMENTS_IN_CACHE // per_image, 1))
+    elements = _ELEMENTS[math.prod(dy.shape[1:-1]) <= _SMALL_MAP]
+    chunk = _largest_divisor(batch, at_most=max(elements // per_image, 2))
     if chunk == batch:
         return _chunk_gradient(geometry, padded, dy, kernel_size)
     chunks = (
@@ -72,14 +75,16 @@ def kernel_gradient(
 def _chunk_gradient(
     geometry: Geometry, padded: Array, dy: Array, kernel_size: tuple[int, ...]
 ) -> Array:
-    """Sum up to 32 products while they are made, the rest in one wide column sum.
+    """Sum the products along a row while they are made, the rest in one wide column sum.
 
-    Slices are taken before they are multiplied, or XLA writes the whole product to memory; the
-    barrier keeps it from fusing the two sums, which is several times slower on CPUs.
+    A row that is summed in parts takes two to three times as long. Slices are taken before they are
+    multiplied, or XLA writes the whole product to memory; the barrier keeps it from fusing the two
+    sums, which is several times slower on CPUs.
     """
     dtype = accumulator(padded, dy)
     axis = dy.ndim - 2
-    unrolled = _largest_divisor(dy.shape[axis], at_most=_MOST_UNROLLED)
+    at_most = max(_MOST_PRODUCTS // math.prod(kernel_size), 1)
+    unrolled = _largest_divisor(dy.shape[axis], at_most=at_most)
 
     def every(points: Array, start: int) -> Array:
         return lax.slice_in_dim(points, start, None, unrolled, axis).astype(dtype)
@@ -89,9 +94,9 @@ def _chunk_gradient(
         add_up(every(points, start) * part for start, part in enumerate(parts))
         for points in tap_slices(geometry, padded, kernel_size)
     ]
-    stacked = lax.optimization_barrier(jnp.stack(sums, axis=-2))
-    rows = math.prod(stacked.shape[:-2])
-    columns = stacked.reshape(rows, *stacked.shape[-2:]).sum(axis=0)
+    stacked = lax.optimization_barrier(jnp.stack(sums))
+    rows = math.prod(stacked.shape[1:-1])
+    columns = stacked.reshape(len(sums), rows, dy.shape[-1]).sum(axis=1)
     return columns.reshape(*kernel_size, dy.shape[-1])
 
 
