@@ -1,4 +1,8 @@
-PYTHON ?= python3
+# The newest Python on which all dependencies install, pyenv's included: PYTHON=... names another.
+PYTHON ?= $(shell for minor in 13 12 11; do \
+	for python in python3.$$minor $(or $(PYENV_ROOT),$(HOME)/.pyenv)/versions/3.$$minor.*/bin/python python3; do \
+	"$$python" -c "import ensurepip, sys; sys.exit(sys.version_info[:2] != (3, $$minor))" 2>/dev/null && echo "$$python" && exit; \
+	done; done; echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 # Large pages make training steps on CPUs up to 1.7 times faster (glibc 2.35 or newer).

@@ -29,3 +29,22 @@ def without_hook():
 def _no_rank_promotion():
     with jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture(scope="session")
+def torchvision():
+    """torchvision without its compiled operators, which may belong to another PyTorch."""
+    torch = pytest.importorskip("torch")
+
+    def not_loaded(path):
+        raise OSError(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.ops, "load_library", not_loaded)
+        library = torch.library.Library("torchvision", "DEF")
+        # It asks for these two on import.
+        library.define("nms(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+        library.define("qnms(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+        module = pytest.importorskip("torchvision")
+    yield module
+    del library  # its operators go with it

@@ -1,8 +1,6 @@
 import numpy as np
 import pytest
 
-_LIBRARIES = []
-
 
 @pytest.fixture(scope="session")
 def torch():
@@ -10,14 +8,8 @@ def torch():
 
 
 @pytest.fixture(scope="session")
-def torchvision_models(torch):
-    if not hasattr(torch.ops.torchvision, "nms"):
-        # Without its compiled operators torchvision asks for these two on import.
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor boxes, Tensor scores, float threshold) -> Tensor")
-        library.define("qnms(Tensor boxes, Tensor scores, float threshold) -> Tensor")
-        _LIBRARIES.append(library)
-    return pytest.importorskip("torchvision").models
+def torchvision_models(torchvision):
+    return torchvision.models
 
 
 @pytest.fixture(scope="session")

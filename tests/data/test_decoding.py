@@ -18,19 +18,10 @@ from falcon_jax.data.decoding import (
 )
 
 SIZES = [(300, 400), (400, 300), (257, 256), (256, 900), (90, 61), (500, 375), (256, 256)]
-libraries = []
 
 
 @pytest.fixture(scope="module")
-def transforms():
-    torch = pytest.importorskip("torch")
-    if not hasattr(torch.ops.torchvision, "nms"):
-        # Without its compiled operators torchvision asks for these two on import.
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor boxes, Tensor scores, float threshold) -> Tensor")
-        library.define("qnms(Tensor boxes, Tensor scores, float threshold) -> Tensor")
-        libraries.append(library)
-    pytest.importorskip("torchvision")
+def transforms(torchvision):
     from torchvision import transforms
 
     return transforms

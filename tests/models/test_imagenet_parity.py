@@ -25,20 +25,6 @@ RESNET_NAMES = {
 }
 
 
-@pytest.fixture(scope="module")
-def torchvision():
-    if not hasattr(torch.ops.torchvision, "nms"):
-        # Without its compiled operators torchvision asks for these two on import.
-        library = torch.library.Library("torchvision", "DEF")
-        library.define("nms(Tensor boxes, Tensor scores, float threshold) -> Tensor")
-        library.define("qnms(Tensor boxes, Tensor scores, float threshold) -> Tensor")
-        torchvision_library.append(library)
-    return pytest.importorskip("torchvision")
-
-
-torchvision_library = []
-
-
 def params_of(model):
     return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
