@@ -6,6 +6,7 @@ python train.py --config=configs/demo.py --workdir=runs/demo [--config.some.fiel
 import pathlib
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,11 +15,12 @@ from absl import flags
 from ml_collections import config_flags
 
 from falcon_jax.training.config import Experiment, check_config, check_override
-from falcon_jax.training.distributed import MODES, start_distributed
+from falcon_jax.training.distributed import MODES, Peers, launched, start_distributed
 from falcon_jax.training.experiment import run_experiment
-from falcon_jax.training.interruption import STOPPED, Interruption, Stopped
+from falcon_jax.training.interruption import BAD_INPUT, STOPPED, Interruption, Stopped
+from falcon_jax.training.supervision import LOST, joined, leave, watch, watched
+from falcon_jax.wording import reason, shown
 
-BAD_INPUT = 2
 BAD_NUMBERS = 4
 
 
@@ -33,11 +35,20 @@ def main(arguments: Sequence[str]) -> int:
         early and can go on, 4 after numbers that went bad.
     """
     try:
-        experiment, workdir, config = read_flags(arguments, join=True)
+        experiment, workdir, config, peers = read_flags(arguments)
+        if peers.several and not watched():
+            return watch(sys.orig_argv)
+        start_distributed(peers)
+        joined()
         with Interruption() as interruption:
             _, table = run_experiment(experiment, workdir, config, interruption)
-    except Stopped as reason:
-        print(f"train.py: {reason}", file=sys.stderr)
+    except Stopped as stopped:
+        print(f"train.py: {shown(stopped)}", file=sys.stderr)
+        return STOPPED
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        print(f"train.py: {LOST} ({reason(error)})", file=sys.stderr)
         return STOPPED
     except FloatingPointError as error:
         return fail(error, BAD_NUMBERS)
@@ -49,16 +60,15 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def read_flags(
-    arguments: Sequence[str], *, join: bool = False
-) -> tuple[Experiment, pathlib.Path, dict[str, Any]]:
+    arguments: Sequence[str],
+) -> tuple[Experiment, pathlib.Path, dict[str, Any], Peers]:
     """Read the command line and the config file that it names.
 
     Args:
         arguments: the program's name and its flags.
-        join: whether to join the other processes of the run, if there are any.
 
     Returns:
-        The experiment, the folder to work in and the config as plain data.
+        The experiment, the folder to work in, the config as plain data and the other processes.
 
     Raises:
         ValueError: if something about them is wrong.
@@ -105,21 +115,26 @@ def read_flags(
     if config.value is None or workdir.value is None:
         raise ValueError("give --config=FILE and --workdir=FOLDER")
     experiment = check_config(config.value)
-    if join:
-        start_distributed(
-            mode.value,
-            coordinator=coordinator.value,
-            processes=processes.value,
-            process=process.value,
-        )
-    return experiment, pathlib.Path(workdir.value), config.value.to_dict()
+    peers = Peers(
+        mode=mode.value,
+        coordinator=coordinator.value,
+        processes=processes.value,
+        process=process.value,
+        launched=launched(),
+    )
+    return experiment, pathlib.Path(workdir.value), config.value.to_dict(), peers
 
 
 def fail(error: Exception, status: int) -> int:
     """Tell an error in one line on stderr and return the exit status."""
-    print(f"train.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"train.py: error: {shown(error, 3000)}", file=sys.stderr)
     return status
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    try:
+        status = main(sys.argv)
+    except Exception:  # ours; threads must not keep the process alive after it either
+        traceback.print_exc()
+        status = 1
+    leave(status)

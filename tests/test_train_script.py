@@ -169,7 +169,7 @@ def test_a_bad_config_file(told, tmp_path, text):
 
 
 def test_the_arguments_given_count_whatever_those_of_the_process_are(tmp_path):
-    found, workdir, config = train.read_flags(
+    found, workdir, config, _ = train.read_flags(
         [
             "train.py",
             f"--config={DEMO}",

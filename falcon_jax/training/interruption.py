@@ -7,6 +7,7 @@ import threading
 from types import FrameType
 from typing import Any
 
+BAD_INPUT = 2  # exit status after bad input, told in one line
 STOPPED = 3  # exit status of a run that stopped early and can go on
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from falcon_jax.data.augmentation import Augmentation
 from falcon_jax.training import loop
-from falcon_jax.training.distributed import start_distributed
+from falcon_jax.training.distributed import Peers, start_distributed
 from falcon_jax.training.interruption import STOPPED, Interruption, Stopped
 from falcon_jax.training.network import Network
 from tests.training.tiny import Tiny, tiny_run
@@ -28,7 +28,7 @@ def run_in(directory, interruption, mesh=None):
 
 
 def main(directory, coordinator, process):
-    start_distributed("auto", coordinator=coordinator, processes=2, process=int(process))
+    start_distributed(Peers(coordinator=coordinator, processes=2, process=int(process)))
     assert jax.device_count() == 8
     assert jax.local_device_count() == 4
     batches = loop.train_batches

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from falcon_jax.training.distributed import start_distributed
+from falcon_jax.training.distributed import Peers, launched, start_distributed
 from falcon_jax.training.interruption import STOPPED, Interruption, Stopped
 from falcon_jax.training.loop import train
 from falcon_jax.training.network import Network
@@ -129,15 +129,19 @@ def test_a_checkpoint_goes_on_with_another_number_of_devices(whole, tmp_path, mo
         ({"coordinator": "a:1"}, "together"),
         ({"coordinator": "a:1", "processes": 2}, "together"),
         ({"coordinator": "a:1", "processes": 2, "process": 2}, "runs from 0 to 1"),
+        ({"coordinator": "here", "processes": 2, "process": 0}, "host:port"),
+        ({"coordinator": "a:99999", "processes": 2, "process": 0}, "host:port"),
         ({"mode": "maybe"}, "one of auto, on, off"),
     ],
 )
 def test_places_that_do_not_fit_together_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        start_distributed(options.pop("mode", "auto"), **options)
+        Peers(**options)
 
 
 def test_a_process_alone_joins_nothing():
-    start_distributed("auto", environment={"SLURM_NTASKS": "1"})
-    start_distributed("off", environment={"SLURM_NTASKS": "8"})
+    assert not launched({"SLURM_NTASKS": "1"})
+    assert launched({"SLURM_NTASKS": "8"})
+    start_distributed(Peers())
+    start_distributed(Peers(mode="off", launched=True))
     assert jax.process_count() == 1
