@@ -1,16 +1,21 @@
-"""Digests: of arrays, of plain data, and a manifest of the files of a directory.
+"""What is read from disk: digests of arrays and plain data, a directory's manifest, JSON files.
 
 They tell damage before anything reads it.
 """
 
 import hashlib
 import json
+import os
 import pathlib
+import stat
 from typing import Any
 
 import numpy as np
 
+from falcon_jax.wording import reason, shown
+
 MANIFEST = "manifest.json"
+_LARGEST = 2**26  # bytes of a JSON file
 
 
 def array_digest(array: np.ndarray) -> str:
@@ -56,21 +61,69 @@ def check_manifest(directory: pathlib.Path) -> None:
         FileNotFoundError: if there is no manifest.
         ValueError: if it or a file is missing or damaged, naming it.
     """
-    text = (directory / MANIFEST).read_bytes()
+    for name, digest in _listed(directory).items():
+        path = directory / name
+        if not path.is_file():
+            raise ValueError(f"{directory} is damaged: {shown(name, 200)} is missing.")
+        if _file_digest(path) != digest:
+            raise ValueError(f"{directory} is damaged: {shown(name, 200)} is not what was saved.")
+
+
+def unlisted_file(directory: pathlib.Path) -> str | None:
+    """Return a file below a directory that its manifest does not name, or None if it names all.
+
+    Raises:
+        FileNotFoundError: if there is no manifest.
+        ValueError: if it is damaged.
+    """
+    listed = {*_listed(directory), MANIFEST}
+    for folder, folders, files in os.walk(directory):
+        links = (name for name in folders if (pathlib.Path(folder) / name).is_symlink())
+        for name in (*files, *links):
+            path = (pathlib.Path(folder) / name).relative_to(directory).as_posix()
+            if path not in listed:
+                return path
+    return None
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Return the plain data of a JSON file.
+
+    Raises:
+        ValueError: if it is none, naming it.
+        OSError: if it cannot be read.
+    """
+    about = os.stat(path)
+    if not stat.S_ISREG(about.st_mode):
+        raise ValueError(f"{shown(path)} should be a file of JSON, but is no file.")
+    if about.st_size > _LARGEST:
+        raise ValueError(f"{shown(path)} is too large for what it should hold.")
     try:
-        content = json.loads(text)
+        return json.loads(pathlib.Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{shown(path)} is damaged: it is no JSON ({reason(error)}).") from None
+
+
+def _listed(directory: pathlib.Path) -> dict[str, str]:
+    """Return the digests that a manifest has, by the files' names, all inside the directory."""
+    try:
+        content = read_json(directory / MANIFEST)
         files = content["files"]
-        whole = content["sha256"] == data_digest(files)
+        whole = content["sha256"] == data_digest(files) and isinstance(files, dict)
     except (ValueError, TypeError, KeyError):
         files, whole = {}, False
     if not whole:
         raise ValueError(f"{directory} is damaged: {MANIFEST} is not what was saved.")
-    for name, digest in files.items():
-        path = directory / name
-        if not path.is_file():
-            raise ValueError(f"{directory} is damaged: {name} is missing.")
-        if _file_digest(path) != digest:
-            raise ValueError(f"{directory} is damaged: {name} is not what was saved.")
+    place = os.path.realpath(directory)
+    for name in files:
+        # Links are none that `write_manifest` met: they would lead elsewhere.
+        inside = "\0" not in name and os.path.normpath(name) == name and not os.path.isabs(name)
+        if not inside or os.path.realpath(directory / name) != os.path.join(place, name):
+            raise ValueError(
+                f"{directory} is damaged: {MANIFEST} names {shown(name, 200)}, which is not a file "
+                "inside."
+            )
+    return files
 
 
 def _file_digest(path: pathlib.Path) -> str:

@@ -2,9 +2,9 @@
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
-import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,13 +23,25 @@ from falcon_jax.compression.inspection import Model, inspect_model
 from falcon_jax.compression.linen_layers import abstract_variables
 from falcon_jax.compression.nnx_tree import weights
 from falcon_jax.compression.plan import Plan, PlanRow
-from falcon_jax.manifest import MANIFEST, array_digest, check_manifest, write_manifest
+from falcon_jax.manifest import (
+    MANIFEST,
+    array_digest,
+    check_manifest,
+    read_json,
+    unlisted_file,
+    write_manifest,
+)
 from falcon_jax.methods import Params
 from falcon_jax.nn.linen_compressed import CompressedModule
 from falcon_jax.nn.trained import fit_stacked
+from falcon_jax.numeric import is_whole
+from falcon_jax.whole_directory import standing, whole_directory
+from falcon_jax.wording import reason, shown
 
 METADATA = "metadata.json"
 _VERSION = 1
+_LARGE = 2**30  # bytes of arrays from which on the files must be so large, too
+_DENSEST = 2000  # bytes of arrays to one byte of compressed files
 
 
 def save_compressed(
@@ -51,17 +63,19 @@ def save_compressed(
         model: what `compress` returned, trained further or not.
         plan: what it was compressed with.
         variables: of a Linen module.
-        overwrite: whether to replace a directory that is there.
+        overwrite: whether to replace a saved model that is there. At every moment the old or new
+            one stands there as a whole, or is found by `load_compressed`; a directory with other
+            files in it is not replaced.
         metadata: plain data of the caller's, JSON, kept in ``metadata.json``.
 
     Raises:
         ValueError: if the model is not what the plan makes.
-        FileExistsError: if the directory is there.
+        FileExistsError: if the directory is there, or holds other files than a saved model.
         OSError: if it cannot be written.
     """
-    directory = pathlib.Path(path).absolute()
-    if directory.exists() and not overwrite:
-        raise FileExistsError(f"{directory} is there already; overwrite=True replaces it.")
+    directory = _place(path)
+    if standing(directory).exists():
+        _check_replaceable(directory, overwrite)
     _check_carried_out(model, plan, variables)
     named = _arrays(model, variables)
     data = {
@@ -72,8 +86,7 @@ def save_compressed(
             for name, array in named.items()
         },
     }
-    unfinished = directory.with_name(directory.name + ".unfinished")
-    try:
+    with whole_directory(directory) as unfinished:
         with _checkpointer() as checkpointer:
             checkpointer.save(
                 unfinished,
@@ -81,17 +94,10 @@ def save_compressed(
                     arrays=ocp.args.StandardSave(_nested(named)),  # type: ignore[call-arg]
                     plan=ocp.args.JsonSave(data),  # type: ignore[call-arg]
                 ),
-                force=True,
             )
         if metadata is not None:
             (unfinished / METADATA).write_text(json.dumps(dict(metadata), indent=1) + "\n")
         write_manifest(unfinished)
-        if directory.exists():
-            shutil.rmtree(directory)
-        unfinished.rename(directory)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
 
 
 def load_compressed(
@@ -130,14 +136,22 @@ class Saved:
     _data: Mapping[str, Any]
 
     def load(
-        self, build_model: Callable[[], Model]
+        self,
+        build_model: Callable[[], Model],
+        *,
+        traced: Callable[[], nnx.Module] | None = None,
     ) -> nnx.Module | tuple[CompressedModule, Mapping[str, Any]]:
-        """Load the model; see `load_compressed`."""
+        """Load the model; see `load_compressed`.
+
+        Args:
+            build_model: as there.
+            traced: makes an NNX model of the same shapes when JAX traces it; they are compared
+                before an array is made.
+        """
         directory, plan, data = self.directory, self.plan, self._data
-        saved = {
-            name: jax.ShapeDtypeStruct(tuple(a["shape"]), np.dtype(a["dtype"]))
-            for name, a in data["arrays"].items()
-        }
+        saved = _saved_shapes(directory, data)
+        if traced is not None:
+            nnx.eval_shape(lambda: _blank(directory, traced(), plan, saved))
         model = build_model()
         if isinstance(model, nn.Module):
             check_plan(plan, inspect_model(model, plan.inputs, None).layers)
@@ -148,12 +162,8 @@ class Saved:
             expected = {n: a for n, a in expected.items() if n.split("/", 1)[0] in collections}
             _check_same(directory, expected, saved)
             return module, unflatten_dict(_read_arrays(directory, data, saved), sep="/")
-        inspected = inspect_model(model, None, None)
-        check_plan(plan, inspected.layers)
-        blank = {row.path: _blank_params(row, inspected.kernels[row.path]) for row in plan.replaced}
-        compressed = replace_convs(model, plan, blank)
+        compressed = _blank(directory, model, plan, saved)
         holders = weights(compressed)
-        _check_same(directory, {name: v.get_value() for name, v in holders.items()}, saved)
         for name, array in _read_arrays(directory, data, saved).items():
             holders[name].set_value(array)
         return compressed
@@ -169,11 +179,95 @@ def open_compressed(path: str | os.PathLike[str]) -> Saved:
         FileNotFoundError: if there is no such directory.
         ValueError: if it holds no compressed model, or one that is damaged.
     """
-    directory = pathlib.Path(path).absolute()
+    directory = standing(_place(path))
     data = _read_data(directory)
     file = directory / METADATA
-    metadata = json.loads(file.read_text()) if file.exists() else {}
-    return Saved(directory, Plan.from_json(data["plan"]), metadata, data)
+    metadata = read_json(file) if file.exists() else {}
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{file} should hold names and values, but holds {shown(metadata, 60)}.")
+    try:
+        plan = Plan.from_json(data["plan"])
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise ValueError(
+            f"{directory} holds a plan that this falcon_jax cannot read ({reason(error)})."
+        ) from None
+    return Saved(directory, plan, metadata, data)
+
+
+def _place(path: str | os.PathLike[str]) -> pathlib.Path:
+    return pathlib.Path(os.path.realpath(path))
+
+
+def _check_replaceable(directory: pathlib.Path, overwrite: bool) -> None:
+    """Raise unless a directory may be replaced, and nothing but a saved model is lost with it."""
+    if not overwrite:
+        raise FileExistsError(f"{directory} is there already; overwrite=True replaces it.")
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise FileExistsError(f"{directory} is a file; give the directory another name.")
+    try:
+        other = unlisted_file(directory)
+    except (ValueError, OSError):
+        other = next((path.name for path in directory.iterdir()), None)
+    if other is not None:
+        raise FileExistsError(
+            f"{directory} holds {shown(other, 200)}, which is no part of a saved model, and is not "
+            "replaced; give another directory, or move that away."
+        )
+
+
+def _blank(
+    directory: pathlib.Path, model: nnx.Module, plan: Plan, saved: Mapping[str, Any]
+) -> nnx.Module:
+    """Return the compressed model with blank parameters; it must fit what was saved."""
+    inspected = inspect_model(model, None, None)
+    check_plan(plan, inspected.layers)
+    blank = {row.path: _blank_params(row, inspected.kernels[row.path]) for row in plan.replaced}
+    compressed = replace_convs(model, plan, blank)
+    found = {name: variable.get_value() for name, variable in weights(compressed).items()}
+    _check_same(directory, found, saved)
+    return compressed
+
+
+def _saved_shapes(
+    directory: pathlib.Path, data: Mapping[str, Any]
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shapes of the arrays, which the files must be large enough to hold.
+
+    Raises:
+        ValueError: if they are none.
+    """
+    try:
+        shapes = {
+            name: jax.ShapeDtypeStruct(tuple(map(_extent, a["shape"])), _dtype(a["dtype"]))
+            for name, a in data["arrays"].items()
+        }
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{directory} is damaged: it does not say what its arrays are ({reason(error)})."
+        ) from None
+    claimed = sum(math.prod(a.shape) * a.dtype.itemsize for a in shapes.values())
+    there = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+    if claimed > _LARGE and claimed > _DENSEST * there:
+        raise ValueError(
+            f"{directory} is damaged: it claims arrays of {claimed:,} bytes, but its files have "
+            f"{there:,}."
+        )
+    return shapes
+
+
+def _extent(size: Any) -> int:
+    if not is_whole(size) or not 0 <= size < 2**31:
+        raise ValueError(f"{shown(size, 40)} is no size of an array")
+    return size
+
+
+def _dtype(name: Any) -> np.dtype:
+    dtype = jnp.dtype(name)
+    if not isinstance(name, str) or str(dtype) != name or dtype.names or dtype.itemsize > 16:
+        raise ValueError(f"{shown(name, 40)} is no type of numbers")
+    return dtype
 
 
 def _blank_params(row: PlanRow, kernel: jax.Array) -> Params:
@@ -232,10 +326,14 @@ def _read_data(directory: pathlib.Path) -> dict[str, Any]:
     if not (directory / MANIFEST).is_file():
         raise ValueError(f"{directory} holds no compressed model of falcon_jax.")
     check_manifest(directory)
-    data = _restore(directory, "plan", ocp.args.JsonRestore())
+    file = directory / "plan" / "metadata"
+    data = read_json(file)
+    if not isinstance(data, dict) or "version" not in data:
+        raise ValueError(f"{file} holds no plan of falcon_jax.")
     if data["version"] != _VERSION:
         raise ValueError(
-            f"{directory} has version {data['version']}; this falcon_jax reads {_VERSION}."
+            f"{directory} has version {shown(data['version'], 40)}; this falcon_jax reads "
+            f"{_VERSION}."
         )
     return data
 
@@ -245,17 +343,20 @@ def _read_arrays(
 ) -> dict[str, jax.Array]:
     sharding = SingleDeviceSharding(jax.devices()[0])
     like = {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for n, a in saved.items()}
-    restored = _restore(directory, "arrays", ocp.args.StandardRestore(_nested(like)))  # type: ignore[call-arg]
+    try:
+        with _checkpointer() as checkpointer:
+            restore = ocp.args.StandardRestore(_nested(like))  # type: ignore[call-arg]
+            how = ocp.args.Composite(arrays=restore)
+            restored = checkpointer.restore(directory, args=how)["arrays"]
+    except Exception as error:  # of files that were made to mislead: anything
+        raise ValueError(
+            f"{directory} is damaged: its arrays cannot be read ({reason(error)})."
+        ) from None
     named: dict[Any, Any] = flatten_dict(restored, sep="/")
     for name, array in named.items():
-        if array_digest(np.asarray(array)) != data["arrays"][name]["sha256"]:
-            raise ValueError(f"{directory} is damaged: {name} is not what was saved.")
+        if array_digest(np.asarray(array)) != data["arrays"][name].get("sha256"):
+            raise ValueError(f"{directory} is damaged: {shown(name, 200)} is not what was saved.")
     return named
-
-
-def _restore(directory: pathlib.Path, item: str, how: Any) -> Any:
-    with _checkpointer() as checkpointer:
-        return checkpointer.restore(directory, args=ocp.args.Composite(**{item: how}))[item]
 
 
 def _checkpointer() -> ocp.Checkpointer:

@@ -95,14 +95,14 @@ def model_shapes(name: str, **options: Any) -> nnx.Module:
     >>> model_shapes("resnet18", num_classes=10).head.kernel.shape
     (512, 10)
     """
+    return nnx.eval_shape(lambda: get_model(name, rngs=same_key_rngs(), **options))
 
-    def build() -> nnx.Module:
-        rngs = nnx.Rngs(0)
-        # A stream that counts takes time quadratic in its calls when traced.
-        rngs.params = _SameKey(0, tag="params")  # type: ignore[attr-defined]
-        return get_model(name, rngs=rngs, **options)
 
-    return nnx.eval_shape(build)
+def same_key_rngs() -> nnx.Rngs:
+    """Return streams for tracing: one that counts takes time quadratic in its calls then."""
+    rngs = nnx.Rngs(0)
+    rngs.params = _SameKey(0, tag="params")  # type: ignore[attr-defined]
+    return rngs
 
 
 class _SameKey(nnx.RngStream):

@@ -19,14 +19,23 @@ from falcon_jax.compression import (
     open_compressed,
     save_compressed,
 )
-from falcon_jax.compression.storage import Saved
+from falcon_jax.compression.storage import METADATA, Saved
 from falcon_jax.manifest import MANIFEST
 from falcon_jax.methods import Method
-from falcon_jax.models.registry import get_model
+from falcon_jax.models.registry import get_model, same_key_rngs
 from falcon_jax.models.unit_registry import get_unit
 from falcon_jax.models.units import standard_unit
+from falcon_jax.numeric import is_number, is_whole
+from falcon_jax.whole_directory import standing
+from falcon_jax.wording import reason, shown
 
 _VERSION = 1
+# What is beyond these is no model that anybody has, but a damaged or hostile file.
+_LARGEST_IMAGE = 2**14
+_MOST_CHANNELS = 2**10
+_MOST_CLASSES = 2**22
+_LARGEST_WIDTH = 64
+_LARGEST_VALUE = 1e6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +54,16 @@ class ImagePreprocessing:
     shorter_side: int = 0
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    def __post_init__(self):
+        _require("image_size", self.image_size, is_whole(self.image_size), 1, _LARGEST_IMAGE)
+        _require("shorter_side", self.shorter_side, is_whole(self.shorter_side), 0, _LARGEST_IMAGE)
+        if not 1 <= len(self.mean) == len(self.std) <= _MOST_CHANNELS:
+            raise ValueError(f"mean and std have {len(self.mean)} and {len(self.std)} channels")
+        for value in (*self.mean, *self.std):
+            _require("mean and std", value, is_number(value), -_LARGEST_VALUE, _LARGEST_VALUE)
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be above 0, but is {min(self.std)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +86,13 @@ class Description:
     preprocessing: ImagePreprocessing
     source: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self):
+        _require("arch", self.arch, isinstance(self.arch, str))
+        _require("classes", self.classes, is_whole(self.classes), 1, _MOST_CLASSES)
+        _require("width", self.width, is_number(self.width) and self.width > 0, 0, _LARGEST_WIDTH)
+        _require("unit", self.unit, self.unit is None or isinstance(self.unit, Mapping))
+        _require("source", self.source, isinstance(self.source, Mapping))
+
     @property
     def sample(self) -> jax.ShapeDtypeStruct:
         """Shape of a batch of one image."""
@@ -77,11 +103,21 @@ class Description:
         """Return the model before compression, with random weights.
 
         Raises:
-            ValueError: if there is no such arch or unit.
+            ValueError: if there is no such arch or unit, or it cannot be built so.
         """
+        try:
+            return self._built(rngs)
+        except (TypeError, OverflowError, ZeroDivisionError) as error:
+            raise ValueError(
+                f"there is no {self.arch} such as described: {reason(error)}"
+            ) from error
+
+    def _built(self, rngs: nnx.Rngs) -> nnx.Module:
         options: dict[str, Any] = {}
         if self.unit is not None:
             unit = dict(self.unit)
+            if not isinstance(unit.get("unit"), str):
+                raise ValueError("the unit has no name.")
             # A network of units keeps its first convolution, as the paper's do.
             options = {"unit": get_unit(unit.pop("unit"), **unit), "stem_unit": standard_unit}
         if self.width != 1:
@@ -103,15 +139,15 @@ class Description:
         """Return the description that `to_json` wrote.
 
         Raises:
-            ValueError: if it is of a later version.
+            ValueError: if it is of a later version, or a value is none that it can have.
             KeyError: if something is missing.
             TypeError: if there is something else.
         """
         fields = dict(data)
         if (version := fields.pop("version")) != _VERSION:
             raise ValueError(
-                f"the description of the model has version {version}; this falcon_jax reads "
-                f"{_VERSION}."
+                f"the description of the model has version {shown(version, 40)}; this falcon_jax "
+                f"reads {_VERSION}."
             )
         given = dict(fields.pop("preprocessing"))
         given |= {name: tuple(map(float, given[name])) for name in ("mean", "std")}
@@ -184,7 +220,7 @@ def save_stored(path: str | os.PathLike[str], stored: Stored, *, overwrite: bool
 
 def is_stored(path: str | os.PathLike[str]) -> bool:
     """Say whether a directory holds a stored model, damaged or not."""
-    return (pathlib.Path(path) / MANIFEST).is_file()
+    return (standing(pathlib.Path(path)) / MANIFEST).is_file()
 
 
 def read_description(path: str | os.PathLike[str]) -> Description:
@@ -201,13 +237,16 @@ def read_description(path: str | os.PathLike[str]) -> Description:
 
 
 def _description(saved: Saved) -> Description:
+    file = saved.directory / METADATA
     try:
         return Description.from_json(saved.metadata)
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, OverflowError) as error:
         raise ValueError(
-            f"{saved.directory} holds no description of a model of falcon_jax ({error} is missing "
-            "or wrong). Models that convert, compress and train.py stored have one."
+            f"{file} holds no description of a model of falcon_jax ({reason(error, 100)} "
+            "is missing or wrong). Models that convert, compress and train.py stored have one."
         ) from None
+    except ValueError as error:
+        raise ValueError(f"{file}: {reason(error)}") from None
 
 
 def load_stored(path: str | os.PathLike[str]) -> Stored:
@@ -222,7 +261,25 @@ def load_stored(path: str | os.PathLike[str]) -> Stored:
     """
     saved = open_compressed(path)
     description = _description(saved)
-    model = saved.load(lambda: description.build(rngs=nnx.Rngs(0)))
+    try:
+        # What it says may be enormous: no array is made before it fits those that are there.
+        model = saved.load(
+            lambda: description.build(rngs=nnx.Rngs(0)),
+            traced=lambda: description.build(rngs=same_key_rngs()),
+        )
+    except ValueError as error:
+        if str(saved.directory) in str(error):
+            raise
+        raise ValueError(f"{saved.directory}: {error}") from error
     assert isinstance(model, nnx.Module)
     model.eval()
     return Stored(model=model, plan=saved.plan, description=description)
+
+
+def _require(name: str, value: Any, good: bool, *bounds: float) -> None:
+    """Raise a ValueError unless a value is good and lies between the bounds, if there are any."""
+    if not good or (bounds and not bounds[0] <= value <= bounds[1]):
+        between = " from {:g} to {:g}".format(*bounds) if bounds else ""
+        raise ValueError(
+            f"{name} must be a value{between} that it can have, but is {shown(repr(value), 60)}."
+        )

@@ -132,5 +132,5 @@ def _check_free(coordinator: str) -> None:
     except OSError as error:
         raise ValueError(
             f"process 0 cannot listen at --coordinator={shown(coordinator, 80)} "
-            f"({error.strerror}); give an address of its own machine and a port that nothing else uses"
+            f"({error.strerror}); give an address of its own machine and a port that is free"
         ) from None

@@ -37,7 +37,7 @@ _LAST_WORDS = 10_000  # bytes of them that are kept
 _PATIENCE = 10  # seconds to take leave of the other processes
 # What C++ or Python's fault handler writes when it ends the process: nothing comes after it.
 _DYING = re.compile(rb"F\d{4} \d\d:\d\d|\*\*\* |terminate called|Fatal Python error")
-_REASON = re.compile(r"absl::Status: (.*)|what\(\): *(.*)|F\d{4} [^]]*\] (.*)")
+_REASON = re.compile(r"F\d{4} [^]]*\] (?:.*absl::Status: )?(.*)|what\(\): *(.*)")
 _PEERS = re.compile("JAX distributed service|coordination")
 
 
@@ -143,7 +143,8 @@ def _end(number: int, last_words: bytes, found_each_other: bool) -> str:
 
 
 def _end_with(watching: socket.socket) -> None:
-    watching.recv(1)  # nothing ever comes: it ends when the watching process does
+    with contextlib.suppress(OSError):
+        watching.recv(1)  # nothing ever comes: it ends when the watching process does
     os._exit(STOPPED)
 
 
