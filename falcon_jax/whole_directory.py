@@ -43,11 +43,11 @@ def whole_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield work / _NEW
             _put(path, work)
-            shutil.rmtree(work, ignore_errors=True)
+            _remove(work)
     except BaseException:
         # Should even the way back have failed, the old one stays where `standing` finds it.
         if not (work / _OLD).exists():
-            shutil.rmtree(work, ignore_errors=True)
+            _remove(work)
         raise
     for left in _left_behind(path):
         _remove_if_abandoned(left)
@@ -91,4 +91,13 @@ def _left_behind(path: pathlib.Path) -> list[pathlib.Path]:
 def _remove_if_abandoned(work: pathlib.Path) -> None:
     with contextlib.suppress(OSError), (work / _LOCK).open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while its process lives
-        shutil.rmtree(work, ignore_errors=True)
+        _remove(work)
+
+
+def _remove(work: pathlib.Path) -> None:
+    """Remove a folder of ours, what tells that it is ours last."""
+    for name in (_NEW, _OLD):
+        shutil.rmtree(work / name, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        (work / _LOCK).unlink(missing_ok=True)
+        work.rmdir()

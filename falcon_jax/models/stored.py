@@ -276,7 +276,7 @@ def load_stored(path: str | os.PathLike[str]) -> Stored:
     return Stored(model=model, plan=saved.plan, description=description)
 
 
-def _require(name: str, value: Any, good: bool, *bounds: float) -> None:
+def _require(name: str, value: Any, good: bool, *bounds: int | float) -> None:
     """Raise a ValueError unless a value is good and lies between the bounds, if there are any."""
     if not good or (bounds and not bounds[0] <= value <= bounds[1]):
         between = " from {:g} to {:g}".format(*bounds) if bounds else ""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from falcon_jax.manifest import read_json
+from falcon_jax.numeric import is_number, is_whole
 from falcon_jax.report.formats import (
     format_millions,
     format_milliseconds,
@@ -15,6 +19,7 @@ from falcon_jax.report.formats import (
 from falcon_jax.report.plots import plot_tradeoff
 from falcon_jax.report.table import Column, Row, format_table, write_csv, write_json
 from falcon_jax.report.writing import write_whole
+from falcon_jax.wording import shown
 
 COLUMNS = (
     Column(name="label", header="Model"),
@@ -28,6 +33,10 @@ COLUMNS = (
     Column(name="accuracy_after", header="After tuning", format=format_percent),
     Column(name="latency_ms", header="Latency", format=format_milliseconds),
 )
+# In the files a column, under the text a line each.
+NOTE = Column(name="note", header="Note")
+_COUNTS = ("params", "mult_adds")
+_SHARES = ("accuracy_before", "accuracy_after")
 
 
 def write_report(rows: Sequence[Row], directory: str | os.PathLike[str]) -> str:
@@ -40,7 +49,8 @@ def write_report(rows: Sequence[Row], directory: str | os.PathLike[str]) -> str:
     Args:
         rows: one mapping a model: "label", "method", "rank" (or None), "params", "mult_adds",
             "params_ratio", "mult_adds_ratio", "accuracy_before", "accuracy_after" (fractions),
-            "latency_ms". A value that was not measured is None.
+            "latency_ms"; "note", if its numbers are not those of the best checkpoint. A value that
+            was not measured is None.
         directory: where the files go; made if missing.
 
     Returns:
@@ -51,12 +61,14 @@ def write_report(rows: Sequence[Row], directory: str | os.PathLike[str]) -> str:
         OSError: if a file cannot be written.
     """
     directory = Path(directory)
-    text = format_table(rows, COLUMNS)
+    notes = [f"{row['label']}: {row['note']}." for row in rows if row.get("note")]
+    text = "\n".join([format_table(rows, COLUMNS), *[""][: len(notes)], *notes])
+    columns = (*COLUMNS, NOTE)
     write_whole(directory / "report.txt", (text + "\n").encode())
-    write_csv(directory / "report.csv", rows, COLUMNS)
+    write_csv(directory / "report.csv", rows, columns)
     write_json(
         directory / "report.json",
-        [{column.name: row.get(column.name) for column in COLUMNS} for row in rows],
+        [{column.name: row.get(column.name) for column in columns} for row in rows],
     )
     points = [{**row, "accuracy": _last_accuracy(row)} for row in rows]
     points = [point for point in points if point["accuracy"] is not None]
@@ -73,6 +85,41 @@ def write_report(rows: Sequence[Row], directory: str | os.PathLike[str]) -> str:
         path=directory / "accuracy_vs_mult_adds.png",
     )
     return text
+
+
+def checked_row(path: Path) -> dict[str, Any]:
+    """Return the row of a report that a ``result.json`` holds.
+
+    Raises:
+        ValueError: if it holds none, naming it and what is wrong.
+        OSError: if it cannot be read.
+    """
+    row = read_json(path)
+    wrong = None
+    if not isinstance(row, dict):
+        wrong = "not a group of names and values"
+    else:
+        checks = [
+            *((name, isinstance(row.get(name), str)) for name in ("label", "method")),
+            *((name, is_whole(row.get(name)) and row[name] > 0) for name in _COUNTS),
+            *((name, _absent_or(row, name, 1)) for name in _SHARES),
+            ("latency_ms", _absent_or(row, "latency_ms", math.inf)),
+            ("rank", isinstance(row.get("rank"), str | int | None)),
+            ("note", isinstance(row.get("note"), str | None)),
+        ]
+        wrong = next(
+            (f"{name} is {shown(repr(row.get(name)), 60)}" for name, ok in checks if not ok), None
+        )
+    if wrong is not None:
+        raise ValueError(
+            f"{path} is no row of a report ({wrong}); delete it, and the same command makes it anew"
+        )
+    return row
+
+
+def _absent_or(row: Row, name: str, most: float) -> bool:
+    value = row.get(name)
+    return value is None or (is_number(value) and 0 <= value <= most)
 
 
 def _last_accuracy(row: Row) -> float | None:

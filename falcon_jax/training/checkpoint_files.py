@@ -1,8 +1,8 @@
 """Checkpoints as directories: which are whole, and what happens to those that are not."""
 
+import itertools
 import pathlib
 import re
-import shutil
 import sys
 from collections.abc import Iterator
 
@@ -10,6 +10,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from falcon_jax.manifest import MANIFEST, check_manifest, write_manifest
+from falcon_jax.wording import shown
 
 DAMAGED = "damaged"
 
@@ -29,7 +30,7 @@ def set_damaged_aside(directory: pathlib.Path) -> None:
                 try:
                     check_manifest(folder)
                 except (ValueError, OSError) as error:
-                    set_aside(folder, str(error))
+                    set_aside(folder, shown(error))
     wait_for_all(f"checked {directory}")
 
 
@@ -47,15 +48,25 @@ def set_aside(folder: pathlib.Path, reason: str) -> None:
         folder: of the checkpoint.
         reason: what is wrong with it.
     """
-    place = folder.parent.parent / DAMAGED / folder.name
-    shutil.rmtree(place, ignore_errors=True)
-    place.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.parent.parent / DAMAGED
+    aside.mkdir(parents=True, exist_ok=True)
+    # One of the same step may be there from an earlier time; nothing is deleted.
+    more = (f"{folder.name}.{number}" for number in itertools.count(2))
+    names = itertools.chain([folder.name], more)
+    place = next(aside / name for name in names if not (aside / name).exists())
     folder.rename(place)
     print(
         f"checkpoint {folder} is damaged and not used ({reason.rstrip('.')}); it is now {place}",
         file=sys.stderr,
         flush=True,
     )
+
+
+def damaged_steps(directory: pathlib.Path) -> set[int]:
+    """Return the steps of the checkpoints that were moved out of the way, now or before."""
+    aside = directory.parent / DAMAGED
+    names = [path.name for path in aside.iterdir()] if aside.is_dir() else []
+    return {int(name.split(".")[0]) for name in names if re.fullmatch(r"\d+(\.\d+)?", name)}
 
 
 def seal(folder: pathlib.Path) -> None:

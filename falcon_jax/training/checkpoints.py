@@ -1,6 +1,7 @@
 """Checkpoints of a training run, with Orbax, verified when they are read."""
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 from collections.abc import Mapping
@@ -11,9 +12,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from falcon_jax.data.messages import some_of
 from falcon_jax.manifest import array_digest, data_digest
 from falcon_jax.training.checkpoint_files import (
     DAMAGED,
+    damaged_steps,
     seal,
     set_aside,
     set_damaged_aside,
@@ -22,8 +25,32 @@ from falcon_jax.training.checkpoint_files import (
 from falcon_jax.training.interruption import Stopped
 from falcon_jax.training.network import Arrays
 from falcon_jax.training.step import TrainState
+from falcon_jax.wording import reason
 
 _NO_SCORE = -1.0  # below every share and every epoch's number
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Best:
+    """The best checkpoint of a run so far: its step and its score."""
+
+    step: int
+    score: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BestModel:
+    """What `Checkpoints.restore_best_model` found.
+
+    Attributes:
+        arrays: parameters and BatchNorm statistics, by path.
+        step: of the checkpoint.
+        note: a sentence for the report if the best checkpoint could not be used; None if it was.
+    """
+
+    arrays: tuple[Arrays, Arrays]
+    step: int
+    note: str | None = None
 
 
 class Checkpoints:
@@ -42,22 +69,29 @@ class Checkpoints:
         self._directory = pathlib.Path(directory).absolute()
         self._unsealed: int | None = None
         self._failed = False
+        self._best: Best | None = None
         best = preservation_policy.BestN(get_metric_fn=_score, n=1)
         latest = preservation_policy.LatestN(n=keep)
         set_damaged_aside(self._directory)
-        self._manager = ocp.CheckpointManager(
-            self._directory,
-            item_handlers={
-                "model": ocp.StandardCheckpointHandler(),
-                "optimizer": ocp.StandardCheckpointHandler(),
-                "meta": ocp.JsonCheckpointHandler(),
-            },
-            options=ocp.CheckpointManagerOptions(
-                best_fn=_score,
-                best_mode="max",
-                preservation_policy=preservation_policy.AnyPreservationPolicy([latest, best]),
-            ),
-        )
+        try:
+            self._manager = ocp.CheckpointManager(
+                self._directory,
+                item_handlers={
+                    "model": ocp.StandardCheckpointHandler(),
+                    "optimizer": ocp.StandardCheckpointHandler(),
+                    "meta": ocp.JsonCheckpointHandler(),
+                },
+                options=ocp.CheckpointManagerOptions(
+                    best_fn=_score,
+                    best_mode="max",
+                    preservation_policy=preservation_policy.AnyPreservationPolicy([latest, best]),
+                ),
+            )
+        except Exception as error:  # of what is in the way there: anything
+            raise ValueError(
+                f"{self._directory} cannot be used as a folder of checkpoints ({reason(error)}); "
+                "move away what is there, or give another --workdir"
+            ) from error
 
     def save(self, state: TrainState, meta: dict[str, Any], *, score: float | None) -> None:
         """Save a state.
@@ -75,7 +109,13 @@ class Checkpoints:
         if step in self._manager.all_steps():
             self._manager.delete(step)
         model, optimizer = _items(state)
-        content = {"meta": meta, "sha256": _digests(model) | _digests(optimizer)}
+        if score is not None and (self._best is None or score >= self._best.score):
+            self._best = Best(step=step, score=score)
+        content = {
+            "meta": meta,
+            "best": None if self._best is None else dataclasses.asdict(self._best),
+            "sha256": _digests(model) | _digests(optimizer),
+        }
         try:
             self._manager.save(
                 step,
@@ -110,13 +150,15 @@ class Checkpoints:
             if had_some:
                 raise ValueError(f"{self._none_is_whole()}; give another --workdir to start anew")
             return None
-        arrays, meta = found
+        arrays, meta, self._best = found
         names, _ = jax.tree.flatten_with_path(like)
         leaves = [arrays[_name(path)] for path, _ in names]
         return jax.tree.unflatten(jax.tree.structure(like), leaves), meta
 
-    def restore_best_model(self, params: Arrays, statistics: Arrays) -> tuple[Arrays, Arrays]:
+    def restore_best_model(self, params: Arrays, statistics: Arrays) -> BestModel:
         """Return the parameters and statistics of the highest score (the latest of equals).
+
+        Where that checkpoint cannot be used, they are those of the next best, and that is said.
 
         Args:
             params: parameters of the same structure, on the devices where they should be.
@@ -131,15 +173,37 @@ class Checkpoints:
         leaves, structure = jax.tree.flatten_with_path(like)
         named = {_name(path): leaf for path, leaf in leaves}
         had_some = False
+        best = self._best_of_the_run()
         while (step := self._manager.best_step()) is not None:
             had_some = True
             if (restored := self._restored(step, {"model": named})) is not None:
-                arrays, _ = restored
+                arrays, _, _ = restored
                 found = jax.tree.unflatten(structure, [arrays[_name(path)] for path, _ in leaves])
-                return found["params"], found["statistics"]
+                note = self._substitute_note(step, best)
+                both = found["params"], found["statistics"]
+                return BestModel(arrays=both, step=step, note=note)
         if had_some or self._set_aside_before():
             raise ValueError(self._none_is_whole())
         raise FileNotFoundError(f"{self._directory} holds no checkpoint")
+
+    def _best_of_the_run(self) -> Best | None:
+        """Return what the newest readable checkpoint says was the best up to it."""
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            with contextlib.suppress(Exception):  # told when it is its turn
+                return self._content(step)[1]
+        return None
+
+    def _substitute_note(self, used: int, best: Best | None) -> str | None:
+        """Say so if the checkpoint that is used is not the best that the run had."""
+        latest = max([used, *self._manager.all_steps()])
+        lost = sorted(step for step in damaged_steps(self._directory) if step > latest)
+        if best is not None and best.step != used:
+            missing = f"that of step {best.step}, the best"
+        elif lost:
+            missing = f"a later one, of step {lost[-1]}"
+        else:
+            return None
+        return f"checkpoint of step {used} used: {missing}, is damaged or missing"
 
     def close(self) -> None:
         """Wait until everything is saved.
@@ -170,22 +234,34 @@ class Checkpoints:
 
     def _stopped(self, step: int | None, error: Exception) -> Stopped:
         self._failed = True
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
         return Stopped(
-            f"the checkpoint of step {step} could not be saved in {self._directory} ({reason}); "
-            "the ones before are kept, and the same command goes on from them once there is room"
+            f"the checkpoint of step {step} could not be saved in {self._directory} "
+            f"({reason(error)}); the ones before are kept, and the same command goes on from "
+            "them once there is room"
         )
+
+    def _content(self, step: int) -> tuple[dict[str, Any], Best | None]:
+        """Return what is kept beside the arrays of a step, and the best up to it.
+
+        Raises:
+            Exception: of any kind, if it is damaged.
+        """
+        how = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        content = self._manager.restore(step, args=how)["meta"]
+        if content.pop("whole") != data_digest(content):
+            raise ValueError("its metadata is not what was saved")
+        best = content.get("best")  # none in those of earlier versions
+        return content, None if best is None else Best(**best)
 
     def _restored(
         self, step: int, items: Mapping[str, Arrays]
-    ) -> tuple[Arrays, dict[str, Any]] | None:
-        """Return arrays and meta of a step, or None if it is damaged; then it is set aside."""
+    ) -> tuple[Arrays, dict[str, Any], Best | None] | None:
+        """Return arrays, meta and the best up to a step, or None if it is damaged.
+
+        A damaged one is set aside.
+        """
         try:
-            content = self._manager.restore(
-                step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-            )["meta"]
-            if content.pop("whole") != data_digest(content):
-                raise ValueError("its metadata is not what was saved")
+            content, best = self._content(step)
             shapes = {
                 name: array.shape
                 for item in items
@@ -210,17 +286,16 @@ class Checkpoints:
             arrays = {n: array for item in items for n, array in restored[item].items()}
             wrong = [n for n, d in _digests(arrays).items() if d != content["sha256"][n]]
             if wrong:
-                raise ValueError(f"{', '.join(wrong)} is not what was saved")
+                raise ValueError(f"{some_of(wrong)} is not what was saved")
         except Exception as error:
             self._set_aside(step, error)
             return None
-        return arrays, content["meta"]
+        return arrays, content["meta"], best
 
     def _set_aside(self, step: int, error: Exception) -> None:
         wait_for_all(f"read {step}")
         if jax.process_index() == 0:
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            set_aside(self._directory / str(step), reason)
+            set_aside(self._directory / str(step), reason(error))
         wait_for_all(f"set aside {step}")
         self._manager.reload()
 

@@ -69,7 +69,7 @@ def run_experiment(
 
 def _run(setting: Setting) -> tuple[list[Row], str]:
     experiment = setting.experiment
-    trained, row = _standard(setting)
+    trained, row, note = _standard(setting)
     rows = [] if row is None else [row]
     for variant in experiment.variants:
         setting.interruption.check()
@@ -77,7 +77,7 @@ def _run(setting: Setting) -> tuple[list[Row], str]:
         if row is None and variant.unit is not None:
             row = _built(setting, variant)
         elif row is None:
-            row = _compressed(setting, variant, *trained)
+            row = _compressed(setting, variant, *trained, note)
         rows.append(row)
     standard = profile(setting.model(experiment.train, seed=0), setting.sample(1))
     for row in rows:
@@ -130,18 +130,21 @@ def begin(
 
 def trained_model(setting: Setting) -> nnx.Module:
     """Return the standard model of an experiment, trained now unless it was before."""
-    (params, statistics), _ = _standard(setting)
+    (params, statistics), _, _ = _standard(setting)
     network, _, _ = Network.split(setting.model(setting.experiment.train, seed=0))
     return network.merge(params, statistics)
 
 
-def _standard(setting: Setting) -> tuple[tuple[Arrays, Arrays], Row | None]:
-    """Return the standard model's arrays, and its row unless it was never trained."""
+def _standard(setting: Setting) -> tuple[tuple[Arrays, Arrays], Row | None, str | None]:
+    """Return the standard model's arrays, its row unless it was never trained, and a note.
+
+    The note says so if the arrays are not those of the best checkpoint.
+    """
     experiment = setting.experiment
     network, *arrays = Network.split(setting.model(experiment.train, seed=experiment.seed))
     params, statistics = arrays
     if experiment.start == "scratch":
-        return (params, statistics), None
+        return (params, statistics), None, None
     folder = setting.workdir / STANDARD
     stored = is_stored(experiment.start)
     if experiment.start != "train" and not stored:
@@ -149,26 +152,30 @@ def _standard(setting: Setting) -> tuple[tuple[Arrays, Arrays], Row | None]:
         folder = folder / STANDARD if (folder / STANDARD).is_dir() else folder
     row = setting.finished(folder)
     trained_elsewhere = experiment.start != "train"
+    best = None
     if stored:
         params, statistics = setting.stored(experiment.start)
     elif trained_elsewhere or (row is not None and experiment.train.epochs > 0):
-        params, statistics = setting.load(folder, params, statistics)
+        best = setting.load(folder, params, statistics)
     elif row is None:
         run = setting.run(STANDARD, experiment.train)
-        params, statistics = train(run, network, params, statistics)
+        best = train(run, network, params, statistics)
+    note = None
+    if best is not None:
+        (params, statistics), note = best.arrays, best.note
     params, statistics = on_one_device((params, statistics))
     if row is None:
         accuracy = setting.test_accuracy(network, params, statistics, experiment.train)
         model = network.merge(params, statistics)
-        row = _row(setting, STANDARD, None, model, None, accuracy)
+        row = _row(setting, STANDARD, None, model, None, accuracy, note)
         setting.finish(STANDARD, model, None, None, row)
-    return (params, statistics), row
+    return (params, statistics), row, note and f"compressed from {STANDARD}: {note}"
 
 
 def _built(setting: Setting, variant: Variant) -> Row:
     """Train a network of other units from random weights."""
     network, params, statistics = Network.split(_unit_model(setting, variant))
-    return _finetuned(setting, variant, None, network, params, statistics)
+    return _finetuned(setting, variant, None, network, params, statistics, None)
 
 
 def _unit_model(setting: Setting, variant: Variant) -> nnx.Module:
@@ -177,15 +184,21 @@ def _unit_model(setting: Setting, variant: Variant) -> nnx.Module:
     return setting.model(settings, seed=seed, unit=variant.unit, width=variant.width)
 
 
-def _compressed(setting: Setting, variant: Variant, params: Arrays, statistics: Arrays) -> Row:
+def _compressed(
+    setting: Setting,
+    variant: Variant,
+    params: Arrays,
+    statistics: Arrays,
+    note: str | None,
+) -> Row:
     experiment = setting.experiment
-    source = _source(setting, variant, params, statistics)
+    source, note = _source(setting, variant, params, statistics, note)
     plan = make_plan(source, variant.rules, setting.sample(1), solver=variant.solver)
     setting.write_plan(variant.name, plan)
     model = compress(source, plan, key=jax.random.key(experiment.seed))
     if variant.solver != "random":
         model = _fitted_to_data(setting, source, model, plan)
-    return _finetuned(setting, variant, plan, *Network.split(model))
+    return _finetuned(setting, variant, plan, *Network.split(model), note)
 
 
 def _fitted_to_data(
@@ -205,23 +218,35 @@ def _fitted_to_data(
     return model
 
 
-def _source(setting: Setting, variant: Variant, params: Arrays, statistics: Arrays) -> nnx.Module:
-    """Return the network that a variant compresses, trained unless the solver is ``random``."""
+def _source(
+    setting: Setting,
+    variant: Variant,
+    params: Arrays,
+    statistics: Arrays,
+    note: str | None,
+) -> tuple[nnx.Module, str | None]:
+    """Return the network that a variant compresses, trained unless the solver is ``random``.
+
+    A note says so if it is not that of the best checkpoint.
+    """
     experiment = setting.experiment
     settings, seed = experiment.finetune, experiment.seed + 1
     bases = {base.name: base for base in experiment.variants}
     source = setting.model(settings, seed=seed)
     if variant.of:
         source = _unit_model(setting, bases[variant.of])
-    if variant.solver != "random":
+    if variant.solver == "random":
+        note = None
+    else:
         network, *blank = Network.split(source)
         if variant.of:
-            params, statistics = setting.load(setting.workdir / variant.of, *blank)
-            params, statistics = on_one_device((params, statistics))
+            best = setting.load(setting.workdir / variant.of, *blank)
+            params, statistics = on_one_device(best.arrays)
+            note = best.note and f"compressed from {variant.of}: {best.note}"
         source = network.merge(params, statistics)
     if variant.width == 1:
-        return source
-    return narrow(source, setting.model(settings, seed=seed, width=variant.width))
+        return source, note
+    return narrow(source, setting.model(settings, seed=seed, width=variant.width)), note
 
 
 def _finetuned(
@@ -231,16 +256,18 @@ def _finetuned(
     network: Network,
     params: Arrays,
     statistics: Arrays,
+    note: str | None,
 ) -> Row:
     settings = setting.experiment.finetune
     before = None
     if plan is not None:
         before = setting.test_accuracy(network, params, statistics, settings)
     trained = train(setting.run(variant.name, settings, plan), network, params, statistics)
-    params, statistics = on_one_device(trained)
+    params, statistics = on_one_device(trained.arrays)
+    note = "; ".join(filter(None, (note, trained.note))) or None
     after = setting.test_accuracy(network, params, statistics, settings)
     model = network.merge(params, statistics)
-    row = _row(setting, variant.name, variant, model, before, after)
+    row = _row(setting, variant.name, variant, model, before, after, note)
     setting.finish(variant.name, model, plan, variant, row)
     return row
 
@@ -252,6 +279,7 @@ def _row(
     model: nnx.Module,
     before: float | None,
     after: float,
+    note: str | None,
 ) -> Row:
     batch = jax.numpy.zeros(setting.sample(LATENCY_BATCH).shape, np.float32)
     cost = profile(model, batch, latency=True)
@@ -264,4 +292,5 @@ def _row(
         "accuracy_before": before,
         "accuracy_after": after,
         "latency_ms": cost.latency_ms,
+        "note": note,
     }

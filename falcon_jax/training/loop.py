@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from falcon_jax.data.batching import steps_per_epoch, train_batches
-from falcon_jax.training.checkpoints import Checkpoints
+from falcon_jax.training.checkpoints import BestModel, Checkpoints
 from falcon_jax.training.evaluation import evaluate
 from falcon_jax.training.execution import Execution, make_execution
 from falcon_jax.training.interruption import Stopped
@@ -25,7 +25,7 @@ from falcon_jax.training.step import TrainState, init_state, make_eval_step
 from falcon_jax.training.watch import EpochSums, Watch
 
 
-def train(run: Run, network: Network, params: Arrays, statistics: Arrays) -> tuple[Arrays, Arrays]:
+def train(run: Run, network: Network, params: Arrays, statistics: Arrays) -> BestModel:
     """Train a network, or go on where an earlier start of the same run stopped.
 
     After every epoch the network is evaluated on the validation split and saved. The result is
@@ -39,7 +39,7 @@ def train(run: Run, network: Network, params: Arrays, statistics: Arrays) -> tup
         statistics: BatchNorm statistics to start from; they are copied.
 
     Returns:
-        Parameters and statistics.
+        Parameters and statistics, and a note if they are not those of the best epoch.
 
     Raises:
         ValueError: if the devices cannot share a batch, a batch is larger than the split, or there
@@ -50,7 +50,7 @@ def train(run: Run, network: Network, params: Arrays, statistics: Arrays) -> tup
     settings, mesh = run.settings, run.mesh
     check_divides("batch_size", settings.batch_size, mesh, accumulate=settings.accumulate)
     if settings.epochs == 0:
-        return params, statistics
+        return BestModel(arrays=(params, statistics), step=0)
     steps = steps_per_epoch(len(run.dataset.train), settings.batch_size)
     optimizer = make_optimizer(settings, steps)
     # A copy, because the step donates its state.

@@ -67,10 +67,10 @@ class MetricsLog:
         if not self._path.exists():
             return
         kept = []
-        for line in self._path.read_text().splitlines(keepends=True):
+        for line in self._path.read_bytes().split(b"\n"):
             try:
                 if json.loads(line)["step"] <= from_step:
-                    kept.append(line.rstrip("\n") + "\n")
-            except (ValueError, KeyError, TypeError):
+                    kept.append(line + b"\n")
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue  # a line cut short when the run was killed
-        write_whole(self._path, "".join(kept).encode())
+        write_whole(self._path, b"".join(kept))

@@ -28,9 +28,9 @@ from falcon_jax.models.stored import (
     uncompressed,
 )
 from falcon_jax.models.units import UnitFactory, standard_unit
-from falcon_jax.report.experiment import write_report
+from falcon_jax.report.experiment import checked_row, write_report
 from falcon_jax.report.table import write_json
-from falcon_jax.training.checkpoints import Checkpoints
+from falcon_jax.training.checkpoints import BestModel, Checkpoints
 from falcon_jax.training.config import Experiment
 from falcon_jax.training.evaluation import evaluate
 from falcon_jax.training.interruption import Interruption
@@ -127,9 +127,7 @@ class Setting:
             mesh=self.mesh,
         ).top1
 
-    def load(
-        self, folder: pathlib.Path, params: Arrays, statistics: Arrays
-    ) -> tuple[Arrays, Arrays]:
+    def load(self, folder: pathlib.Path, params: Arrays, statistics: Arrays) -> BestModel:
         """Return the best parameters and statistics that a run left in a folder."""
         if not (folder / "checkpoints").is_dir():
             raise FileNotFoundError(
@@ -149,7 +147,7 @@ class Setting:
             return None
         if self.experiment.log.progress and jax.process_index() == 0:
             print(f"{folder.name}: finished already", file=sys.stderr)
-        return json.loads(path.read_text())
+        return checked_row(path)
 
     def write_plan(self, label: str, plan: Plan) -> None:
         """Write the plan of a stage, to be read and to be used."""

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from typing import BinaryIO, NoReturn
+from typing import IO, NoReturn
 
 import jax
 
@@ -36,7 +36,9 @@ _JOINED = b"j"
 _LAST_WORDS = 10_000  # bytes of them that are kept
 _PATIENCE = 10  # seconds to take leave of the other processes
 # What C++ or Python's fault handler writes when it ends the process: nothing comes after it.
-_DYING = re.compile(rb"F\d{4} \d\d:\d\d|\*\*\* |terminate called|Fatal Python error")
+_DYING = re.compile(
+    rb"F\d{4} \d\d:\d\d|E\d{4} .*coordination_service|\*\*\* |terminate called|Fatal Python error"
+)
 _REASON = re.compile(r"F\d{4} [^]]*\] (?:.*absl::Status: )?(.*)|what\(\): *(.*)")
 _PEERS = re.compile("JAX distributed service|coordination")
 
@@ -118,7 +120,7 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _relayed(errors: BinaryIO) -> bytes:
+def _relayed(errors: IO[bytes]) -> bytes:
     """Hand on what is written there; what C++ writes when it dies is kept and returned."""
     kept = b""
     for line in errors:
@@ -133,7 +135,7 @@ def _relayed(errors: BinaryIO) -> bytes:
 def _end(number: int, last_words: bytes, found_each_other: bool) -> str:
     words = last_words.decode(errors="replace")
     found = _REASON.search(words)
-    said = f" ({shown(next(filter(None, found.groups()), ''), 300)})" if found else ""
+    said = f" ({shown(next(filter(None, found.groups()), ''), 120)})" if found else ""
     if not found_each_other:
         return f"error: {_APART}{said}"
     if _PEERS.search(words):

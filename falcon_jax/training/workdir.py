@@ -11,7 +11,9 @@ from typing import Any
 
 import jax
 
+from falcon_jax.manifest import read_json
 from falcon_jax.report.table import write_json
+from falcon_jax.wording import shown
 
 # Fields that say where the data is, what to run or what to show, and change no result.
 _FREE = ("log.", "compression.only", "data.data_dir", "data.workers", "checkpoint.")
@@ -34,12 +36,12 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     if jax.process_index() > 0:
         yield
         return
-    with (workdir / ".lock").open("a+") as file:
+    with (workdir / ".lock").open("a+", errors="replace") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            holder = file.read().strip() or "another process"
+            holder = shown(file.read(1000), 100) or "another process"
             raise BlockingIOError(
                 f"{holder} works in {workdir}; wait for it or stop it, or give another --workdir"
             ) from None
@@ -64,14 +66,13 @@ def claim_workdir(workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
     path = workdir / "config.json"
     config = json.loads(json.dumps(config))
     if path.exists():
-        try:
-            kept = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged: {error}; give another --workdir") from None
+        kept = read_json(path)
+        if not isinstance(kept, dict):
+            raise ValueError(f"{path} holds no config; give another --workdir")
         differences = list(_differences(kept, config))
         if differences:
             raise ValueError(
-                f"{workdir} holds an experiment with another config ({'; '.join(differences)}); "
+                f"{workdir} holds an experiment with another config ({_some(differences)}); "
                 "give another --workdir, or the config that it has"
             )
     if jax.process_index() == 0:
@@ -86,4 +87,13 @@ def _differences(kept: Any, given: Any, name: str = "") -> Iterator[str]:
             dotted = f"{name}.{field}" if name else field
             yield from _differences(kept.get(field), given.get(field), dotted)
     elif kept != given:
-        yield f"{name}: {kept!r} there, {given!r} given"
+        yield f"{shown(name, 100)}: {_value(kept)} there, {_value(given)} given"
+
+
+def _value(value: Any) -> str:
+    return shown(repr(value), 100)
+
+
+def _some(differences: list[str], most: int = 20) -> str:
+    more = [f"and {len(differences) - most} more"] if len(differences) > most else []
+    return "; ".join([*differences[:most], *more])

@@ -42,7 +42,7 @@ def main(directory, coordinator, process):
     try:
         with Interruption() as interruption:
             run = run_in(pathlib.Path(directory), interruption)
-            params, statistics = loop.train(run, *Network.split(Tiny()))
+            params, statistics = loop.train(run, *Network.split(Tiny())).arrays
     except Stopped as reason:
         print(reason)
         return STOPPED

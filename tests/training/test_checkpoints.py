@@ -50,7 +50,7 @@ def saved(tmp_path):
 
 def best_step(checkpoints):
     like = state_at(0)
-    params, statistics = checkpoints.restore_best_model(like.params, like.statistics)
+    params, statistics = checkpoints.restore_best_model(like.params, like.statistics).arrays
     step = float(params["layers/0/kernel"][0, 0])
     assert float(statistics["layers/1/mean"][0]) == step + 0.5
     return int(step)
@@ -102,7 +102,7 @@ def test_the_best_needs_nothing_of_the_optimizer(saved):
     like = state_at(0)
     one = jax.sharding.SingleDeviceSharding(jax.devices()[3])
     params, statistics = jax.device_put((like.params, like.statistics), one)
-    params, statistics = checkpoints.restore_best_model(params, statistics)
+    params, statistics = checkpoints.restore_best_model(params, statistics).arrays
     np.testing.assert_array_equal(params["layers/0/kernel"], np.full((2, 3), 1.0))
     assert set(params) == set(like.params) and set(statistics) == set(like.statistics)
     assert params["layers/0/kernel"].devices() == {jax.devices()[3]}

@@ -18,7 +18,7 @@ VARIED = Augmentation(crop_padding=1, flip=True)
 
 
 def started(run):
-    return train(run, *Network.split(Tiny()))
+    return train(run, *Network.split(Tiny())).arrays
 
 
 def lines(folder):
@@ -184,7 +184,7 @@ def test_without_a_validation_split_the_last_epoch_is_returned(tmp_path, monkeyp
 
 def test_no_epochs_give_back_what_was_given(tmp_path):
     network, params, statistics = Network.split(Tiny())
-    found = train(tiny_run(tmp_path / "run", epochs=0), network, params, statistics)
+    found = train(tiny_run(tmp_path / "run", epochs=0), network, params, statistics).arrays
     assert_equal(found[0], params)
     assert_equal(found[1], statistics)
     assert not (tmp_path / "run").exists()
@@ -227,5 +227,7 @@ def test_quiet_on_request(tmp_path, capsys):
 
 def test_bfloat16_trains_with_float32_arrays(tmp_path):
     network, params, statistics = Network.split(Tiny(dtype=jax.numpy.bfloat16))
-    found = train(tiny_run(tmp_path, epochs=1, dtype="bfloat16"), network, params, statistics)
+    found = train(
+        tiny_run(tmp_path, epochs=1, dtype="bfloat16"), network, params, statistics
+    ).arrays
     assert all(array.dtype == np.float32 for arrays in found for array in arrays.values())

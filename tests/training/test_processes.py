@@ -57,7 +57,7 @@ def wait_for_step(directory, step, processes):
 
 def go_on(directory):
     run = process.run_in(directory, Interruption())
-    return train(run, *Network.split(Tiny()))
+    return train(run, *Network.split(Tiny())).arrays
 
 
 def assert_close(found, expected):
@@ -119,7 +119,7 @@ def test_a_checkpoint_goes_on_with_another_number_of_devices(whole, tmp_path, mo
                 with pytest.raises(Stopped):
                     train(run, *Network.split(Tiny()))
             else:
-                params, statistics = train(run, *Network.split(Tiny()))
+                params, statistics = train(run, *Network.split(Tiny())).arrays
     assert_close(params | statistics, whole)
 
 

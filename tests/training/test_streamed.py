@@ -28,7 +28,7 @@ def load(folder, **options):
 
 
 def started(run):
-    return train(run, *Network.split(Tiny(dropout=0.1)))
+    return train(run, *Network.split(Tiny(dropout=0.1))).arrays
 
 
 def test_learns_and_goes_on_from_an_interruption_to_the_same_parameters(

@@ -121,7 +121,7 @@ def touchy(tmp_path, monkeypatch):
 
         monkeypatch.setattr(loop, "train_batches", whitened)
         run = tiny_run(tmp_path, **settings)
-        return run, loop.train(run, *Network.split(Touchy()))
+        return run, loop.train(run, *Network.split(Touchy())).arrays
 
     return train
 
