@@ -265,7 +265,7 @@ def _extent(size: Any) -> int:
 
 def _dtype(name: Any) -> np.dtype:
     dtype = jnp.dtype(name)
-    if not isinstance(name, str) or str(dtype) != name or dtype.names or dtype.itemsize > 16:
+    if not isinstance(name, str) or str(dtype) != name or dtype.names or dtype.kind not in "biufcV":
         raise ValueError(f"{shown(name, 40)} is no type of numbers")
     return dtype
 

@@ -35,7 +35,7 @@ _LARGEST_IMAGE = 2**14
 _MOST_CHANNELS = 2**10
 _MOST_CLASSES = 2**22
 _LARGEST_WIDTH = 64
-_LARGEST_VALUE = 1e6
+_LARGEST_VALUE = 10**6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,16 +54,6 @@ class ImagePreprocessing:
     shorter_side: int = 0
     mean: tuple[float, ...]
     std: tuple[float, ...]
-
-    def __post_init__(self):
-        _require("image_size", self.image_size, is_whole(self.image_size), 1, _LARGEST_IMAGE)
-        _require("shorter_side", self.shorter_side, is_whole(self.shorter_side), 0, _LARGEST_IMAGE)
-        if not 1 <= len(self.mean) == len(self.std) <= _MOST_CHANNELS:
-            raise ValueError(f"mean and std have {len(self.mean)} and {len(self.std)} channels")
-        for value in (*self.mean, *self.std):
-            _require("mean and std", value, is_number(value), -_LARGEST_VALUE, _LARGEST_VALUE)
-        if min(self.std) <= 0:
-            raise ValueError(f"std must be above 0, but is {min(self.std)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,13 +75,6 @@ class Description:
     unit: Mapping[str, Any] | None = None
     preprocessing: ImagePreprocessing
     source: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self):
-        _require("arch", self.arch, isinstance(self.arch, str))
-        _require("classes", self.classes, is_whole(self.classes), 1, _MOST_CLASSES)
-        _require("width", self.width, is_number(self.width) and self.width > 0, 0, _LARGEST_WIDTH)
-        _require("unit", self.unit, self.unit is None or isinstance(self.unit, Mapping))
-        _require("source", self.source, isinstance(self.source, Mapping))
 
     @property
     def sample(self) -> jax.ShapeDtypeStruct:
@@ -149,8 +132,12 @@ class Description:
                 f"the description of the model has version {shown(version, 40)}; this falcon_jax "
                 f"reads {_VERSION}."
             )
-        given = dict(fields.pop("preprocessing"))
+        given = {"shorter_side": 0, **fields.pop("preprocessing")}
+        _check_images(**given)
         given |= {name: tuple(map(float, given[name])) for name in ("mean", "std")}
+        fields = {"width": 1.0, "unit": None, "source": {}, **fields}
+        _check_network(**fields)
+        fields["width"] = float(fields["width"])
         return cls(preprocessing=ImagePreprocessing(**given), **fields)
 
 
@@ -276,10 +263,26 @@ def load_stored(path: str | os.PathLike[str]) -> Stored:
     return Stored(model=model, plan=saved.plan, description=description)
 
 
-def _require(name: str, value: Any, good: bool, *bounds: int | float) -> None:
+def _check_images(image_size: Any, shorter_side: Any, mean: Any, std: Any) -> None:
+    _require("image_size", image_size, is_whole(image_size), 1, _LARGEST_IMAGE)
+    _require("shorter_side", shorter_side, is_whole(shorter_side), 0, _LARGEST_IMAGE)
+    for name, values in (("mean", mean), ("std", std)):
+        _require(name, values, isinstance(values, list) and 1 <= len(values) <= _MOST_CHANNELS)
+        for value in values:
+            _require(name, value, is_number(value), -_LARGEST_VALUE, _LARGEST_VALUE)
+    _require("std", std, len(std) == len(mean) and min(std) > 0)
+
+
+def _check_network(arch: Any, classes: Any, width: Any, unit: Any, source: Any) -> None:
+    _require("arch", arch, isinstance(arch, str))
+    _require("classes", classes, is_whole(classes), 1, _MOST_CLASSES)
+    _require("width", width, is_number(width) and width > 0, 0, _LARGEST_WIDTH)
+    _require("unit", unit, unit is None or isinstance(unit, Mapping))
+    _require("source", source, isinstance(source, Mapping))
+
+
+def _require(name: str, value: Any, good: bool, *bounds: int) -> None:
     """Raise a ValueError unless a value is good and lies between the bounds, if there are any."""
     if not good or (bounds and not bounds[0] <= value <= bounds[1]):
-        between = " from {:g} to {:g}".format(*bounds) if bounds else ""
-        raise ValueError(
-            f"{name} must be a value{between} that it can have, but is {shown(repr(value), 60)}."
-        )
+        between = "from {} to {}".format(*bounds) if bounds else "of its kind"
+        raise ValueError(f"{name} must be a value {between}, but is {shown(repr(value), 60)}.")

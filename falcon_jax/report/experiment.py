@@ -33,7 +33,7 @@ COLUMNS = (
     Column(name="accuracy_after", header="After tuning", format=format_percent),
     Column(name="latency_ms", header="Latency", format=format_milliseconds),
 )
-# In the files a column, under the text a line each.
+# If there are any: a column of the files, a line each under the text.
 NOTE = Column(name="note", header="Note")
 _COUNTS = ("params", "mult_adds")
 _SHARES = ("accuracy_before", "accuracy_after")
@@ -63,7 +63,7 @@ def write_report(rows: Sequence[Row], directory: str | os.PathLike[str]) -> str:
     directory = Path(directory)
     notes = [f"{row['label']}: {row['note']}." for row in rows if row.get("note")]
     text = "\n".join([format_table(rows, COLUMNS), *[""][: len(notes)], *notes])
-    columns = (*COLUMNS, NOTE)
+    columns = (*COLUMNS, NOTE) if notes else COLUMNS
     write_whole(directory / "report.txt", (text + "\n").encode())
     write_csv(directory / "report.csv", rows, columns)
     write_json(
@@ -117,7 +117,7 @@ def checked_row(path: Path) -> dict[str, Any]:
     return row
 
 
-def _absent_or(row: Row, name: str, most: float) -> bool:
+def _absent_or(row: Row, name: str, most: int | float) -> bool:
     value = row.get(name)
     return value is None or (is_number(value) and 0 <= value <= most)
 

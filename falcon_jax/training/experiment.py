@@ -283,7 +283,7 @@ def _row(
 ) -> Row:
     batch = jax.numpy.zeros(setting.sample(LATENCY_BATCH).shape, np.float32)
     cost = profile(model, batch, latency=True)
-    return {
+    row = {
         "label": label,
         "method": STANDARD if variant is None else variant.kind,
         "rank": None if variant is None else variant.rank,
@@ -292,5 +292,5 @@ def _row(
         "accuracy_before": before,
         "accuracy_after": after,
         "latency_ms": cost.latency_ms,
-        "note": note,
     }
+    return row if note is None else {**row, "note": note}
