@@ -1,6 +1,17 @@
+import hashlib
+import json
+import os
+
 import pytest
 
-from falcon_jax.manifest import MANIFEST, check_manifest, write_manifest
+from falcon_jax.manifest import (
+    MANIFEST,
+    check_manifest,
+    data_digest,
+    read_json,
+    unlisted_file,
+    write_manifest,
+)
 
 
 @pytest.fixture
@@ -43,3 +54,62 @@ def test_missing_and_cut_files_are_told(directory):
     (directory / MANIFEST).unlink()
     with pytest.raises(FileNotFoundError):
         check_manifest(directory)
+
+
+def test_names_that_lead_out_of_the_directory_are_refused(directory):
+    outside = directory.parent / "outside.txt"
+    outside.write_text("secret")
+    (directory / "link").symlink_to(outside)
+    (directory / "folder").symlink_to(directory.parent)
+    (directory / "pipe").mkdir()
+    digest = hashlib.sha256(b"secret").hexdigest()
+    names = [
+        "../outside.txt",
+        str(outside),
+        "link",
+        "folder/outside.txt",
+        "./a.txt",
+        "below/../a.txt",
+    ]
+    for name in [*names, "a\0b", "", "pipe/.."]:
+        files = {name: digest}
+        content = {"files": files, "sha256": data_digest(files)}
+        (directory / MANIFEST).write_text(json.dumps(content))
+        with pytest.raises(
+            ValueError, match=r"is damaged: manifest\.json names .* not a file inside"
+        ):
+            check_manifest(directory)
+
+
+def test_manifests_of_another_form(directory):
+    for files in ([], 3, None, "x", [["a.txt", "0"]], {"a.txt": {"b": [1e400]}}):
+        content = {"files": files, "sha256": data_digest(files)}
+        (directory / MANIFEST).write_text(json.dumps(content))
+        with pytest.raises(ValueError, match="is damaged"):
+            check_manifest(directory)
+    for text in (b"", b"\xff\xfe", b"[" * 100_000, b"9" * 10_000, b"NaN"):
+        (directory / MANIFEST).write_bytes(text)
+        with pytest.raises(ValueError, match="damaged"):
+            check_manifest(directory)
+
+
+def test_files_that_are_no_json_are_named(tmp_path):
+    file = tmp_path / "x\x1b[31m.json"
+    for content in (b"", b"{", b"\xff\xfe\x00", b"[" * 100_000, b"\x1b[2J"):
+        file.write_bytes(content)
+        with pytest.raises(
+            ValueError, match=r"x\\x1b\[31m\.json is damaged: it is no JSON"
+        ) as caught:
+            read_json(file)
+        assert "\x1b" not in str(caught.value) and len(str(caught.value)) < 600
+    with pytest.raises(ValueError, match="is no file"):
+        read_json(tmp_path)
+    os.mkfifo(tmp_path / "pipe")  # reading it would wait for ever
+    with pytest.raises(ValueError, match="is no file"):
+        read_json(tmp_path / "pipe")
+
+
+def test_files_that_no_manifest_names(directory):
+    assert unlisted_file(directory) is None
+    (directory / "below" / "mine.txt").write_text("")
+    assert unlisted_file(directory) == "below/mine.txt"

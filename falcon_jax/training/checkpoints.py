@@ -63,6 +63,9 @@ class Checkpoints:
     Args:
         directory: where they are; made if missing.
         keep: how many of the latest to keep beside the best.
+
+    Raises:
+        Stopped: if there can be no checkpoints there.
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, keep: int = 2):
@@ -72,8 +75,10 @@ class Checkpoints:
         self._best: Best | None = None
         best = preservation_policy.BestN(get_metric_fn=_score, n=1)
         latest = preservation_policy.LatestN(n=keep)
-        set_damaged_aside(self._directory)
         try:
+            # Before Orbax: its threads would wait for a folder that cannot be made.
+            self._directory.mkdir(parents=True, exist_ok=True)
+            set_damaged_aside(self._directory)
             self._manager = ocp.CheckpointManager(
                 self._directory,
                 item_handlers={
@@ -88,9 +93,9 @@ class Checkpoints:
                 ),
             )
         except Exception as error:  # of what is in the way there: anything
-            raise ValueError(
-                f"{self._directory} cannot be used as a folder of checkpoints ({reason(error)}); "
-                "move away what is there, or give another --workdir"
+            raise Stopped(
+                f"{self._directory} cannot be used as a folder of checkpoints ({reason(error)}); move "
+                "away what is in the way, and the same command goes on"
             ) from error
 
     def save(self, state: TrainState, meta: dict[str, Any], *, score: float | None) -> None:
@@ -106,6 +111,8 @@ class Checkpoints:
         """
         self.wait()
         step = int(state.step)
+        if not self._directory.is_dir():
+            raise self._stopped(step, FileNotFoundError("the folder is gone"))
         if step in self._manager.all_steps():
             self._manager.delete(step)
         model, optimizer = _items(state)

@@ -127,6 +127,37 @@ def test_a_directory_is_replaced_only_on_request(saved, tmp_path):
     assert_same(fj.load_compressed(tmp_path / "model", lambda: Small(nnx.Rngs(1))), small)
 
 
+def test_what_is_no_saved_model_is_not_replaced(saved, tmp_path):
+    source, small, plan = saved
+    unfinished = tmp_path / "model.unfinished"
+    unfinished.mkdir()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    shutil.copytree(source, tmp_path / "more")
+    (tmp_path / "more" / "a.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to("elsewhere")
+    for name, words in (("notes", "holds a.txt"), ("more", "holds a.txt"), ("file", "is a file")):
+        with pytest.raises(FileExistsError, match=words):
+            fj.save_compressed(tmp_path / name, small, plan, overwrite=True)
+    fj.save_compressed(tmp_path / "link", small, plan)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "elsewhere" / "manifest.json").is_file()
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"model.unfinished", "notes", "more", "file", "link", "elsewhere"}
+
+
+def test_a_model_is_found_where_a_killed_process_had_moved_it(saved, tmp_path):
+    """Between the two moves neither the old nor the new one stands at its place."""
+    _, small, plan = saved
+    work = tmp_path / ".killed.falcon-jax-saving"
+    work.mkdir()
+    (work / "lock").write_text('{"of": "model"}')
+    shutil.copytree(saved[0], work / "old")
+    assert_same(fj.load_compressed(tmp_path / "model", lambda: Small(nnx.Rngs(1))), small)
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        fj.save_compressed(tmp_path / "model", small, plan)
+
+
 def test_no_directory_and_a_foreign_one(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no directory"):
         fj.load_compressed(tmp_path / "none", lambda: Small(nnx.Rngs(0)))

@@ -61,3 +61,47 @@ def test_files_hold_the_values(tmp_path):
 def test_no_accuracy_at_all_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no row has an accuracy"):
         write_report([{**ROWS[0], "accuracy_before": None}], tmp_path)
+
+
+def test_a_note_stands_below_the_table_and_in_the_files(tmp_path):
+    rows = [ROWS[0], {**ROWS[1], "note": "checkpoint of step 2 used"}]
+    text = write_report(rows, tmp_path)
+    assert text.splitlines()[-2:] == ["", f"{ROWS[1]['label']}: checkpoint of step 2 used."]
+    assert (tmp_path / "report.txt").read_text() == text + "\n"
+    notes = [row["note"] for row in json.loads((tmp_path / "report.json").read_text())]
+    assert notes == [None, "checkpoint of step 2 used"]
+    assert (
+        (tmp_path / "report.csv").read_text().splitlines()[2].endswith("checkpoint of step 2 used")
+    )
+
+
+def test_results_of_another_form_are_named(tmp_path):
+    file = tmp_path / "result.json"
+    file.write_text(json.dumps(ROWS[0]))
+    assert checked_row(file) == ROWS[0]
+    for changes in (
+        {"label": 3},
+        {"params": "many"},
+        {"params": float("nan")},
+        {"mult_adds": 0},
+        {"params": True},
+        {"accuracy_after": float("inf")},
+        {"accuracy_before": 1.5},
+        {"latency_ms": [1]},
+        {"rank": {}},
+        {"note": 3},
+    ):
+        file.write_text(json.dumps({**ROWS[0], **changes}))
+        with pytest.raises(
+            ValueError, match=f"result.json is no row of a report .{next(iter(changes))}"
+        ):
+            checked_row(file)
+    for text in (b"", b"[]", b"null", b"{}", b"\xff\xfe", b'{"label": "' + b"x" * 10**6):
+        file.write_bytes(text)
+        with pytest.raises(ValueError, match=r"result\.json is") as caught:
+            checked_row(file)
+        assert len(str(caught.value)) < 600
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(ValueError, match="is no file"):
+        checked_row(file)

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import shutil
 
@@ -8,6 +9,7 @@ import optax
 import pytest
 
 from falcon_jax.training.checkpoints import Checkpoints
+from falcon_jax.training.interruption import Stopped
 from falcon_jax.training.parallel import data_mesh, replicate
 from falcon_jax.training.step import TrainState, init_state
 
@@ -214,12 +216,81 @@ def test_if_none_is_whole_the_run_says_so(two, capsys):
     assert capsys.readouterr().err.count("is damaged and not used") == 2
 
 
-def test_a_damaged_best_one_gives_way_to_the_next_best(two, capsys):
+def note_of(folder):
+    checkpoints = Checkpoints(folder)
+    like = state_at(0)
+    try:
+        return checkpoints.restore_best_model(like.params, like.statistics).note
+    finally:
+        checkpoints.close()
+
+
+def test_a_damaged_best_one_gives_way_to_the_next_best_and_that_is_noted(two, capsys):
+    assert note_of(two) is None
     (two / "1" / "manifest.json").write_text("{}")
     checkpoints = Checkpoints(two)
     assert best_step(checkpoints) == 2
     checkpoints.close()
     assert f"{two / '1'} is damaged" in capsys.readouterr().err
+    for _ in range(2):  # and again, when the damaged one has been moved
+        note = note_of(two)
+        assert note == "checkpoint of step 2 used: that of step 1, the best, is damaged or missing"
+
+
+def test_a_best_one_that_was_removed_is_noted(two):
+    shutil.rmtree(two / "1")
+    assert "that of step 1, the best, is damaged or missing" in note_of(two)
+
+
+def test_a_latest_one_that_was_damaged_could_have_been_the_best(two):
+    (two / "2" / "manifest.json").write_text("{}")
+    assert note_of(two) == (
+        "checkpoint of step 1 used: a later one, of step 2, is damaged or missing"
+    )
+
+
+def test_the_note_outlives_going_on_and_ends_with_a_better_one(saved, two):
+    (two / "1" / "manifest.json").write_text("{}")
+    checkpoints = Checkpoints(two)
+    checkpoints.restore_latest(state_at(0))
+    checkpoints.save(state_at(3), {}, score=0.5)
+    checkpoints.close()
+    assert note_of(two).startswith("checkpoint of step 3 used: that of step 1")
+    checkpoints = Checkpoints(two)
+    checkpoints.restore_latest(state_at(0))
+    checkpoints.save(state_at(4), {}, score=0.95)
+    checkpoints.close()
+    assert note_of(two) is None
+
+
+@pytest.mark.parametrize("what", ["file", "link"])
+def test_what_is_in_the_way_is_told(tmp_path, what):
+    place = tmp_path / "checkpoints"
+    if what == "file":
+        place.write_text("")
+    else:
+        place.symlink_to(tmp_path / "nowhere" / "at all")
+    with pytest.raises(Stopped, match="checkpoints cannot be used as a folder of checkpoints"):
+        Checkpoints(place)
+    assert place.is_symlink() or place.read_text() == ""
+
+
+def test_a_folder_that_is_removed_meanwhile_is_told(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(Stopped, match="step 1 could not be saved .*the folder is gone"):
+        checkpoints.save(state_at(1), {}, score=0.5)
+    with contextlib.suppress(Stopped):
+        checkpoints.close()
+
+
+def test_damaged_ones_of_one_step_are_all_kept(two, tmp_path):
+    (tmp_path / "damaged" / "2").mkdir(parents=True)
+    (tmp_path / "damaged" / "2" / "mine.txt").write_text("")
+    (two / "2" / "manifest.json").write_text("{}")
+    assert restored_step(two) == 1
+    assert (tmp_path / "damaged" / "2" / "mine.txt").exists()
+    assert (tmp_path / "damaged" / "2.2" / "meta").is_dir()
 
 
 def test_unfinished_directories_are_ignored(two):
