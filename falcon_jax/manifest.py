@@ -110,6 +110,7 @@ def _listed(directory: pathlib.Path) -> dict[str, str]:
         content = read_json(directory / MANIFEST)
         files = content["files"]
         whole = content["sha256"] == data_digest(files) and isinstance(files, dict)
+        whole = whole and all(isinstance(digest, str) for digest in files.values())
     except (ValueError, TypeError, KeyError):
         files, whole = {}, False
     if not whole:

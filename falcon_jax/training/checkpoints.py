@@ -94,8 +94,8 @@ class Checkpoints:
             )
         except Exception as error:  # of what is in the way there: anything
             raise Stopped(
-                f"{self._directory} cannot be used as a folder of checkpoints ({reason(error)}); move "
-                "away what is in the way, and the same command goes on"
+                f"{self._directory} cannot be used as a folder of checkpoints ({reason(error)}); "
+                "move away what is in the way, and the same command goes on"
             ) from error
 
     def save(self, state: TrainState, meta: dict[str, Any], *, score: float | None) -> None:

@@ -278,7 +278,7 @@ def test_what_is_in_the_way_is_told(tmp_path, what):
 def test_a_folder_that_is_removed_meanwhile_is_told(tmp_path):
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
     shutil.rmtree(tmp_path / "run")
-    with pytest.raises(Stopped, match="step 1 could not be saved .*the folder is gone"):
+    with pytest.raises(Stopped, match=r"step 1 could not be saved .*the folder is gone"):
         checkpoints.save(state_at(1), {}, score=0.5)
     with contextlib.suppress(Stopped):
         checkpoints.close()

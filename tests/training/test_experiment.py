@@ -8,6 +8,7 @@ import pytest
 
 from falcon_jax.models import vgg
 from falcon_jax.training import experiment as rooms
+from falcon_jax.training.checkpoints import BestModel
 from falcon_jax.training.config import check_config, default_config
 from falcon_jax.training.experiment import run_experiment
 
@@ -251,7 +252,7 @@ def test_fitting_needs_the_trained_kernels_and_random_does_not(finished, tmp_pat
 
     monkeypatch.setattr(rooms, "compress", recording)
     monkeypatch.setattr(
-        rooms, "train", lambda run, network, params, statistics: (params, statistics)
+        rooms, "train", lambda run, network, *arrays: BestModel(arrays=arrays, step=0)
     )
     run(small(compression__start=str(finished[0])), tmp_path)
     assert set(models) == {"exact", "random"}
