@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from falcon_jax.report.experiment import COLUMNS, write_report
+from falcon_jax.report.experiment import COLUMNS, checked_row, write_report
 
 ROWS = [
     {
