@@ -42,8 +42,8 @@ def add_convert(commands: Any) -> None:
     )
     parser.add_argument(
         "--key",
-        help="of a checkpoint with several state dicts, the one to take: a path in it (ema/state_dict) "
-        "or the beginning of names (teacher)",
+        help="of a checkpoint with several state dicts, the one to take: a path in it "
+        "(ema/state_dict) or the beginning of names (teacher)",
     )
     _add_preprocessing(parser)
     _add_method(parser, required=False)

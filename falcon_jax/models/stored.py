@@ -37,7 +37,8 @@ class ImagePreprocessing:
 
     Attributes:
         image_size: height and width in pixels that the model sees.
-        shorter_side: what the shorter side was resized to before the middle was cut out; 0 if the images had the right size.
+        shorter_side: what the shorter side was resized to before the middle was cut out; 0 if
+            the images had the right size.
         mean: of each channel, in units of [0, 1].
         std: of each channel, likewise.
         interpolation: how images are resized, ``bilinear`` or ``bicubic``, with antialiasing.
