@@ -55,10 +55,11 @@ _FROM_TYPE = ("torch._tensor._rebuild_from_type", "torch._tensor._rebuild_from_t
 _PLAIN_TENSORS = ("torch.Tensor", "torch.nn.parameter.Parameter", "torch.nn.parameter.Buffer")
 
 _MOST_AXES = 64
-# In opcodes; what makes an object costs more, so that memory is bounded, too.
-_LARGEST_COST = 2**23
+# What is rare, or makes an object, costs more, so that time and memory are bounded.
+_LARGEST_COST = 2**22
 _COSTS = MappingProxyType(
-    {b"("[0]: 2, b"}"[0]: 4, b"]"[0]: 4} | dict.fromkeys(b"RioQPcBC\x81\x8e\x8f\x91\x92\x93\x96", 8)
+    dict.fromkeys(b"N\x88\x89)JKMGqrhjXTU\x8c\x8d\x85\x86\x87", 1)
+    | dict.fromkeys(b"RioQPcBC\x81\x8e\x8f\x91\x92\x93\x96", 8)
 )
 _LONGEST_NUMBER = 16
 _LONGEST_LINE = 2**16
@@ -206,7 +207,7 @@ class _Reader:
         while self.position < end:
             code = data[self.position]
             self.position += 1
-            self.cost += costs.get(code, 1)
+            self.cost += costs.get(code, 3)
             if self.cost > _LARGEST_COST:
                 raise ValueError(
                     "its pickle has more parts than a checkpoint has. Save model.state_dict() alone"
@@ -425,7 +426,7 @@ class _Reader:
         if name in (*_TENSORS, _TENSOR_OF_TYPE):
             return _tensor(name, given)
         if name in _FROM_TYPE and len(given) >= 3 and isinstance(given[0], _Global):
-            kind, inner = given[1], given[0].name
+            kind, inner = given[1], given[0].what
             if str(kind) in _PLAIN_TENSORS and inner not in _FROM_TYPE:
                 return self.made(given[0], given[2])
             return Inert(f"a tensor of type {shown(kind)}")

@@ -174,7 +174,7 @@ HOSTILE = {
     "exponential offset": call("torch._utils\n_rebuild_tensor", *4 * [tuples_in_tuples()]),
     "long number": b"\x8b\xff\xff\xff\x7f",
     "long text": b"\x8d" + b"\xff" * 8,
-    "many opcodes": b"}0" * 2**23,
+    "many opcodes": b"}0" * 2**20,
     "deep": b"]" + b"]" * 10**5 + b"a" * 10**5,
     "pairs again and again": b"](](" + text("a") + b"Nee" + b"2" * 10**4,
     "escapes": dictionary({"\x1b[2J" + "a" * 10**6: integer(1)}),
