@@ -160,7 +160,7 @@ def _in_layout_of(module: nnx.Module, array: np.ndarray, variable: nnx.Variable)
     if isinstance(module, nnx.ConvTranspose):
         if module.transpose_kernel:
             return array.transpose(*space, 1, 0)
-        return np.flip(array.transpose(*space, 0, 1), range(len(space)))
+        return np.flip(array.transpose(*space, 0, 1), tuple(range(len(space))))
     if len(variable.shape) == 2 and array.ndim > 2:
         return array.reshape(len(array), -1).T
     return array.transpose(*space, 1, 0)
