@@ -9,10 +9,17 @@ from typing import Any
 from falcon_jax.cli_data import add_data_options, load_data, training_inputs
 from falcon_jax.compression import reestimate_batchnorm
 from falcon_jax.convert import convert_file
-from falcon_jax.convert.checkpoint import require_absent
+from falcon_jax.convert.checkpoint import IMAGENET, require_absent
+from falcon_jax.data.decoding import INTERPOLATIONS
 from falcon_jax.methods import Method
 from falcon_jax.methods.registry import method_from
-from falcon_jax.models.stored import Stored, compressed, load_stored, save_stored
+from falcon_jax.models.stored import (
+    ImagePreprocessing,
+    Stored,
+    compressed,
+    load_stored,
+    save_stored,
+)
 
 
 def add_convert(commands: Any) -> None:
@@ -33,6 +40,12 @@ def add_convert(commands: Any) -> None:
         default="keep",
         help="the last layer: that of the weights, or a new one for another number of classes",
     )
+    parser.add_argument(
+        "--key",
+        help="of a checkpoint with several state dicts, the one to take: a path in it "
+        "(ema/state_dict) or the beginning of names (teacher)",
+    )
+    _add_preprocessing(parser)
     _add_method(parser, required=False)
     parser.set_defaults(run=_convert)
 
@@ -65,6 +78,56 @@ def add_compress(commands: Any) -> None:
     parser.set_defaults(run=_compress)
 
 
+def _add_preprocessing(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "preprocessing", "of the images that the weights were trained on"
+    )
+    group.add_argument(
+        "--image-size", type=int, default=IMAGENET.image_size, help="pixels (default: 224)"
+    )
+    size = group.add_mutually_exclusive_group()
+    size.add_argument(
+        "--shorter-side",
+        type=int,
+        default=IMAGENET.shorter_side,
+        help="pixels, before the middle is cut out (default: 256; 232 for V2 weights)",
+    )
+    size.add_argument(
+        "--crop-ratio", type=float, help="timm's crop_pct: image size over shorter side"
+    )
+    for name in ("mean", "std"):
+        default = getattr(IMAGENET, name)
+        group.add_argument(
+            f"--{name}",
+            type=float,
+            nargs="+",
+            default=default,
+            help=f"of each channel, in [0, 1] (default: {' '.join(map(str, default))})",
+        )
+    group.add_argument(
+        "--interpolation",
+        default=IMAGENET.interpolation,
+        choices=list(INTERPOLATIONS),
+        help="when resizing (default: bilinear)",
+    )
+
+
+def _preprocessing(parsed: argparse.Namespace) -> ImagePreprocessing:
+    shorter_side = parsed.shorter_side
+    if parsed.crop_ratio is not None:
+        if not 0 < parsed.crop_ratio <= 1:
+            raise ValueError(f"--crop-ratio must be in (0, 1], but is {parsed.crop_ratio}")
+        # As timm does, downwards.
+        shorter_side = int(parsed.image_size / parsed.crop_ratio)
+    return ImagePreprocessing(
+        image_size=parsed.image_size,
+        shorter_side=shorter_side,
+        mean=tuple(parsed.mean),
+        std=tuple(parsed.std),
+        interpolation=parsed.interpolation,
+    )
+
+
 def _add_method(parser: argparse.ArgumentParser, *, required: bool) -> None:
     what = "replaces all convolutions but the first: falcon, ..."
     parser.add_argument("--method", required=required, help=what)
@@ -79,13 +142,15 @@ def _convert(parsed: argparse.Namespace) -> None:
         classes=parsed.classes,
         method=_method(parsed.method, parsed.rank),
         head=parsed.head,
+        key=parsed.key,
+        preprocessing=_preprocessing(parsed),
     )
     _tell(stored, parsed.out)
 
 
 def _compress(parsed: argparse.Namespace) -> None:
     method = _method(parsed.method, parsed.rank)
-    require_absent(pathlib.Path(parsed.out))
+    require_absent(pathlib.Path(parsed.out).expanduser())
     if parsed.batches < 1:
         raise ValueError(f"--batches must be 1 or more, but is {parsed.batches}")
     stored = load_stored(parsed.checkpoint)

@@ -66,6 +66,7 @@ def load_data(parsed: argparse.Namespace, description: Description) -> Dataset:
         workers=parsed.workers,
         skip_broken=parsed.skip_broken,
         shorter_side=preprocessing.shorter_side,
+        interpolation=preprocessing.interpolation,
     )
     if dataset.num_classes != description.classes:
         raise ValueError(

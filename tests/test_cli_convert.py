@@ -77,6 +77,7 @@ def test_weights_become_a_checkpoint_with_metadata(weights, tmp_path, capsys):
             "shorter_side": 256,
             "mean": [0.485, 0.456, 0.406],
             "std": [0.229, 0.224, 0.225],
+            "interpolation": "bilinear",
         },
     }
     assert [path.name for path in out.parent.iterdir()] == ["out"]

@@ -20,7 +20,7 @@ from falcon_jax.models.stored import (
 )
 
 # Of torchvision's IMAGENET1K_V1 weights.
-_IMAGENET = ImagePreprocessing(
+IMAGENET = ImagePreprocessing(
     image_size=224, shorter_side=256, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
 )
 
@@ -33,6 +33,8 @@ def convert_file(
     classes: int = 1000,
     method: Method | None = None,
     head: Head = "keep",
+    key: str | None = None,
+    preprocessing: ImagePreprocessing = IMAGENET,
 ) -> Stored:
     """Convert weights of torchvision or timm to a stored model.
 
@@ -43,6 +45,9 @@ def convert_file(
         classes: outputs of the model.
         method: replaces every convolution but the first, fitted to its kernel; None for none.
         head: as in `torchvision`.
+        key: as in `load_torch`.
+        preprocessing: of the images that the weights were trained on; that of torchvision's
+            ``IMAGENET1K_V1`` weights if not given.
 
     Returns:
         What is stored: the model, its plan (without a method, it replaces nothing) and its
@@ -52,18 +57,19 @@ def convert_file(
         ValueError: if the file is damaged, or the weights do not fit the model.
         OSError: if ``out`` is there already, or a file cannot be read or written.
     """
-    weights, out = pathlib.Path(weights), pathlib.Path(out)
+    weights, out = pathlib.Path(weights).expanduser(), pathlib.Path(out).expanduser()
     require_absent(out)
     if classes < 1:
         raise ValueError(f"a model has at least one class; got classes={classes}.")
-    state_dict = load_torch(weights)
+    state_dict = load_torch(weights, key=key)
     with weights.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     description = Description(
         arch=arch,
         classes=classes,
-        preprocessing=_IMAGENET,
-        source={"file": weights.name, "sha256": digest, "head": head},
+        preprocessing=preprocessing,
+        source={"file": weights.name, "sha256": digest, "head": head}
+        | ({} if key is None else {"key": key}),
     )
     model = torchvision(description.build(rngs=nnx.Rngs(0)), state_dict, head=head)
     stored = compressed(uncompressed(model, description), method)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Shaped
 
 from falcon_jax.compression.differences import differences
+from falcon_jax.convert.shown import shown
 
 Head = Literal["keep", "new"]
 
@@ -20,6 +21,7 @@ _LEAVES = MappingProxyType(
     {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 )
 _IGNORED = "num_batches_tracked"
+_LISTED = 200
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +74,7 @@ def with_weights(
     places = {family.theirs("/".join(map(str, path))): path for path in variables}
     given = {family.usual(name): array for name, array in state_dict.items()}
     given = {name: array for name, array in given.items() if not name.endswith(_IGNORED)}
+    given = _without_prefix(given, places)
     last = [family.theirs(f"{family.head}/{leaf}") for leaf in ("kernel", "bias")]
     if head == "new":
         given = {name: array for name, array in given.items() if name not in last}
@@ -83,6 +86,18 @@ def with_weights(
         array = jnp.array(_in_our_layout(given[name]), dtype=variables[path].dtype)
         variables[path] = variables[path].replace(array)
     return nnx.merge(graphdef, nnx.from_flat_state(variables), rest)
+
+
+def _without_prefix(
+    given: Mapping[str, np.ndarray], expected: Container[str]
+) -> Mapping[str, np.ndarray]:
+    """Take off what stands before all names, as long as none of them is expected."""
+    while given and not any(name in expected for name in given):
+        firsts = {name.partition(".")[0] for name in given}
+        if len(firsts) > 1 or not all("." in name for name in given):
+            break
+        given = {name.partition(".")[2]: array for name, array in given.items()}
+    return given
 
 
 def _check(
@@ -100,7 +115,9 @@ def _check(
     lines = [differences(_only(name, expected), _only(name, found)) for name in names]
     if not any(lines):
         return
-    different = "\n".join(line for line in lines if line)
+    lines = [line for line in lines if line]
+    more = [f"  and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
+    different = "\n".join(lines[:_LISTED] + more)
     message = f"the weights do not fit this {model_name}:\n{different}"
     classes = {(found[n].shape[:1], expected[n].shape[:1]) for n in last if n in found}
     for theirs, ours in classes:
@@ -114,7 +131,7 @@ def _check(
 
 
 def _only(name: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: arrays[name]} if name in arrays else {}
+    return {shown(name): arrays[name]} if name in arrays else {}
 
 
 def _count(shape: tuple[int, ...]) -> int | str:

@@ -3,10 +3,14 @@
 import pathlib
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import safetensors
+
+from falcon_jax.convert.shown import listed, shown
+from falcon_jax.convert.state_dicts import below, unwrapped
 
 _DTYPES: Mapping[str, np.dtype] = MappingProxyType(
     {
@@ -38,28 +42,41 @@ def starts_like_safetensors(head: bytes, file_size: int) -> bool:
     return head[8:9] == b"{" and header_size <= file_size - 8
 
 
-def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """Return the arrays of a safetensors file by name.
+def read_safetensors(path: pathlib.Path, key: str | None) -> dict[str, np.ndarray]:
+    """Return the arrays of a safetensors file by name, without the prefixes of wrappers.
 
     Args:
         path: the file.
+        key: the beginning of the names to take, without its dot; None for all.
 
     Raises:
-        ValueError: if the file is damaged, or has elements of a type that is not read.
+        ValueError: if the file is damaged, has no such names, or elements of a type that is not
+            read.
     """
     try:
-        entries = safetensors.deserialize(path.read_bytes())
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"it is no intact safetensors file ({error})") from None
-    named = {}
-    for name, entry in entries:
-        if entry["dtype"] not in _DTYPES:
-            raise ValueError(
-                f"its entry {name} is of type {entry['dtype']}; possible are {', '.join(_DTYPES)}"
-            )
-        elements = np.frombuffer(entry["data"], np.uint8)
-        named[name] = _typed(elements, _DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    return named
+        entries = dict(safetensors.deserialize(path.read_bytes()))
+    except (safetensors.SafetensorError, ValueError, OverflowError) as error:
+        raise ValueError(f"it is no intact safetensors file ({shown(error)})") from None
+    if key is not None:
+        found = below(entries, key)
+        if not found:
+            beginnings = dict.fromkeys(name.partition(".")[0] for name in entries)
+            raise ValueError(f"it holds no {shown(key)}; its names begin with {listed(beginnings)}")
+        entries = found
+    return {name: _array(name, entry) for name, entry in unwrapped(entries).items()}
+
+
+def _array(name: str, entry: Mapping[str, Any]) -> np.ndarray:
+    if entry["dtype"] not in _DTYPES:
+        raise ValueError(
+            f"its entry {shown(name)} is of type {entry['dtype']}; possible are "
+            f"{', '.join(_DTYPES)}"
+        )
+    elements = np.frombuffer(entry["data"], np.uint8)
+    try:
+        return _typed(elements, _DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    except (ValueError, OverflowError):
+        raise ValueError(f"its entry {shown(name)} has a shape that is too large") from None
 
 
 def _typed(elements: np.ndarray, dtype: np.dtype) -> np.ndarray:

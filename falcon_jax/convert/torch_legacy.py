@@ -5,18 +5,21 @@ Most of torchvision's VGG weights are still given away in this format.
 
 import mmap
 import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from falcon_jax.convert.shown import shown
+from falcon_jax.convert.state_dicts import state_dict_of
 from falcon_jax.convert.torch_pickle import Storage, Tensor, read_pickle
-from falcon_jax.convert.torch_tensors import elements_of, state_dict_of, view_of
+from falcon_jax.convert.torch_tensors import elements_of, view_of
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
 
 
-def read_torch_legacy(path: pathlib.Path) -> dict[str, np.ndarray]:
+def read_torch_legacy(path: pathlib.Path, key: str | None) -> dict[str, np.ndarray]:
     """Return the state dict of a file that torch.save wrote before version 1.6.
 
     The file has five pickles (a magic number, the version of the protocol, facts about the machine,
@@ -24,45 +27,64 @@ def read_torch_legacy(path: pathlib.Path) -> dict[str, np.ndarray]:
 
     Args:
         path: the file.
+        key: which state dict, if several could be meant.
 
     Returns:
         Arrays by name, read-only; those that share a storage in the file share it here, too.
 
     Raises:
-        ValueError: if it is another pickle, is damaged, or holds anything that is no tensor.
+        ValueError: if it is another pickle, is damaged, or holds no such state dict.
     """
     # A map reads no more than there is, whatever length the file claims.
     with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as file:
-        if read_pickle(file) != _MAGIC:
+        magic = read_pickle(file)
+        if magic.content != _MAGIC:
             raise ValueError("it is a pickle, but not one of torch.save")
-        version, machine = read_pickle(file), read_pickle(file)
-        if version != _PROTOCOL or not isinstance(machine, dict):
-            raise ValueError(f"it is of protocol {version!r} of torch.save; {_PROTOCOL} is read")
-        order = "little" if machine.get("little_endian", True) is True else "big"
-        tensors = state_dict_of(read_pickle(file))
-        keys = read_pickle(file)
-        storages = _storages(tensors, keys)
-        arrays = {s: _read_storage(file, s, order) for s in storages}
+        version = read_pickle(file, magic.end)
+        machine = read_pickle(file, version.end)
+        if version.content != _PROTOCOL or not isinstance(machine.content, dict):
+            raise ValueError(
+                f"it is of protocol {shown(version.content)} of torch.save; {_PROTOCOL} is read"
+            )
+        order = "little" if machine.content.get("little_endian", True) is True else "big"
+        content = read_pickle(file, machine.end)
+        keys = read_pickle(file, content.end)
+        storages = _in_order(content.storages, keys.content)
+        tensors = state_dict_of(content.content, key)
+        arrays = _arrays(file, keys.end, storages, tensors, order)
     return {name: view_of(tensor, arrays[tensor.storage]) for name, tensor in tensors.items()}
 
 
-def _storages(tensors: dict[str, Tensor], keys: Any) -> list[Storage]:
+def _in_order(storages: Mapping[str, Storage], keys: Any) -> list[Storage]:
     """Return the storages in the order of the file."""
-    named = {tensor.storage.key: tensor.storage for tensor in tensors.values()}
-    if len(named) < len({tensor.storage for tensor in tensors.values()}):
-        raise ValueError("it is damaged: two storages have one key")
-    if not isinstance(keys, list) or sorted(map(str, keys)) != sorted(named):
+    known = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
+    if not known or sorted(keys) != sorted(storages):
         raise ValueError("it is damaged: its storages are not those that its tensors need")
-    return [named[key] for key in keys]
+    return [storages[key] for key in keys]
 
 
-def _read_storage(file: mmap.mmap, storage: Storage, order: str) -> np.ndarray:
-    count = int.from_bytes(file.read(8), "little", signed=True)
-    expected = storage.size * storage.dtype.itemsize
-    left = len(file) - file.tell()
-    if count != storage.size or expected > left:
-        raise ValueError(
-            f"it is truncated or damaged: storage {storage.key} must have {storage.size} elements; "
-            f"it has {count}, with {left} bytes to come"
-        )
-    return elements_of(file.read(expected), storage.dtype, order)
+def _arrays(
+    file: mmap.mmap,
+    start: int,
+    storages: Sequence[Storage],
+    tensors: Mapping[str, Tensor],
+    order: str,
+) -> dict[Storage, np.ndarray]:
+    """Return the elements of the storages that are needed; the others are skipped."""
+    needed = {tensor.storage.key: tensor.storage for tensor in tensors.values()}
+    arrays = {}
+    for storage in storages:
+        count = int.from_bytes(file[start : start + 8], "little", signed=True)
+        start += 8
+        size = storage.size * storage.dtype.itemsize
+        left = max(0, len(file) - start)
+        if count != storage.size or size > left:
+            raise ValueError(
+                f"it is truncated or damaged: storage {shown(storage.key)} must have "
+                f"{storage.size} elements; it has {count}, with {left} bytes to come"
+            )
+        if storage.key in needed:
+            typed = needed[storage.key]
+            arrays[typed] = elements_of(file[start : start + size], typed.dtype, order)
+        start += size
+    return arrays

@@ -2,7 +2,7 @@
 
 The pixels are those of torchvision's transforms on PIL images, bit for bit: the whole image is
 decoded to RGB (no JPEG shortcuts), EXIF orientation is ignored, and resizing is PIL's bilinear
-filter, widened when shrinking.
+(or bicubic) filter, widened when shrinking.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import io
 import math
 import stat
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from jaxtyping import Float64, UInt8
@@ -19,6 +20,10 @@ from PIL import Image, UnidentifiedImageError
 
 from falcon_jax.data.messages import one_line
 
+# Of evaluation images, widened when shrinking.
+INTERPOLATIONS = MappingProxyType(
+    {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+)
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 
 AREA = (0.08, 1.0)  # share of the image that a random crop covers
@@ -111,7 +116,7 @@ def training_image(
 
 
 def evaluation_image(
-    image: Image.Image, size: int, shorter_side: int
+    image: Image.Image, size: int, shorter_side: int, interpolation: str = "bilinear"
 ) -> UInt8[np.ndarray, "size size 3"]:
     """Resizes the shorter side and takes the centre.
 
@@ -119,6 +124,7 @@ def evaluation_image(
         image: the image, RGB.
         size: height and width of the result, pixels.
         shorter_side: height or width, whichever is smaller, before the centre is taken.
+        interpolation: one of INTERPOLATIONS, antialiased as PIL does.
 
     Returns:
         the pixels.
@@ -132,7 +138,7 @@ def evaluation_image(
         raise ValueError(f"at {image.width}x{image.height} pixels it is too long and thin")
     wide = image.width > image.height
     new = (longer_side, shorter_side) if wide else (shorter_side, longer_side)
-    image = image if image.size == new else image.resize(new, Image.Resampling.BILINEAR)
+    image = image if image.size == new else image.resize(new, INTERPOLATIONS[interpolation])
     top, left = round((image.height - size) / 2), round((image.width - size) / 2)
     return np.asarray(image.crop((left, top, left + size, top + size)))
 

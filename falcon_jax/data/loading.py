@@ -49,6 +49,7 @@ def load_dataset(
     shorter_side: int = 0,
     workers: int = 0,
     skip_broken: bool = False,
+    interpolation: str = "bilinear",
 ) -> Dataset:
     """Loads a data set, into memory or streamed, and holds out a validation split.
 
@@ -76,6 +77,7 @@ def load_dataset(
             image_size / 0.875. This and what follows concerns streamed images only.
         workers: processes that read and decode; 0 for threads of this process.
         skip_broken: whether to leave out images that cannot be read, counting them, or to fail.
+        interpolation: of evaluation images, bilinear or bicubic.
 
     Returns:
         the data set.
@@ -96,6 +98,7 @@ def load_dataset(
         shorter_side=shorter_side,
         workers=workers,
         skip_broken=skip_broken,
+        interpolation=interpolation,
     )
     splits = SOURCES[source](options)
     train, validation, test = splits.train, splits.validation, splits.test

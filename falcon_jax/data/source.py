@@ -20,6 +20,7 @@ class SourceOptions:
         shorter_side: of streamed images, as StreamSettings has it.
         workers: likewise.
         skip_broken: likewise.
+        interpolation: likewise.
 
     Raises:
         ValueError: if a number is out of range.
@@ -32,6 +33,7 @@ class SourceOptions:
     shorter_side: int = 0
     workers: int = 0
     skip_broken: bool = False
+    interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
         _ = self.stream
@@ -46,6 +48,7 @@ class SourceOptions:
             shorter_side=self.shorter_side,
             workers=self.workers,
             skip_broken=self.skip_broken,
+            interpolation=self.interpolation,
         )
 
 

@@ -11,7 +11,13 @@ import numpy as np
 from jaxtyping import Int, Int32
 from PIL import Image
 
-from falcon_jax.data.decoding import DRAWS, decode_rgb, evaluation_image, training_image
+from falcon_jax.data.decoding import (
+    DRAWS,
+    INTERPOLATIONS,
+    decode_rgb,
+    evaluation_image,
+    training_image,
+)
 from falcon_jax.data.messages import one_line, some_of
 from falcon_jax.data.rows import Rows
 
@@ -44,17 +50,25 @@ class StreamSettings:
             its centre is taken for evaluation, pixels; 0 for image_size / 0.875 (256 for 224).
         workers: processes that read and decode; 0 for threads of this process.
         skip_broken: whether to leave out images that cannot be read, instead of failing.
+        interpolation: of evaluation images, one of decoding.INTERPOLATIONS; random crops for
+            training are always bilinear.
 
     Raises:
-        ValueError: if a number is out of range.
+        ValueError: if a number is out of range, or there is no such interpolation.
     """
 
     image_size: int
     shorter_side: int = 0
     workers: int = 0
     skip_broken: bool = False
+    interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(
+                f"interpolation must be one of {', '.join(INTERPOLATIONS)}, but is "
+                f"{self.interpolation!r}"
+            )
         if self.image_size < 1:
             raise ValueError(f"image_size must be 1 or more, but is {self.image_size}")
         if self.workers < 0:
@@ -177,7 +191,10 @@ class StreamedSplit:
         for row, position in enumerate(rows):
             try:
                 images[row] = evaluation_image(
-                    self._decode(position), self.settings.image_size, self.settings.resized_side
+                    self._decode(position),
+                    self.settings.image_size,
+                    self.settings.resized_side,
+                    self.settings.interpolation,
                 )
             except ValueError as error:
                 unreadable[position] = str(error)

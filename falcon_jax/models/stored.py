@@ -1,6 +1,7 @@
 """Models on disk that say by themselves what they are: arch, classes, preprocessing."""
 
 import dataclasses
+import math
 import os
 import pathlib
 import re
@@ -20,6 +21,7 @@ from falcon_jax.compression import (
     save_compressed,
 )
 from falcon_jax.compression.storage import METADATA, Saved
+from falcon_jax.data.streamed import StreamSettings
 from falcon_jax.manifest import MANIFEST
 from falcon_jax.methods import Method
 from falcon_jax.models.registry import get_model, same_key_rngs
@@ -44,16 +46,36 @@ class ImagePreprocessing:
 
     Attributes:
         image_size: height and width in pixels that the model sees.
-        shorter_side: what the shorter side was resized to before the middle was cut out, bilinear
-            with antialiasing; 0 if the images had the right size.
+        shorter_side: what the shorter side was resized to before the middle was cut out; 0 if
+            the images had the right size.
         mean: of each channel, in units of [0, 1].
         std: of each channel, likewise.
+        interpolation: how images are resized, ``bilinear`` or ``bicubic``, with antialiasing.
+
+    Raises:
+        ValueError: if a number is out of range, or there is no such interpolation.
     """
 
     image_size: int
     shorter_side: int = 0
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    interpolation: str = "bilinear"
+
+    def __post_init__(self):
+        StreamSettings(
+            image_size=self.image_size,
+            shorter_side=self.shorter_side,
+            interpolation=self.interpolation,
+        )
+        numbers = (*self.mean, *self.std)
+        if not self.mean or len(self.mean) != len(self.std):
+            raise ValueError(
+                "mean and std have a number for every channel; there are "
+                f"{len(self.mean)} and {len(self.std)}."
+            )
+        if not all(map(math.isfinite, numbers)) or min(self.std) <= 0:
+            raise ValueError("mean and std must be finite, and std positive.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -75,6 +75,7 @@ def default_config() -> ConfigDict:
                 "image_size": 32,
                 "resize": "auto",
                 "shorter_side": 0,
+                "interpolation": "bilinear",
                 "workers": 0,
                 "skip_broken": False,
                 "train_fraction": 1.0,

@@ -208,6 +208,7 @@ class Setting:
             preprocessing=ImagePreprocessing(
                 image_size=self.dataset.train.image_shape[0],
                 shorter_side=self.experiment.data["shorter_side"],
+                interpolation=self.experiment.data["interpolation"],
                 mean=self.preprocessing.mean,
                 std=self.preprocessing.std,
             ),
