@@ -154,7 +154,7 @@ class Description:
                 f"the description of the model has version {shown(version, 40)}; this falcon_jax "
                 f"reads {_VERSION}."
             )
-        given = {"shorter_side": 0, **fields.pop("preprocessing")}
+        given = {"shorter_side": 0, "interpolation": "bilinear", **fields.pop("preprocessing")}
         _check_images(**given)
         given |= {name: tuple(map(float, given[name])) for name in ("mean", "std")}
         fields = {"width": 1.0, "unit": None, "source": {}, **fields}
@@ -285,9 +285,12 @@ def load_stored(path: str | os.PathLike[str]) -> Stored:
     return Stored(model=model, plan=saved.plan, description=description)
 
 
-def _check_images(image_size: Any, shorter_side: Any, mean: Any, std: Any) -> None:
+def _check_images(
+    image_size: Any, shorter_side: Any, interpolation: Any, mean: Any, std: Any
+) -> None:
     _require("image_size", image_size, is_whole(image_size), 1, _LARGEST_IMAGE)
     _require("shorter_side", shorter_side, is_whole(shorter_side), 0, _LARGEST_IMAGE)
+    _require("interpolation", interpolation, isinstance(interpolation, str))
     for name, values in (("mean", mean), ("std", std)):
         _require(name, values, isinstance(values, list) and 1 <= len(values) <= _MOST_CHANNELS)
         for value in values:
