@@ -73,7 +73,7 @@ def _nnx_call(model: nnx.Module, inputs: Inputs | None) -> Callable[..., Any]:
     if inputs is not None:
         copy = fold_batchnorm(copy, inputs)
     graphdef, state = nnx.split(map_modules(_with_built_kernel, copy))
-    return lambda *args, **kwargs: nnx.merge(graphdef, state)(*args, **kwargs)
+    return lambda *args, **kwargs: nnx.merge(graphdef, state, copy=True)(*args, **kwargs)
 
 
 def _linen_call(

@@ -45,8 +45,9 @@ def fold_batchnorm(
 
     A BatchNorm is folded if its input is the output of a convolution of Flax, or in NNX models of
     one that FALCON, a depthwise separable method, Tucker or CP carries out, nothing else uses that
-    output, and both are used once. The copy gives what the model gives in evaluation mode; it
-    is for deployment or training-free compression, not for further training.
+    output, both are used once, and the call does not ask for the statistics of its batch. The copy
+    gives what the model gives in evaluation mode; it is for deployment or training-free
+    compression, not for further training.
 
     Args:
         model: an NNX model or a Linen module; it is not changed.
@@ -78,11 +79,14 @@ def _fold_nnx(model: nnx.Module, inputs: Inputs) -> nnx.Module:
             return _with_gain(module, jnp.ones(module.spec.out_features)) is not None
         if type(module) is nnx.Conv:
             return module.mask is None
-        return _is_batch_norm(module) and module.axis == -1  # type: ignore[attr-defined]
+        return isinstance(module, _Averaging) and module.axis == -1
 
     modules = dict(named_modules(model))
     norms = {path for path, module in modules.items() if _is_batch_norm(module)}
-    pairs = conv_of_norm(jaxpr_through(model, inputs, chosen, mark_call), norms)
+    otherwise: set[str] = set()
+    watched = map_modules(lambda path, module: _watch(path, module, otherwise), model)
+    jaxpr = jaxpr_through(watched, inputs, chosen, mark_call)
+    pairs = {n: c for n, c in conv_of_norm(jaxpr, norms).items() if n not in otherwise}
     norm_of_conv = {conv: modules[norm] for norm, conv in pairs.items()}
 
     def folded(path: str, module: nnx.Module) -> nnx.Module | None:
@@ -97,6 +101,25 @@ def _fold_nnx(model: nnx.Module, inputs: Inputs) -> nnx.Module:
     copy = map_modules(folded, model)
     copy.eval()
     return copy
+
+
+class _Averaging(nnx.BatchNorm):
+    """Stands before a BatchNorm's class in a copy that is traced."""
+
+
+def _watch(path: str, module: nnx.Module, otherwise: set[str]) -> None:
+    """Make a BatchNorm note its path where it is called for the statistics of its batch."""
+    if not _is_batch_norm(module):
+        return
+    cls: Any = type(module)
+
+    def call(self: Any, x: Any, use_running_average: Any = None, **options: Any) -> Any:
+        average = self.use_running_average if use_running_average is None else use_running_average
+        if average is not True:
+            otherwise.add(path)
+        return cls.__call__(self, x, use_running_average, **options)
+
+    module.__class__ = type(cls.__name__, (_Averaging, cls), {"__call__": call})
 
 
 def _is_batch_norm(module: nnx.Module) -> bool:

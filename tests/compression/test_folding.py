@@ -65,6 +65,30 @@ def test_norms_whose_convolution_is_used_elsewhere_stay():
     np.testing.assert_allclose(folded(images()), model(images()), atol=1e-5)
 
 
+class Asking(nnx.Module):
+    """Asks for the statistics of the batch in the call, of the second BatchNorm only."""
+
+    def __init__(self, rngs):
+        self.convs = nnx.List([conv(3, 4, rngs=rngs), conv(4, 4, rngs=rngs)])
+        self.norms = nnx.List([nnx.BatchNorm(4, rngs=rngs), fj.BatchNorm(4, rngs=rngs)])
+
+    def __call__(self, x):
+        x = self.norms[0](self.convs[0](x), use_running_average=True)
+        return self.norms[1](self.convs[1](x), use_running_average=False)
+
+
+@pytest.mark.parametrize("function", [fj.fold_batchnorm, fj.deploy])
+def test_norms_that_the_call_gives_statistics_of_the_batch_stay(function):
+    model = Asking(nnx.Rngs(0))
+    model.norms[0].mean[...] = jnp.arange(4.0)
+    x = images()
+    expected = Asking.__call__(nnx.clone(model), x)
+    folded = function(model, x)
+    np.testing.assert_allclose(folded(x), expected, atol=1e-4)
+    if isinstance(folded, nnx.Module):
+        assert folded_paths(folded) == ["norms/0"]
+
+
 class ScannedBlocks(nnx.Module):
     """Convolution and BatchNorm, stacked three times."""
 
