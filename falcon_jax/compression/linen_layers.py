@@ -49,11 +49,21 @@ def abstract_variables(module: nn.Module, inputs: Inputs) -> Variables:
     """
 
     def init(arrays: list[Array]) -> Variables:
-        return inputs.with_arrays(arrays).call(
-            lambda *args, **kwargs: module.init(jax.random.key(0), *args, **kwargs)
-        )
+        def made(*args: Any, rngs: Any = None, **kwargs: Any) -> Variables:
+            return module.init(jax.random.key(0), *args, **kwargs)
 
-    return _explained(module, inputs, lambda: jax.eval_shape(init, inputs.shapes.arrays))
+        return inputs.with_arrays(arrays).call(made)
+
+    variables = _explained(module, inputs, lambda: jax.eval_shape(init, inputs.shapes.arrays))
+    for keys in traverse_util.flatten_dict(dict(variables.get("params", {}))):
+        slashed = [key for key in keys[:-1] if "/" in str(key)]
+        if slashed:
+            raise ValueError(
+                f"a submodule of {type(module).__name__} is named {slashed[0]!r}; paths are joined "
+                "with '/', so a Linen module's name has none. Give it another name, such as "
+                f"{slashed[0].replace('/', '_')!r}, and rename its variables alike."
+            )
+    return variables
 
 
 def find_layers(
@@ -130,7 +140,7 @@ def intercepted_jaxpr(
     def trace(mutable: Any) -> Any:
         def forward(variables: Variables, arrays: list[Array]) -> Any:
             def apply(*args: Any, **kwargs: Any) -> Any:
-                options = {"rngs": {"params": jax.random.key(0)}, "mutable": mutable} | kwargs
+                options = {"rngs": default_rngs(), "mutable": mutable} | kwargs
                 with nn.intercept_methods(intercept):
                     y = module.apply(variables, *args, **options)
                 return y[0] if options["mutable"] is not False else y
@@ -149,6 +159,14 @@ def intercepted_jaxpr(
                 return trace(True)
 
     return _explained(module, inputs, attempts)
+
+
+def default_rngs() -> dict[str, Array]:
+    """Return what a Linen module draws random numbers from where no keys are given.
+
+    Linen takes the stream ``params`` for every other one that is not there.
+    """
+    return {"params": jax.random.key(0)}
 
 
 def check_are_variables(module: nn.Module, variables: Any) -> None:
@@ -193,7 +211,11 @@ def _missing(module: nn.Module, expected: Variables, variables: Any) -> str:
         comparable = {n: a for n, a in alike.items() if n.split("/", 1)[0] in variables}
         params = {n: a for n, a in comparable.items() if n in checked or n.startswith("params/")}
         lines = differences(checked, params)
-        raise ValueError(f"these are not the variables of this {type(module).__name__}:\n{lines}")
+        name = type(module).__name__
+        raise ValueError(
+            f"these are not the variables of this {name}, or {name} cannot be called on the "
+            f"sample:\n{lines}"
+        )
     return differences({n: a for n, a in wanted.items() if n not in found}, {})
 
 
@@ -237,7 +259,7 @@ class _Watch:
     def __init__(self, params: Mapping[str, Mapping[str, Any]]):
         self.layers: dict[str, _Seen] = {}
         self._params = params
-        self._frames: list[tuple[nn.Module, str]] = []
+        self._frames: list[tuple[nn.Module | None, str]] = []
         self._replaced: dict[str, tuple[Method, ConvSpec]] = {}
         self._biased: set[str] = set()
 
@@ -261,7 +283,7 @@ class _Watch:
         layer = self._describe(path, module, x) if called and hasattr(x, "shape") else None
         if layer is not None:
             layer = self._noted(layer, module)
-        self._frames.append((module, path if layer is None else layer.path))
+        self._frames.append((None, path) if layer is None else (module, layer.path))
         try:
             if layer is None:
                 return next_fun(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""What a traced call of a model shows: its layers' calls, its products, and how it uses parameters."""
+"""What a traced call of a model shows: calls of layers, products, and uses of parameters."""
 
 import collections
 import dataclasses
@@ -167,7 +167,8 @@ class _Reader:
 
         for eqn in jaxpr.eqns:
             given = [value_of(variable) for variable in eqn.invars]
-            within = _innermost(eqn) or layer
+            named = _innermost(eqn)
+            within = layer if named is None else named
             made = self._call(eqn, given, times, within)
             if made is None:
                 made = [self._primitive(eqn, given, times, within)] * len(eqn.outvars)
@@ -184,10 +185,16 @@ class _Reader:
         unknown: list[_Value | None] = [None] * len(eqn.outvars)
         name = eqn.primitive.name
         if name == "scan":
-            fixed, carried = eqn.params["num_consts"], eqn.params["num_carry"]
+            # What is passed axis by axis has one axis less inside, and so have the stacked outputs.
+            (body,) = jaxprs
+            outer, within = [[v.aval.ndim for v in vs] for vs in (eqn.invars, body.invars)]
+            sliced = sum(a > b for a, b in zip(outer, within, strict=True))
+            pairs = zip(eqn.outvars, body.outvars, strict=True)
+            carried = sum(a.aval.ndim == b.aval.ndim for a, b in pairs)
+            fixed = len(given) - carried - sliced
             each = [_without_first_axis(value) for value in given[fixed + carried :]]
             inner = [*given[:fixed], *[None] * carried, *each]
-            self.read(jaxprs[0], inner, times * int(eqn.params["length"]), layer)
+            self.read(body, inner, times * int(eqn.params["length"]), layer)
             return unknown
         if name == "while":
             test, fixed = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
@@ -263,7 +270,7 @@ class _Reader:
 
 
 def _still_itself(eqn: Any, value: _Value) -> _Value:
-    """Return what a function of a parameter alone is: the parameter, its axes in another order..."""
+    """Return what becomes of a parameter: itself, with axes in another order, or something new."""
     assert value.axes is not None
     name = eqn.primitive.name
     if name in _SAME:
