@@ -11,9 +11,9 @@ from jaxtyping import Array
 from falcon_jax import ops
 from falcon_jax.compression.inputs import Inputs
 from falcon_jax.compression.inspection import Model, inspect_model
-from falcon_jax.compression.layers import Call
 from falcon_jax.compression.plan import Plan, PlanRow
 from falcon_jax.compression.planning import make_plan
+from falcon_jax.compression.tracing import Call
 from falcon_jax.methods import ConvSpec, Method
 from falcon_jax.methods.base import flatten_batch
 

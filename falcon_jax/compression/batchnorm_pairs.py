@@ -8,7 +8,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from falcon_jax.compression.layers import inner_jaxprs
+from falcon_jax.compression.tracing import inner_jaxprs
 from falcon_jax.methods.base import scale_outputs
 
 _BEFORE, _AFTER = "falcon_jax before ", "falcon_jax after "

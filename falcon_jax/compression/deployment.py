@@ -12,6 +12,7 @@ from flax import nnx
 from falcon_jax.compression.folding import fold_batchnorm
 from falcon_jax.compression.inputs import Inputs
 from falcon_jax.compression.inspection import Model
+from falcon_jax.compression.linen_layers import default_rngs
 from falcon_jax.compression.nnx_tree import map_modules
 from falcon_jax.methods import Falcon
 from falcon_jax.nn.method_conv import MethodConv
@@ -31,6 +32,8 @@ def deploy(
     are built once, weights are constants of the compiled function, and batches of more than
     ``chunk`` examples go through in chunks, so that activations stay in the cache and no large
     buffers are asked of the system in every call. The function is pure; ``jax.export`` takes it.
+    A Linen module that draws random numbers draws the same in every call, unless the sample has
+    keys, ``falcon_jax.Inputs(x, rngs={"noise": key})``: they are arguments like all other arrays.
 
     Args:
         model: an NNX model, compressed or not, or a Linen module; it is not changed.
@@ -82,7 +85,11 @@ def _linen_call(
     if inputs is None or variables is None:
         raise ValueError("to deploy a Linen module, give sample and variables, too.")
     folded, folded_variables = fold_batchnorm(model, inputs, variables)
-    return lambda *args, **kwargs: folded.apply(folded_variables, *args, **kwargs)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return folded.apply(folded_variables, *args, **({"rngs": default_rngs()} | kwargs))
+
+    return call
 
 
 def _with_built_kernel(path: str, module: nnx.Module) -> nnx.Module | None:

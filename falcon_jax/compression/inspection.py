@@ -11,7 +11,6 @@ from flax import nnx
 from jaxtyping import Array
 
 from falcon_jax.compression import linen_layers, nnx_layers
-from falcon_jax.compression.differences import differences
 from falcon_jax.compression.inputs import Inputs
 from falcon_jax.compression.layers import Layer
 
@@ -57,22 +56,14 @@ def inspect_model(
             f"{type(model).__name__} is a Linen module: its layers show themselves only when it is "
             "called. Give sample, an example input; shapes suffice (jax.ShapeDtypeStruct)."
         )
-    expected = linen_layers.abstract_variables(model, inputs)
-    if variables is None:
-        return Inspection(
-            layers=tuple(linen_layers.find_layers(model, inputs, expected)), kernels={}
-        )
-    params = linen_layers.named_params(variables)
-    different = differences(linen_layers.named_params(expected), params)
-    if different:
-        raise ValueError(
-            f"these are not the variables of this {type(model).__name__}; in params:\n{different}"
-        )
     layers = linen_layers.find_layers(model, inputs, variables)
+    if variables is None:
+        return Inspection(layers=tuple(layers), kernels={})
+    params = linen_layers.named_params(variables)
     kernels = {
         layer.path: params[f"{layer.path}/kernel".lstrip("/")]
         for layer in layers
-        if layer.kind == "conv" and layer.method is None
+        if layer.kind == "conv" and layer.obstacle is None
     }
     return Inspection(
         layers=tuple(layers),

@@ -1,31 +1,18 @@
 """What compression knows of a model: its layers, their weights, and the inputs that reach them."""
 
 import dataclasses
-import json
 import math
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.xla_metadata import set_xla_metadata
-from jaxtyping import Array
 
-from falcon_jax.methods import ConvSpec, Method, standard_cost
+from falcon_jax.compression.tracing import Call, Trace
+from falcon_jax.methods import ConvSpec, Method
 
 Kind = Literal["conv", "conv_transpose", "linear", "other"]
-
-_MARK = "falcon_jax layer "
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Call:
-    """One use of a layer: shapes of input and output, and how often in a forward pass."""
-
-    input_shape: tuple[int, ...]
-    output_shape: tuple[int, ...]
-    times: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +28,10 @@ class Layer:
         method: of a layer that is already compressed.
         stack: leading axes of the kernel, for layers stacked by scan or vmap.
         linear_shape: ``(in, out, bias)`` of a fully connected layer.
+        adds_bias: whether a layer of products that no formula counts adds a bias to its output.
         calls: uses, in order; empty if the model was not traced.
+        products: multiply-adds of its parameters that no formula counts, over the whole input.
+        remark: why a layer with parameters has no mult-adds, if it has none.
     """
 
     path: str
@@ -52,7 +42,10 @@ class Layer:
     method: Method | None = None
     stack: tuple[int, ...] = ()
     linear_shape: tuple[int, int, bool] | None = None
+    adds_bias: bool = False
     calls: tuple[Call, ...] = ()
+    products: int = 0
+    remark: str = ""
 
     def mult_adds(self, batch: int, method: Method | None = None) -> int:
         """Return mult-adds for one example.
@@ -62,7 +55,7 @@ class Layer:
             method: count as if this method carried the layer out; the layer as it is if None.
         """
         total = sum(call.times * self._call_mult_adds(call, method) for call in self.calls)
-        return total // batch
+        return (total + self.products) // batch
 
     def replaced_params(self, method: Method) -> int:
         """Return the parameters that the layer would have under a method."""
@@ -77,25 +70,29 @@ class Layer:
             m, n, bias = self.linear_shape
             return math.prod(shape[:-1]) * (m * n + n * bias)
         if self.spec is None:
-            return 0
+            return math.prod(call.output_shape) * self.adds_bias
         if self.kind == "conv_transpose":
             products = math.prod(shape[:-1]) * math.prod(self.spec.kernel_shape)
             return products + math.prod(call.output_shape) * self.spec.use_bias
         method = method or self.method
-        cost = standard_cost if method is None else method.cost
+        if method is None:
+            products = self.spec.taps * self.spec.group_in_features
+            return math.prod(call.output_shape) * (products + self.spec.use_bias)
         examples = math.prod(shape[: len(shape) - len(self.spec.kernel_size) - 1])
-        return examples * cost(self.spec, shape).mult_adds
+        return examples * method.cost(self.spec, shape).mult_adds
 
 
-def mark_output(path: str, y: Array, input_shape: tuple[int, ...]) -> Array:
-    """Return the output of a layer under a name that tells of this call in a jaxpr.
+def spec_or_sizes(make: Callable[[], ConvSpec], **sizes: Any) -> tuple[ConvSpec, str | None]:
+    """Return the spec of a convolution; where there is none, that of its sizes, and the reason.
 
     Args:
-        path: of the layer.
-        y: its output; it depends on the layer's parameters, so vmapped layers have mapped outputs.
-        input_shape: of the layer's input.
+        make: makes it; a ValueError says why there is none.
+        **sizes: ``kernel_size`` and whatever else of `ConvSpec` is beyond doubt.
     """
-    return checkpoint_name(y, _MARK + json.dumps([path, input_shape, y.shape]))
+    try:
+        return make(), None
+    except ValueError as error:
+        return ConvSpec(**sizes), str(error).rstrip(".")
 
 
 def traced_jaxpr(forward: Callable[..., Any], *args: Any) -> Any:
@@ -110,44 +107,48 @@ def traced_jaxpr(forward: Callable[..., Any], *args: Any) -> Any:
         return jax.make_jaxpr(forward)(*args).jaxpr
 
 
-def calls_in(jaxpr: Any) -> dict[str, tuple[Call, ...]]:
-    """Return the calls of layers that `mark_output`, by path in the order of first use.
+def counted(layers: list[Layer], trace: Trace, params: Mapping[str, int]) -> list[Layer]:
+    """Return the layers with their calls and products, and what else there is to count.
 
-    The jaxpr tells how often each mark is passed, inside loops, vmapped or jitted parts, too.
+    Args:
+        layers: as the model defines them.
+        trace: of a call of the model.
+        params: size of every parameter, by path.
+
+    Returns:
+        The layers; for products of arrays that no parameter is among, one more of kind ``other``.
     """
-    calls: dict[str, list[Call]] = {}
-    for path, call in _marks_passed(jaxpr, 1):
-        calls.setdefault(path, []).append(call)
-    return {path: tuple(found) for path, found in calls.items()}
-
-
-def _marks_passed(jaxpr: Any, times: int) -> Iterator[tuple[str, Call]]:
-    for eqn in jaxpr.eqns:
-        name = str(eqn.params.get("name", ""))
-        if name.startswith(_MARK):
-            path, input_shape, output_shape = json.loads(name.removeprefix(_MARK))
-            # Under vmap the marked array has grown by the mapped axes.
-            grown = math.prod(eqn.outvars[0].aval.shape) // max(math.prod(output_shape), 1)
-            yield (
-                path,
-                Call(
-                    input_shape=tuple(input_shape),
-                    output_shape=tuple(output_shape),
-                    times=times * grown,
-                ),
+    new = []
+    for layer in layers:
+        formula = layer.spec is not None or layer.linear_shape is not None
+        products = trace.outside.get(layer.path, 0)
+        products += 0 if formula else trace.inside.get(layer.path, 0)
+        calls = trace.calls.get(layer.path, ())
+        own = {name for name in params if name.rpartition("/")[0] == layer.path}
+        new.append(
+            dataclasses.replace(
+                layer,
+                calls=calls,
+                products=products,
+                remark=_remark(layer, bool(calls), products, used=bool(own & trace.used)),
             )
-            continue
-        inner = times * int(eqn.params.get("length", 1)) if eqn.primitive.name == "scan" else times
-        for sub in inner_jaxprs(tuple(eqn.params.values())):
-            yield from _marks_passed(sub, inner)
+        )
+    # Products of what is no parameter, or of parameters that stand in no layer's name.
+    free = sum(trace.outside.values()) - sum(trace.outside.get(layer.path, 0) for layer in layers)
+    if not free:
+        return new
+    remark = "products of arrays that are no parameters, such as those of attention"
+    at_root = [index for index, layer in enumerate(new) if layer.path == ""]
+    if not at_root:
+        return [*new, Layer(path="", kind="other", params=0, products=free, remark=remark)]
+    (index,) = at_root
+    new[index] = dataclasses.replace(new[index], products=new[index].products + free, remark=remark)
+    return new
 
 
-def inner_jaxprs(value: Any) -> Iterator[Any]:
-    """Yield the jaxprs in the parameters of an equation."""
-    if isinstance(value, (tuple, list)):
-        for item in value:
-            yield from inner_jaxprs(item)
-    elif hasattr(value, "eqns"):
-        yield value
-    elif hasattr(value, "jaxpr"):
-        yield value.jaxpr
+def _remark(layer: Layer, called: bool, products: int, *, used: bool) -> str:
+    if not layer.params or called or products:
+        return ""
+    if used:
+        return "elementwise or looked up: no product to count"
+    return "not used by the sample's call"

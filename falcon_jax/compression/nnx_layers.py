@@ -11,11 +11,19 @@ from flax import nnx
 from jaxtyping import Array
 
 from falcon_jax.compression.inputs import Inputs
-from falcon_jax.compression.layers import Call, Layer, calls_in, mark_output, traced_jaxpr
-from falcon_jax.compression.nnx_tree import is_leaf, map_modules, named_modules
+from falcon_jax.compression.layers import Layer, counted, spec_or_sizes, traced_jaxpr
+from falcon_jax.compression.nnx_tree import (
+    is_leaf,
+    map_modules,
+    named_modules,
+    named_variables,
+)
+from falcon_jax.compression.tracing import Trace, inside_layer, mark_output, read_trace
 from falcon_jax.methods import ConvSpec
 from falcon_jax.nn.method_conv import MethodConv
 from falcon_jax.nn.trained import conv_obstacle, conv_spec
+
+_GENERAL = (nnx.LinearGeneral, nnx.Einsum)
 
 
 def find_layers(model: nnx.Module, inputs: Inputs | None = None) -> list[Layer]:
@@ -45,10 +53,15 @@ def find_layers(model: nnx.Module, inputs: Inputs | None = None) -> list[Layer]:
             layers.append(layer)
     if inputs is None:
         return layers
-    calls = _trace(model, inputs)
-    order = {path: index for index, path in enumerate(calls)}
+    trace = _trace(model, inputs)
+    order = {path: index for index, path in enumerate(trace.calls)}
     layers.sort(key=lambda layer: order.get(layer.path, len(order)))
-    return [dataclasses.replace(layer, calls=calls.get(layer.path, ())) for layer in layers]
+    sizes = {
+        path: math.prod(variable.shape)
+        for path, variable in named_variables(model)
+        if isinstance(variable, nnx.Param)
+    }
+    return counted(layers, trace, sizes)
 
 
 def kernels(model: nnx.Module) -> dict[str, Any]:
@@ -76,8 +89,15 @@ def _describe(path: str, module: nnx.Module) -> Layer | None:
             method=module.method,
         )
     if isinstance(module, nnx.Conv):
-        spec = conv_spec(module)
-        obstacle = conv_obstacle(module)
+        spec, reason = spec_or_sizes(
+            lambda: conv_spec(module),
+            kernel_size=module.kernel_size,
+            in_features=module.in_features,
+            out_features=module.out_features,
+            feature_group_count=module.feature_group_count,
+            use_bias=module.bias is not None,
+        )
+        obstacle = conv_obstacle(module) or reason
         if type(module) is not nnx.Conv:
             obstacle = f"{type(module).__name__} is a subclass of nnx.Conv and may act otherwise"
         stack = module.kernel.shape[: len(module.kernel.shape) - len(spec.kernel_shape)]
@@ -101,15 +121,35 @@ def _describe(path: str, module: nnx.Module) -> Layer | None:
     if isinstance(module, nnx.Linear):
         shape = (module.in_features, module.out_features, module.bias is not None)
         return Layer(path=path, kind="linear", params=params, linear_shape=shape)
+    if isinstance(module, _GENERAL):
+        return Layer(path=path, kind="linear", params=params, adds_bias=module.bias is not None)
     own = sum(math.prod(v.shape) for v in vars(module).values() if isinstance(v, nnx.Param))
     return Layer(path=path, kind="other", params=own) if own else None
 
 
-def _trace(model: nnx.Module, inputs: Inputs) -> dict[str, tuple[Call, ...]]:
+def _trace(model: nnx.Module, inputs: Inputs) -> Trace:
     def marked(path: str, layer: Callable[[Any], Any], x: Any) -> Any:
-        return mark_output(path, layer(x), x.shape)
+        with inside_layer(path):
+            y = layer(x)
+        return mark_output(path, y, x.shape)
 
-    return calls_in(jaxpr_through(model, inputs, is_leaf, marked))
+    jaxpr = jaxpr_through(
+        model, inputs, lambda module: is_leaf(module) or isinstance(module, _GENERAL), marked
+    )
+    return read_trace(jaxpr, _param_names(model))
+
+
+def _param_names(model: nnx.Module) -> list[str | None]:
+    """Return the path of every parameter, None for other variables, as a jaxpr's inputs go."""
+    variables, _ = jax.tree_util.tree_flatten_with_path(
+        nnx.split(model)[1], is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
+    )
+    names: list[str | None] = []
+    for keys, variable in variables:
+        arrays = len(jax.tree.leaves(variable))
+        named = isinstance(variable, nnx.Param) and arrays == 1
+        names += ["/".join(str(key.key) for key in keys)] if named else [None] * arrays
+    return names
 
 
 def jaxpr_through(

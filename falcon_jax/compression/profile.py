@@ -21,6 +21,7 @@ class ProfileRow:
         method: what carries a compressed convolution out; empty for others.
         params: trainable parameters.
         mult_adds: for one example; 0 for BatchNorm, activations and pooling, which count nothing.
+        remark: why parameters have no mult-adds; or what products that belong to no layer are.
     """
 
     path: str
@@ -28,6 +29,7 @@ class ProfileRow:
     method: str
     params: int
     mult_adds: int
+    remark: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,6 +81,8 @@ def profile(
 
     Counted analytically, as the paper does: multiply-adds of convolutions and fully connected
     layers, plus one per output element for a bias; nothing for BatchNorm, activations and pooling.
+    Other matrix products and convolutions, such as those of attention, count as the trace has them,
+    under the module whose parameters take part, or else in a row of their own.
 
     Args:
         model: any NNX model or Linen module; it is not changed.
@@ -103,6 +107,7 @@ def profile(
             method="" if layer.method is None else str(layer.method),
             params=layer.params,
             mult_adds=layer.mult_adds(batch),
+            remark=layer.remark,
         )
         for layer in layers
     )

@@ -43,14 +43,14 @@ def per_axis(name: str, value: PerAxis, axes: int) -> tuple[int, ...]:
 
 
 def canonical_padding(padding: PaddingLike, axes: int) -> Padding:
-    """Return the name of a padding, or its ``(low, high)`` pairs.
+    """Return the name of a padding in capitals, or its ``(low, high)`` pairs.
 
     Raises:
         ValueError: if it is neither a name, nor whole numbers for the axes.
     """
     if isinstance(padding, str):
-        if padding in PADDING_NAMES:
-            return padding
+        if padding.upper() in PADDING_NAMES:
+            return padding.upper()
     else:
         one, entries = as_whole(padding), as_wholes(padding)
         if one is not None:
@@ -106,6 +106,7 @@ def padding_pairs(
     Raises:
         ValueError: if negative pairs take away more points than there are.
     """
+    padding = canonical_padding(padding, len(kernel_size))
     if not isinstance(padding, str):
         points = [dilated(n, di) for n, di in zip(spatial, input_dilation, strict=True)]
         if any(n + low + high < 0 for n, (low, high) in zip(points, padding, strict=True)):
@@ -151,6 +152,7 @@ def pad_boundary(
     Returns:
         The input, wrapped or reflected if so asked, and the padding that remains to be done.
     """
+    padding = canonical_padding(padding, len(kernel_size))
     if padding not in BOUNDARY_MODES:
         return x, padding
     ones = (1,) * len(kernel_size)

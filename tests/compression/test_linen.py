@@ -230,7 +230,7 @@ def test_why_layers_stay():
         "masked": "masked kernel",
         "own": "OwnConv is a subclass of linen.Conv and may act otherwise",
         "transposed": "transposed convolution",
-        "normalised": "kernel normalised anew in every call",
+        "normalised": "kernel computed in the call",
         "boxed": "kernel in a box of Flax metadata, such as its partitioning",
         "function": "own convolution function",
         "falcon": "compressed already by Falcon(rank=3, impl='auto')",
