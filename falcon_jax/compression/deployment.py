@@ -13,7 +13,8 @@ from falcon_jax.compression.folding import fold_batchnorm
 from falcon_jax.compression.inputs import Inputs
 from falcon_jax.compression.inspection import Model
 from falcon_jax.compression.linen_layers import default_rngs
-from falcon_jax.compression.nnx_tree import map_modules
+from falcon_jax.compression.nnx_tree import in_evaluation, map_modules
+from falcon_jax.compression.tracing import inner_jaxprs
 from falcon_jax.methods import Falcon
 from falcon_jax.nn.method_conv import MethodConv
 from falcon_jax.ops import conv_on_small_maps
@@ -42,7 +43,8 @@ def deploy(
             ``falcon_jax.Inputs(x, train=False)``; constants stay as they are in the sample.
         variables: of a Linen module.
         chunk: examples that go through together; None for all. A model whose examples depend on
-            each other must not be cut; where an output has no batch axis, it is not.
+            each other must not be cut; one that draws random numbers or writes variables, or that has
+        an output without batch axis, is not.
 
     Returns:
         A function of the model's arrays, in the order of its arguments.
@@ -58,25 +60,35 @@ def deploy(
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk is a number of examples, at least 1, or None; got {chunk}.")
     inputs = None if sample is None else Inputs.of(sample).shapes
-    call = _linen_call(model, inputs, variables) if isinstance(model, nn.Module) else None
-    if call is None:
-        assert isinstance(model, nnx.Module)
-        call = _nnx_call(model, inputs)
+    written: list[bool] = [False]
+    if isinstance(model, nn.Module):
+        call = _linen_call(model, inputs, variables)
+    else:
+        call = _nnx_call(model, inputs, written)
 
     def forward(*arrays: Any) -> Any:
         bound = Inputs(*arrays) if inputs is None else inputs.with_arrays(list(arrays))
         return bound.call(call)
 
-    return jax.jit(forward if chunk is None else _in_chunks(forward, chunk))
+    return jax.jit(forward if chunk is None else _in_chunks(forward, chunk, written))
 
 
-def _nnx_call(model: nnx.Module, inputs: Inputs | None) -> Callable[..., Any]:
-    copy = map_modules(lambda path, module: None, model)
-    copy.eval()
+def _nnx_call(model: nnx.Module, inputs: Inputs | None, written: list[bool]) -> Callable[..., Any]:
+    """Return the model's call; it notes in ``written`` whether it wrote a variable."""
+    copy = in_evaluation(model)
     if inputs is not None:
         copy = fold_batchnorm(copy, inputs)
     graphdef, state = nnx.split(map_modules(_with_built_kernel, copy))
-    return lambda *args, **kwargs: nnx.merge(graphdef, state, copy=True)(*args, **kwargs)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        merged = nnx.merge(graphdef, state, copy=True)
+        before = jax.tree.leaves(nnx.state(merged))
+        y = merged(*args, **kwargs)  # type: ignore[operator]
+        after = jax.tree.leaves(nnx.state(merged))
+        written[0] = any(a is not b for a, b in zip(before, after, strict=False))
+        return y
+
+    return call
 
 
 def _linen_call(
@@ -121,8 +133,11 @@ def _with_built_kernel(path: str, module: nnx.Module) -> nnx.Module | None:
     return conv
 
 
-def _in_chunks(forward: Callable[..., Any], chunk: int) -> Callable[..., Any]:
-    """Return the function that carries large batches out chunk by chunk, the rest at the end."""
+def _in_chunks(forward: Callable[..., Any], chunk: int, written: list[bool]) -> Callable[..., Any]:
+    """Return the function that carries large batches out chunk by chunk, the rest at the end.
+
+    A model that draws random numbers, or writes variables, sees the batch as a whole.
+    """
 
     def chunked(*arrays: Any) -> Any:
         batch = arrays[0].shape[0] if arrays and jnp.ndim(arrays[0]) else 0
@@ -130,7 +145,10 @@ def _in_chunks(forward: Callable[..., Any], chunk: int) -> Callable[..., Any]:
             return forward(*arrays)
         if not _has_batch_axis(arrays, batch):
             return forward(*arrays)
-        if not _has_batch_axis(jax.tree.leaves(jax.eval_shape(forward, *arrays)), batch):
+        jaxpr, outputs = jax.make_jaxpr(forward, return_shape=True)(*arrays)
+        if not _has_batch_axis(jax.tree.leaves(outputs), batch):
+            return forward(*arrays)
+        if written[0] or _is_random(jaxpr.jaxpr):
             return forward(*arrays)
         whole = batch // chunk * chunk
         split = [a[:whole].reshape(whole // chunk, chunk, *a.shape[1:]) for a in arrays]
@@ -142,6 +160,14 @@ def _in_chunks(forward: Callable[..., Any], chunk: int) -> Callable[..., Any]:
         return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), y, rest)
 
     return chunked
+
+
+def _is_random(jaxpr: Any) -> bool:
+    return any(
+        eqn.primitive.name in ("random_bits", "threefry2x32", "rng_bit_generator")
+        or any(map(_is_random, inner_jaxprs(tuple(eqn.params.values()))))
+        for eqn in jaxpr.eqns
+    )
 
 
 def _has_batch_axis(arrays: Any, batch: int) -> bool:

@@ -139,7 +139,7 @@ def _fold(conv: nnx.Conv | MethodConv, norm: nnx.BatchNorm) -> None:
         offset=None if norm.bias is None else norm.bias[...],
         epsilon=norm.epsilon,
     )
-    if isinstance(conv, nnx.Conv):
+    if not isinstance(conv, MethodConv):
         conv.kernel[...] = scale_outputs(conv.kernel[...], gain)
         dtype = conv.kernel[...].dtype
         conv.use_bias = True

@@ -40,6 +40,11 @@ class Inputs:
         inputs = sample
         if not isinstance(sample, Inputs):
             inputs = cls(*sample) if isinstance(sample, tuple) else cls(sample)
+        if any(type(leaf).__module__.partition(".")[0] == "torch" for leaf in inputs.arrays):
+            raise ValueError(
+                "sample holds PyTorch tensors; give arrays of NumPy or JAX, such as x.numpy(), "
+                "with channels last."
+            )
         if not any(getattr(leaf, "ndim", 0) for leaf in inputs.arrays):
             raise ValueError(
                 "sample is an example input with a leading batch axis; got no array. "
@@ -97,6 +102,10 @@ class Inputs:
         return cls(*_from_json(data["args"]), **_from_json(data["kwargs"]))
 
 
+# Names of the implementations of random keys, by those of their types.
+_KEYS = {"key<fry>": "threefry2x32", "key<rbg>": "rbg", "key<urbg>": "unsafe_rbg"}
+
+
 def _is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
@@ -105,6 +114,8 @@ def _to_json(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if _is_array(value):
+        if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+            return {"shape": list(value.shape), "key": _KEYS.get(value.dtype.name, "")}
         return {"shape": list(value.shape), "dtype": str(jnp.dtype(value.dtype))}
     if type(value) in (list, tuple):
         return {type(value).__name__: [_to_json(item) for item in value]}
@@ -120,6 +131,9 @@ def _from_json(data: Any) -> Any:
     if not isinstance(data, dict):
         return data
     if "shape" in data:
+        if "key" in data:
+            key = jax.eval_shape(lambda: jax.random.key(0, impl=data["key"] or None))
+            return jax.ShapeDtypeStruct(tuple(data["shape"]), key.dtype)
         return jax.ShapeDtypeStruct(tuple(data["shape"]), jnp.dtype(data["dtype"]))
     ((kind, value),) = data.items()
     if kind == "dict":

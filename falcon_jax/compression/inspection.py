@@ -50,7 +50,11 @@ def inspect_model(
         kernels = {p: k for p, k in nnx_layers.kernels(model).items() if _is_concrete(k)}
         return Inspection(layers=tuple(layers), kernels=kernels)
     if not isinstance(model, nn.Module):
-        raise ValueError(f"a model is an nnx.Module or a linen.Module; got {model!r}.")
+        raise ValueError(
+            f"a model is an nnx.Module or a linen.Module; got a {type(model).__name__}. Of a "
+            "TrainState give what made it: the module, and its params as "
+            "variables={'params': state.params}."
+        )
     if inputs is None:
         raise ValueError(
             f"{type(model).__name__} is a Linen module: its layers show themselves only when it is "

@@ -107,6 +107,17 @@ def traced_jaxpr(forward: Callable[..., Any], *args: Any) -> Any:
         return jax.make_jaxpr(forward)(*args).jaxpr
 
 
+def array_leaves(value: Any) -> list[Any]:
+    """Return the arrays in what a model returned, those in objects of its own, too."""
+    found = []
+    for leaf in jax.tree.leaves(value):
+        if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
+            found.append(leaf)
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, type):
+            found += array_leaves(dict(vars(leaf)))
+    return found
+
+
 def counted(layers: list[Layer], trace: Trace, params: Mapping[str, int]) -> list[Layer]:
     """Return the layers with their calls and products, and what else there is to count.
 

@@ -1,11 +1,9 @@
 """A narrower model started from the leading channels of a trained one."""
 
-from typing import Any
-
 from flax import nnx
 
 from falcon_jax.compression.differences import differences
-from falcon_jax.compression.nnx_tree import map_modules, weights
+from falcon_jax.compression.nnx_tree import arrays, with_arrays
 
 
 def narrow(model: nnx.Module, narrower: nnx.Module) -> nnx.Module:
@@ -28,23 +26,18 @@ def narrow(model: nnx.Module, narrower: nnx.Module) -> nnx.Module:
     Reference:
         FALCON, Section 3.4, the width multiplier.
     """
-    copy = map_modules(lambda path, module: None, narrower)
-    new, old = weights(copy), weights(model)
+    new, old = arrays(narrower), arrays(model)
     if new.keys() != old.keys():
         raise ValueError(
-            "the narrower model has other variables than the trained one:\n"
-            + differences(_values(old), _values(new))
+            "the narrower model has other variables than the trained one:\n" + differences(old, new)
         )
-    for name, variable in new.items():
-        value, shape = old[name].get_value(), variable.get_value().shape
+    leading = {}
+    for name, array in new.items():
+        value, shape = old[name], array.shape
         if len(shape) != value.ndim or any(a > b for a, b in zip(shape, value.shape, strict=True)):
             raise ValueError(
                 f"{name} has shape {shape} in the narrower model, which does not fit into "
                 f"{value.shape} of the trained one."
             )
-        variable.set_value(value[tuple(slice(size) for size in shape)])
-    return copy
-
-
-def _values(variables: dict[str, nnx.Variable]) -> dict[str, Any]:
-    return {name: variable.get_value() for name, variable in variables.items()}
+        leading[name] = value[tuple(slice(size) for size in shape)]
+    return with_arrays(narrower, leading)

@@ -11,14 +11,18 @@ from flax import nnx
 from jaxtyping import Array
 
 from falcon_jax.compression.inputs import Inputs
-from falcon_jax.compression.layers import Layer, counted, spec_or_sizes, traced_jaxpr
+from falcon_jax.compression.layers import Layer, array_leaves, counted, spec_or_sizes, traced_jaxpr
 from falcon_jax.compression.nnx_tree import (
+    arrays,
+    held_variables,
+    in_evaluation,
     is_leaf,
     map_modules,
     named_modules,
     named_variables,
+    with_arrays,
 )
-from falcon_jax.compression.tracing import Trace, inside_layer, mark_output, read_trace
+from falcon_jax.compression.tracing import Trace, inside_layer, mark_kernel, mark_output, read_trace
 from falcon_jax.methods import ConvSpec
 from falcon_jax.nn.method_conv import MethodConv
 from falcon_jax.nn.trained import conv_obstacle, conv_spec
@@ -44,16 +48,30 @@ def find_layers(model: nnx.Module, inputs: Inputs | None = None) -> list[Layer]:
         if isinstance(module, (nnx.WeightNorm, nnx.SpectralNorm))
         for _, child in named_modules(module)
     }
+    holders: dict[int, list[str]] = {}
+    for path, module in modules:
+        for variable in held_variables(module):
+            holders.setdefault(id(variable), []).append(path)
     layers = []
     for path, module in modules:
         layer = _describe(path, module)
-        if layer is not None and layer.kind == "conv" and id(module) in normalised:
-            layer = dataclasses.replace(layer, obstacle="kernel normalised anew in every call")
-        if layer is not None:
-            layers.append(layer)
+        if layer is None:
+            continue
+        if type(module) is nnx.Conv and layer.obstacle is None:
+            others = [p for p in holders.get(id(module.kernel), ()) if p != path]
+            if id(module) in normalised:
+                layer = dataclasses.replace(layer, obstacle="kernel normalised anew in every call")
+            elif others:
+                shared = f"kernel shared with {others[0] or 'the model itself'!r}"
+                layer = dataclasses.replace(layer, obstacle=shared)
+        layers.append(layer)
     if inputs is None:
         return layers
     trace = _trace(model, inputs)
+    layers = [
+        dataclasses.replace(layer, obstacle=layer.obstacle or trace.kernels.get(layer.path) or None)
+        for layer in layers
+    ]
     order = {path: index for index, path in enumerate(trace.calls)}
     layers.sort(key=lambda layer: order.get(layer.path, len(order)))
     sizes = {
@@ -69,7 +87,7 @@ def kernels(model: nnx.Module) -> dict[str, Any]:
     return {
         path: module.kernel.get_value()
         for path, module in named_modules(model)
-        if isinstance(module, nnx.Conv)
+        if isinstance(module, nnx.Conv) and not isinstance(module, MethodConv)
     }
 
 
@@ -100,7 +118,10 @@ def _describe(path: str, module: nnx.Module) -> Layer | None:
         obstacle = conv_obstacle(module) or reason
         if type(module) is not nnx.Conv:
             obstacle = f"{type(module).__name__} is a subclass of nnx.Conv and may act otherwise"
-        stack = module.kernel.shape[: len(module.kernel.shape) - len(spec.kernel_shape)]
+        shape = module.kernel.shape
+        stack = shape[: len(shape) - len(spec.kernel_shape)]
+        if shape[len(stack) :] != spec.kernel_shape:
+            obstacle = obstacle or "stacked along an axis other than the first"
         return Layer(
             path=path, kind="conv", params=params, spec=spec, obstacle=obstacle, stack=stack
         )
@@ -123,12 +144,14 @@ def _describe(path: str, module: nnx.Module) -> Layer | None:
         return Layer(path=path, kind="linear", params=params, linear_shape=shape)
     if isinstance(module, _GENERAL):
         return Layer(path=path, kind="linear", params=params, adds_bias=module.bias is not None)
-    own = sum(math.prod(v.shape) for v in vars(module).values() if isinstance(v, nnx.Param))
+    own = sum(math.prod(v.shape) for v in held_variables(module) if isinstance(v, nnx.Param))
     return Layer(path=path, kind="other", params=own) if own else None
 
 
 def _trace(model: nnx.Module, inputs: Inputs) -> Trace:
-    def marked(path: str, layer: Callable[[Any], Any], x: Any) -> Any:
+    def marked(path: str, layer: Any, x: Any) -> Any:
+        if isinstance(layer.module, nnx.Conv) and not isinstance(layer.module, MethodConv):
+            mark_kernel(path, layer.module.kernel[...], f"{path}/kernel".lstrip("/"))
         with inside_layer(path):
             y = layer(x)
         return mark_output(path, y, x.shape)
@@ -140,16 +163,9 @@ def _trace(model: nnx.Module, inputs: Inputs) -> Trace:
 
 
 def _param_names(model: nnx.Module) -> list[str | None]:
-    """Return the path of every parameter, None for other variables, as a jaxpr's inputs go."""
-    variables, _ = jax.tree_util.tree_flatten_with_path(
-        nnx.split(model)[1], is_leaf=lambda leaf: isinstance(leaf, nnx.Variable)
-    )
-    names: list[str | None] = []
-    for keys, variable in variables:
-        arrays = len(jax.tree.leaves(variable))
-        named = isinstance(variable, nnx.Param) and arrays == 1
-        names += ["/".join(str(key.key) for key in keys)] if named else [None] * arrays
-    return names
+    """Return the path of every parameter, None for other arrays, as a jaxpr's inputs go."""
+    params = {path for path, v in named_variables(model) if isinstance(v, nnx.Param)}
+    return [path if path in params else None for path in sorted(arrays(model))]
 
 
 def jaxpr_through(
@@ -164,18 +180,20 @@ def jaxpr_through(
         model: it is not changed.
         inputs: what it is called with.
         chosen: says whether ``around`` goes around a module.
-        around: gets path, the module's call and its input; returns its output.
+        around: gets path, the module's call (which knows its ``module``) and its input; returns
+            its output.
 
     Raises:
         ValueError: if the model cannot be called on the inputs.
     """
-    graphdef, state = nnx.split(with_calls_wrapped(model, chosen, around))
+    wrapped = with_calls_wrapped(model, chosen, around)
 
-    def forward(state: nnx.State, arrays: list[Array]) -> Any:
-        return inputs.with_arrays(arrays).call(nnx.merge(graphdef, state))  # type: ignore[arg-type]
+    def forward(named: dict[str, Array], given: list[Array]) -> Any:
+        y = inputs.with_arrays(given).call(with_arrays(wrapped, named))  # type: ignore[arg-type]
+        return array_leaves(y)
 
     try:
-        return traced_jaxpr(forward, state, inputs.shapes.arrays)
+        return traced_jaxpr(forward, arrays(wrapped), inputs.shapes.arrays)
     except (TypeError, ValueError) as error:
         raise inputs.refused_by(model, error) from error
 
@@ -190,22 +208,30 @@ def with_calls_wrapped(
     Args:
         model: it is not changed.
         chosen: says whether ``around`` goes around a module.
-        around: gets path, the module's call and its input; returns its output.
+        around: gets path, the module's call (which knows its ``module``) and its input; returns
+            its output.
     """
 
     def replace_call(path: str, module: nnx.Module) -> None:
         if chosen(module):
             module.__class__ = _wrapped(type(module), functools.partial(around, path))
 
-    copy = map_modules(replace_call, model)
-    copy.eval()
-    return copy
+    return in_evaluation(map_modules(replace_call, model))
 
 
 def _wrapped(cls: type[nnx.Module], around: Callable[..., Any]) -> Any:
     """Return a subclass with a function around its call; only a copy's modules get it."""
 
-    def call(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        return around(lambda x: cls.__call__(self, x, *args, **kwargs), x)  # type: ignore[operator]
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            x, *args = args
+        else:
+            x = kwargs.pop(next(name for name in ("inputs", "x", *kwargs) if name in kwargs))
+
+        def layer(x: Any) -> Any:
+            return cls.__call__(self, x, *args, **kwargs)  # type: ignore[operator]
+
+        layer.module = self
+        return around(layer, x)
 
     return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from falcon_jax.nn.method_conv import MethodConv
+
 Visit = Callable[[str, nnx.Module], nnx.Module | None]
 
 _ATOMS = (type(None), str, bytes, bool, int, float, complex, type)
@@ -161,7 +163,7 @@ def _is_key(value: Any) -> bool:
 
 def is_leaf(value: Any) -> bool:
     """Return whether something is a layer, whose own modules do not matter."""
-    return isinstance(value, (nnx.Conv, nnx.ConvTranspose, nnx.Linear))
+    return isinstance(value, (nnx.Conv, nnx.ConvTranspose, nnx.Linear, MethodConv))
 
 
 def clone(model: nnx.Module) -> nnx.Module:

@@ -21,7 +21,7 @@ from falcon_jax.compression.compress import check_plan, compressed_module, repla
 from falcon_jax.compression.differences import differences
 from falcon_jax.compression.inspection import Model, inspect_model
 from falcon_jax.compression.linen_layers import abstract_variables
-from falcon_jax.compression.nnx_tree import weights
+from falcon_jax.compression.nnx_tree import arrays, with_arrays
 from falcon_jax.compression.plan import Plan, PlanRow
 from falcon_jax.manifest import (
     MANIFEST,
@@ -163,10 +163,7 @@ class Saved:
             _check_same(directory, expected, saved)
             return module, unflatten_dict(_read_arrays(directory, data, saved), sep="/")
         compressed = _blank(directory, model, plan, saved)
-        holders = weights(compressed)
-        for name, array in _read_arrays(directory, data, saved).items():
-            holders[name].set_value(array)
-        return compressed
+        return with_arrays(compressed, _read_arrays(directory, data, saved))
 
 
 def open_compressed(path: str | os.PathLike[str]) -> Saved:
@@ -225,8 +222,7 @@ def _blank(
     check_plan(plan, inspected.layers)
     blank = {row.path: _blank_params(row, inspected.kernels[row.path]) for row in plan.replaced}
     compressed = replace_convs(model, plan, blank)
-    found = {name: variable.get_value() for name, variable in weights(compressed).items()}
-    _check_same(directory, found, saved)
+    _check_same(directory, arrays(compressed), saved)
     return compressed
 
 
@@ -294,7 +290,7 @@ def _check_carried_out(model: Model, plan: Plan, variables: Mapping[str, Any] | 
 
 def _arrays(model: Model, variables: Mapping[str, Any] | None) -> dict[str, np.ndarray]:
     if isinstance(model, nnx.Module):
-        named = {name: v.get_value() for name, v in weights(model).items()}
+        named = arrays(model)
     else:
         assert variables is not None
         named = _named(variables)

@@ -1,7 +1,9 @@
 """The one NNX module that every method can use, and how a method is applied in any framework."""
 
+import functools
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
@@ -12,9 +14,21 @@ from jaxtyping import Array, Float
 
 from falcon_jax.methods import ConvSpec, Method, Params
 
+# What nnx.Conv has beside, as it is where nothing was asked for.
+_UNUSED = {
+    "mask": None,
+    "kernel_init": nnx.initializers.lecun_normal(),
+    "conv_general_dilated": lax.conv_general_dilated,
+    "promote_dtype": promote_dtype,
+    "preferred_element_type": None,
+}
 
-class MethodConv(nnx.Module):
+
+class MethodConv(nnx.Conv):
     """A convolution carried out by a compression method.
+
+    It stands where an ``nnx.Conv`` stood: it is one to code that asks, and has its attributes;
+    ``kernel`` is the standard kernel that its parameters stand for.
 
     The method's parameters are attributes of the module, each an ``nnx.Param`` under the name that
     the method gives it, beside ``bias`` (None without one).
@@ -67,7 +81,31 @@ class MethodConv(nnx.Module):
             setattr(self, name, nnx.Param(params[name]))
         self.bias = nnx.data(None) if bias is None else nnx.Param(bias)
         self.dtype = dtype
+        self.param_dtype = params[self.param_names[0]].dtype if params else param_dtype
         self.precision = precision
+        self.bias_init = bias_init
+        for name, value in _UNUSED.items():
+            setattr(self, name, value)
+
+    in_features = property(lambda self: self.spec.in_features)
+    out_features = property(lambda self: self.spec.out_features)
+    kernel_size = property(lambda self: self.spec.kernel_size)
+    strides = property(lambda self: self.spec.strides)
+    padding = property(lambda self: self.spec.padding)
+    input_dilation = property(lambda self: self.spec.input_dilation)
+    kernel_dilation = property(lambda self: self.spec.kernel_dilation)
+    feature_group_count = property(lambda self: self.spec.feature_group_count)
+    use_bias = property(lambda self: self.spec.use_bias)
+    kernel_shape = property(lambda self: self.spec.kernel_shape)
+
+    @property
+    def kernel(self) -> Float[Array, "*stacked_kernel_shape"]:
+        """The standard kernel that the parameters stand for; with their leading axes, if any."""
+        build, stack = self.method.kernel, _stack(self.method, self.spec, self.params)
+        function = functools.partial(build, spec=self.spec)
+        for _ in range(stack):
+            function = jax.vmap(function)
+        return function(self.params)
 
     @property
     def params(self) -> Params:
@@ -86,6 +124,12 @@ class MethodConv(nnx.Module):
             dtype=self.dtype,
             precision=self.precision,
         )
+
+
+def _stack(method: Method, spec: ConvSpec, params: Params) -> int:
+    """Return how many leading axes parameters have, of layers stacked for scan or vmap."""
+    plain = jax.eval_shape(lambda key: method.init(key, spec), jax.random.key(0))
+    return next((params[n].ndim - len(plain[n].shape) for n in params), 0)
 
 
 def apply_method(
