@@ -43,8 +43,8 @@ def deploy(
             ``falcon_jax.Inputs(x, train=False)``; constants stay as they are in the sample.
         variables: of a Linen module.
         chunk: examples that go through together; None for all. A model whose examples depend on
-            each other must not be cut; one that draws random numbers or writes variables, or that has
-        an output without batch axis, is not.
+            each other must not be cut; one that draws random numbers or writes variables, or that
+            has an output without batch axis, is not.
 
     Returns:
         A function of the model's arrays, in the order of its arguments.
