@@ -6,13 +6,16 @@ shifted slices; see `falcon_jax.ops.shifted` and `falcon_jax.ops.per_pixel`.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from falcon_jax.names import no_such
+from falcon_jax.ops.accumulation import add_up
 from falcon_jax.ops.choice import DEPTHWISE_FORMS, DepthwiseForm, depthwise_form
 from falcon_jax.ops.convolution import conv
 from falcon_jax.ops.geometry import (
@@ -26,6 +29,7 @@ from falcon_jax.ops.geometry import (
     padding_pairs,
     per_axis,
 )
+from falcon_jax.ops.linear import linear_call
 from falcon_jax.ops.per_pixel import kernel_gradient_per_pixel, sum_per_pixel
 from falcon_jax.ops.shifted import kernel_gradient, padded_input, sum_of_taps
 
@@ -44,7 +48,7 @@ def depthwise_conv(
 
     ``y[b, h', w', c] = sum_ij kernel[i, j, c] * x[b, h' s + i - p, w' s + j - p, c]``
 
-    Differentiable in reverse mode any number of times; forward mode takes ``impl="grouped"``.
+    Differentiable in both modes, any number of times.
 
     Args:
         x: input of shape ``(..., *spatial, C)``, any number of batch axes.
@@ -108,7 +112,9 @@ def depthwise_conv(
         impl = depthwise_form(
             points=max(math.prod(x.shape[1:-1]), math.prod(outputs)), taps=math.prod(kernel_size)
         )
-    y: Array = _FUNCTIONS[impl](geometry, x, kernel)
+    y: Array = (
+        _grouped(geometry, x, kernel) if impl == "grouped" else _convolve(impl, geometry, x, kernel)
+    )
     return y.reshape(*batch, *y.shape[1:])
 
 
@@ -126,50 +132,58 @@ def _grouped(geometry: Geometry, x: Array, kernel: Array) -> Array:
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _shifted(geometry: Geometry, x: Array, kernel: Array) -> Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _convolve(form: DepthwiseForm, geometry: Geometry, x: Array, kernel: Array) -> Array:
+    """Return what is linear in x and in the kernel; each has a transpose of its own."""
+    if form == "per_pixel":
+        return sum_per_pixel(geometry, x, kernel)
     return sum_of_taps(geometry, padded_input(geometry, x), kernel)
 
 
-def _shifted_forward(geometry: Geometry, x: Array, kernel: Array) -> tuple[Array, tuple]:
-    padded = padded_input(geometry, x)
-    # An empty array of the input's shape: padding could not be told from it otherwise.
-    return sum_of_taps(geometry, padded, kernel), (padded, kernel, x[:0])
+@functools.partial(_convolve.defjvp, symbolic_zeros=True)
+def _convolve_jvp(
+    form: DepthwiseForm, geometry: Geometry, primals: tuple[Array, Array], tangents: tuple[Any, Any]
+) -> tuple[Array, Array]:
+    (x, kernel), (dx, dkernel) = primals, tangents
+    terms: list[Array] = []
+    if not isinstance(dx, SymbolicZero):
+        settings = (form, geometry, x.shape[1:-1], x.dtype)
+        terms += linear_call(_of_input, _to_input, settings, (kernel,), (dx,))
+    if not isinstance(dkernel, SymbolicZero):
+        if form == "shifted":  # the padded input is kept, not made anew for the backward pass
+            x, geometry = padded_input(geometry, x), _without_padding(geometry)
+        settings = (form, geometry, kernel.shape[:-1], kernel.dtype)
+        terms += linear_call(_of_kernel, _to_kernel, settings, (x,), (dkernel,))
+    y: Array = _convolve(form, geometry, x, kernel)
+    return y, add_up(terms) if terms else jnp.zeros_like(y)
 
 
-def _shifted_backward(geometry: Geometry, residual: tuple, dy: ArrayLike) -> tuple[Array, Array]:
-    padded, kernel, empty = residual
-    dy = jnp.asarray(dy)  # outside of jit, JAX hands NumPy arrays on
-    back = _transposed(geometry, kernel.shape[:-1], empty.shape[1:-1], dy.shape[1:-1])
-    dx: Array = _shifted(back, dy, _flipped(kernel))
-    dkernel = kernel_gradient(geometry, padded, dy, kernel.shape[:-1])
-    return dx.astype(padded.dtype), dkernel.astype(kernel.dtype)
+def _of_input(settings: tuple, residuals: tuple[Array], inputs: tuple[Array]) -> tuple[Array]:
+    form, geometry, *_ = settings
+    return (_convolve(form, geometry, *inputs, *residuals),)
 
 
-_shifted.defvjp(_shifted_forward, _shifted_backward)
+def _to_input(settings: tuple, residuals: tuple[Array], outputs: tuple[Array]) -> tuple[Array]:
+    form, geometry, spatial, dtype = settings
+    (kernel,), (dy,) = residuals, outputs
+    back = _transposed(geometry, kernel.shape[:-1], spatial, dy.shape[1:-1])
+    return (_convolve(form, back, dy, _flipped(kernel)).astype(dtype),)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _per_pixel(geometry: Geometry, x: Array, kernel: Array) -> Array:
-    return sum_per_pixel(geometry, x, kernel)
+def _of_kernel(settings: tuple, residuals: tuple[Array], inputs: tuple[Array]) -> tuple[Array]:
+    form, geometry, *_ = settings
+    return (_convolve(form, geometry, *residuals, *inputs),)
 
 
-def _per_pixel_forward(geometry: Geometry, x: Array, kernel: Array) -> tuple[Array, tuple]:
-    return sum_per_pixel(geometry, x, kernel), (x, kernel)
+def _to_kernel(settings: tuple, residuals: tuple[Array], outputs: tuple[Array]) -> tuple[Array]:
+    form, geometry, kernel_size, dtype = settings
+    gradient = kernel_gradient_per_pixel if form == "per_pixel" else kernel_gradient
+    return (gradient(geometry, *residuals, *outputs, kernel_size).astype(dtype),)
 
 
-def _per_pixel_backward(geometry: Geometry, residual: tuple, dy: ArrayLike) -> tuple[Array, Array]:
-    x, kernel = residual
-    dy = jnp.asarray(dy)
-    back = _transposed(geometry, kernel.shape[:-1], x.shape[1:-1], dy.shape[1:-1])
-    dx: Array = _per_pixel(back, dy, _flipped(kernel))
-    dkernel = kernel_gradient_per_pixel(geometry, x, dy, kernel.shape[:-1])
-    return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
-
-
-_per_pixel.defvjp(_per_pixel_forward, _per_pixel_backward)
-
-_FUNCTIONS = {"shifted": _shifted, "per_pixel": _per_pixel, "grouped": _grouped}
+def _without_padding(geometry: Geometry) -> Geometry:
+    strides, pairs, input_dilation, kernel_dilation = geometry
+    return strides, ((0, 0),) * len(pairs), (1,) * len(input_dilation), kernel_dilation
 
 
 def _flipped(kernel: Array) -> Array:

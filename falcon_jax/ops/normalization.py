@@ -1,6 +1,7 @@
 """BatchNorm in training, with its own backward pass."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,10 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from falcon_jax.ops.accumulation import accumulator
+from falcon_jax.ops.linear import linear_call
 
 Normalized = tuple[Array, Array, Array]
+Types = tuple[Any, Any, Any, Any]  # of y, x, scale and bias
 
 
 def normalize_batch(
@@ -41,27 +44,46 @@ def normalize_batch(
     return _normalize(float(epsilon), x, scale, bias)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _normalize(epsilon: float, x: Array, scale: Array, bias: Array) -> Normalized:
-    return _forward(epsilon, x, scale, bias)[0]
-
-
-def _forward(
-    epsilon: float, x: Array, scale: Array, bias: Array
-) -> tuple[Normalized, tuple[Array, ...]]:
     wide, dtype = _wide(x), jnp.result_type(x, scale, bias)
     mean = _mean(wide)
     variance = jnp.maximum(_mean(wide * wide) - mean * mean, 0)
     inverse = lax.rsqrt(variance + epsilon)
     y = (wide - _row(mean, x)) * _row(inverse * scale, x) + _row(bias.astype(wide.dtype), x)
-    return (y.astype(dtype), mean, variance), (x, mean, inverse, scale, bias[:0])
+    return y.astype(dtype), mean, variance
+
+
+@_normalize.defjvp
+def _normalize_jvp(
+    epsilon: float, primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]
+) -> tuple[Normalized, Normalized]:
+    x, scale, bias = primals
+    y, mean, variance = _normalize(epsilon, x, scale, bias)
+    residuals = (x, mean, lax.rsqrt(variance + epsilon), scale)
+    types = (y.dtype, x.dtype, scale.dtype, bias.dtype)
+    moved: Any = linear_call(_forward, _backward, types, residuals, tangents)
+    return (y, mean, variance), moved
+
+
+def _forward(types: Types, residuals: tuple[Array, ...], tangents: tuple[Array, ...]) -> Normalized:
+    x, mean, inverse, scale = residuals
+    dx, dscale, dbias = tangents
+    wide, dx = _wide(x), _wide(dx)
+    dmean = _mean(dx)
+    dvariance = 2 * (_mean(wide * dx) - mean * dmean)
+    gain = inverse * scale
+    slope = inverse * dscale - gain * inverse * inverse * dvariance / 2
+    offset = dbias - gain * dmean - slope * mean
+    dy = dx * _row(gain, x) + wide * _row(slope, x) + _row(offset, x)
+    return dy.astype(types[0]), dmean, dvariance
 
 
 def _backward(
-    epsilon: float, residual: tuple[Array, ...], cotangents: Normalized
-) -> tuple[Array, Array, Array]:
-    x, mean, inverse, scale, like_bias = residual
-    dy, dmean, dvariance = map(jnp.asarray, cotangents)
+    types: Types, residuals: tuple[Array, ...], cotangents: tuple[Array, ...]
+) -> Normalized:
+    x, mean, inverse, scale = residuals
+    dy, dmean, dvariance = cotangents
     wide, dy = _wide(x), _wide(dy)
     n = x.size // max(x.shape[-1], 1)
     dbias = _mean(dy) * n
@@ -70,10 +92,7 @@ def _backward(
     slope = (2 * dvariance - gain * inverse * dscale) / n
     offset = (dmean - gain * dbias) / n - slope * mean
     dx = dy * _row(gain, x) + wide * _row(slope, x) + _row(offset, x)
-    return dx.astype(x.dtype), dscale.astype(scale.dtype), dbias.astype(like_bias.dtype)
-
-
-_normalize.defvjp(_forward, _backward)
+    return dx.astype(types[1]), dscale.astype(types[2]), dbias.astype(types[3])
 
 
 def _wide(x: Array) -> Array:
