@@ -2,7 +2,8 @@
 
 The pixels are those of torchvision's transforms on PIL images, bit for bit: the whole image is
 decoded to RGB (no JPEG shortcuts), EXIF orientation is ignored, and resizing is PIL's bilinear
-(or bicubic) filter, widened when shrinking.
+(or bicubic) filter, widened when shrinking. Only grey images of more than 8 bits differ: PIL clips
+them to white, here they are scaled.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
-from jaxtyping import Float64, UInt8
+from jaxtyping import Float64, Shaped, UInt8
 from PIL import Image, UnidentifiedImageError
 
 from falcon_jax.data.messages import one_line
@@ -31,6 +32,9 @@ RATIO = (3 / 4, 4 / 3)  # width over height of a random crop
 _ATTEMPTS = 10
 _LONGEST = 100_000  # pixels, of the longer side after resizing
 DRAWS = 2 * _ATTEMPTS + 3  # random numbers an image takes
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
+_WHITE_IS_ZERO = 0
+_SIGNED = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +58,8 @@ def decode_rgb(data: bytes) -> Image.Image:
     """Decodes an image file to RGB.
 
     Grey images get three equal channels; palettes, CMYK and transparency are converted as PIL does.
+    Of 16-bit samples the upper 8 bits are taken, grey or RGB; floats in [0, 1] are scaled. Of an
+    animation or a file of several pages the first image is taken.
 
     Args:
         data: content of the file.
@@ -66,6 +72,10 @@ def decode_rgb(data: bytes) -> Image.Image:
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if (problem := _unknown_range(image)) is not None:
+                raise ValueError(problem)
+            if image.mode == "F" or image.mode.startswith("I"):
+                return Image.fromarray(_grey(image)).convert("RGB")
             if image.mode == "P" and "transparency" in image.info:
                 image = image.convert("RGBA")  # the same colours, without PIL's warning
             return image.convert("RGB")
@@ -93,7 +103,7 @@ def header_problem(source: Path | bytes) -> str | None:
             size = len(source)
         stream = source if isinstance(source, Path) else io.BytesIO(source)
         with Image.open(stream, formats=FORMATS) as image:
-            return None if min(image.size) > 0 else "it has no pixels"
+            return _unknown_range(image) if min(image.size) > 0 else "it has no pixels"
     except Exception as error:
         return _reason(error, size)
 
@@ -186,6 +196,60 @@ def resized_crop(image: Image.Image, crop: Crop, size: int) -> UInt8[np.ndarray,
     right, below = crop.left + crop.width, crop.top + crop.height
     part = image.crop((crop.left, crop.top, right, below))
     return np.asarray(part.resize((size, size), Image.Resampling.BILINEAR))
+
+
+def eight_bits(values: Shaped[np.ndarray, "..."]) -> UInt8[np.ndarray, "..."]:
+    """Scales pixels to 0 to 255: x of 8 bits, x >> 8 of 16 bits, round(255 x) of floats in [0, 1].
+
+    >>> eight_bits(np.array([0, 255, 256, 65535], np.uint16)).tolist()
+    [0, 0, 1, 255]
+
+    Args:
+        values: the pixels.
+
+    Returns:
+        the pixels, scaled.
+
+    Raises:
+        ValueError: if they are of another type, or floats beyond [0, 1].
+    """
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype.kind == "u" and values.dtype.itemsize == 2:
+        return (values >> 8).astype(np.uint8)
+    if values.dtype.kind != "f":
+        raise ValueError(
+            f"its pixels are {values.dtype}; they must be uint8, uint16, or floats in [0, 1]"
+        )
+    low, high = values.min(), values.max()
+    if not 0 <= low <= high <= 1:  # a NaN neither
+        raise ValueError(
+            f"its pixels are floats from {low:.4g} to {high:.4g}; floats must lie in [0, 1], else "
+            "nothing tells which is white"
+        )
+    return np.rint(values * 255).astype(np.uint8)
+
+
+def _grey(image: Image.Image) -> UInt8[np.ndarray, "h w"]:
+    values, tags = np.asarray(image), getattr(image, "tag_v2", {})
+    if image.mode != "F":
+        [bits] = tags.get(_BITS, (16,))
+        values = values.astype(np.uint16) << (16 - bits)
+    grey = eight_bits(values)
+    # PIL inverts such images of up to 8 bits only.
+    return 255 - grey if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else grey
+
+
+def _unknown_range(image: Image.Image) -> str | None:
+    """Why nothing tells which of the image's values is white, or None if something does."""
+    signed = _SIGNED in getattr(image, "tag_v2", {}).get(_SAMPLE_FORMAT, ())
+    # PIL has 16-bit samples of PGM in mode I, too, scaled to 65535.
+    if signed or (image.mode == "I" and image.format == "TIFF"):
+        return (
+            "it has signed or 32-bit samples, and nothing tells which value is white; save it with "
+            "8 or 16 bits, unsigned"
+        )
+    return None
 
 
 def _reason(error: Exception, size: int | None) -> str:

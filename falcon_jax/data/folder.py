@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Shaped
@@ -17,6 +20,8 @@ from falcon_jax.data.source import SourceOptions, SourceSplits
 from falcon_jax.data.streamed import StreamedSplit, leave_out_broken
 
 _CHECKING_THREADS = 16
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -51,7 +56,8 @@ def load_folder(options: SourceOptions) -> SourceSplits:
     Labels are the places of the class folders' names in alphabetical order. Images lie in class
     folders at any depth. Where there are both val/ and test/, val/ is the validation split; where
     there is one of them, it is the test split. Hidden files are ignored; any other file must be an
-    image.
+    image, whatever its name. Links are followed, and each file counts once in a split: a link to a
+    folder above it, or to what is there already, is left out and logged.
 
     Args:
         options: data_dir is the folder; name is what to call the data set, by default the folder's
@@ -63,7 +69,7 @@ def load_folder(options: SourceOptions) -> SourceSplits:
     Raises:
         FileNotFoundError: if the folder, or a part of it, is missing.
         ValueError: if there are no classes or no images, the classes of two splits differ, or
-            files are broken and skip_broken is not set.
+            files are broken or stand under two classes and skip_broken is not set.
     """
     if not options.data_dir:
         raise ValueError('the source "folder" needs data_dir, the folder with train/ and val/')
@@ -111,25 +117,82 @@ def _check_classes(folder: Path, classes: Sequence[str]) -> None:
 def _load_split(folder: Path, classes: Sequence[str], options: SourceOptions) -> StreamedSplit:
     paths: list[bytes] = []
     labels: list[int] = []
+    passed: list[str] = []
     for label, name in enumerate(classes):
-        files = sorted(_files(folder / name))
+        files = sorted(_files(folder / name, passed))
         paths += [os.fsencode(file[len(str(folder)) + 1 :]) for file in files]
         labels += [label] * len(files)
+    if passed:
+        _log.warning("left out: %s", some_of(passed))
     if not paths:
         raise ValueError(f"the class folders of {folder} are empty")
     records = FolderRecords(str(folder), np.array(paths))
+    top, real_folder = os.path.realpath(folder), functools.cache(os.path.realpath)
+
+    def check(position: int) -> tuple[str | None, _File]:
+        path = Path(top, os.fsdecode(paths[position]))
+        return header_problem(records.path(position)), _file(path, real_folder)
+
     with ThreadPoolExecutor(_CHECKING_THREADS) as threads:
-        problems = list(threads.map(lambda i: header_problem(records.path(i)), range(len(paths))))
+        found, files = zip(*threads.map(check, range(len(paths))), strict=True)
+    problems = {i: problem for i, problem in enumerate(found) if problem is not None}
+    first = _first_of_each(files)
+    again = {i: records.name(j) for i, j in enumerate(first) if i != j}
+    once = [i for i, j in enumerate(first) if i == j or labels[i] != labels[j]]
+    twice = {i: f"it is {again[i]}, which is of another class" for i in once if i in again}
+    if twice and not options.skip_broken:
+        listed = some_of(f"{records.name(i)} ({why})" for i, why in twice.items())
+        raise ValueError(
+            f"{len(twice)} of {len(paths)} images of {folder} stand under two classes: {listed}; "
+            "remove one of each two, or set skip_broken=True to leave the links out"
+        )
+    if len(once) < len(paths):
+        left_out = (f"{records.name(i)} (it is {again[i]})" for i in again if i not in twice)
+        _log.warning("left out: %s", some_of(left_out))
+    split = StreamedSplit(
+        records=records,
+        positions=np.arange(len(paths)),
+        labels=np.array(labels, np.int32),
+        settings=options.stream,
+    )
+    problems |= twice
     return leave_out_broken(
-        StreamedSplit(
-            records=records,
-            positions=np.arange(len(paths)),
-            labels=np.array(labels, np.int32),
-            settings=options.stream,
-        ),
-        {i: problem for i, problem in enumerate(problems) if problem is not None},
+        split.take(np.array(once)),
+        {row: problems[i] for row, i in enumerate(once) if i in problems},
         str(folder),
     )
+
+
+class _File(NamedTuple):
+    """Which file a path leads to.
+
+    Args:
+        identity: equal for two paths that lead to one file.
+        linked: whether a link leads there.
+    """
+
+    identity: object
+    linked: bool
+
+
+def _file(path: Path, real_folder: Callable[[Path], str]) -> _File:
+    # Links are rare, and asking the disk for every part of every path is slow.
+    here = os.path.join(real_folder(path.parent), path.name)
+    real = os.path.realpath(here) if os.path.islink(here) else here
+    try:
+        status = os.stat(real)
+    except OSError:
+        return _File(here, linked=False)  # it leads nowhere, which header_problem tells
+    several = status.st_nlink > 1  # hard links
+    return _File((status.st_dev, status.st_ino) if several else real, real != str(path))
+
+
+def _first_of_each(files: Sequence[_File]) -> list[int]:
+    """For every path, the one that stands for its file: the first, if possible without a link."""
+    first: dict[object, int] = {}
+    for i in sorted(range(len(files)), key=lambda i: files[i].linked):
+        first.setdefault(files[i].identity, i)
+    return [first[file.identity] for file in files]
 
 
 def _visible_folders(folder: Path) -> list[str]:
@@ -138,9 +201,22 @@ def _visible_folders(folder: Path) -> list[str]:
     )
 
 
-def _files(folder: Path) -> Iterable[str]:
+def _files(folder: Path, passed: list[str]) -> Iterable[str]:
+    """Yields the files below a folder; notes links to folders that are read already, or above."""
+    top = os.path.realpath(folder)
+    seen = {top: str(folder)}
     for directory, below, names in os.walk(folder, followlinks=True, onerror=_fail):
-        below[:] = [name for name in below if name[0] != "."]
+        visible = sorted(name for name in below if name[0] != ".")
+        below.clear()
+        for path in (os.path.join(directory, name) for name in visible):
+            real = os.path.realpath(path)
+            if real in seen:
+                passed.append(f"{path} (it is {seen[real]})")
+            elif Path(top).is_relative_to(real):
+                passed.append(f"{path} (it leads to {real}, a folder above it)")
+            else:
+                seen[real] = path
+                below.append(os.path.basename(path))
         yield from (os.path.join(directory, name) for name in names if name[0] != ".")
 
 

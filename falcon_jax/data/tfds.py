@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from falcon_jax.data.dataset import AnySplit, Split
+from falcon_jax.data.decoding import eight_bits
 from falcon_jax.data.messages import one_line
 from falcon_jax.data.source import SourceOptions, SourceSplits
 from falcon_jax.data.tfds_opening import check_records, open_builder
@@ -57,9 +58,14 @@ def load_tfds(options: SourceOptions) -> SourceSplits:
             f"{directory} has no split {absent[0]!r}, only {', '.join(sorted(builder.info.splits))}"
         )
     has_validation = has_test and "validation" in builder.info.splits
-    varied = None in (features["image"].shape or ())
-    if varied and type(features["image"]).__name__ != "Image":
-        raise ValueError(f'{directory}: the feature "image" is no image: {features["image"]}')
+    image = features["image"]
+    varied = None in (image.shape or ())
+    # TFDS writes the bits of floats as if they were the colours of a PNG file.
+    if varied and (type(image).__name__ != "Image" or image.np_dtype not in (np.uint8, np.uint16)):
+        raise ValueError(
+            f'{directory}: the feature "image" holds {image.np_dtype} values whose shape varies; '
+            "they must be images of uint8 or uint16"
+        )
 
     def read(split: str) -> AnySplit:
         check_records(builder, split, directory)
@@ -165,12 +171,12 @@ def _read_split(builder: Any, split: str, directory: Path) -> Split:
         for index in range(len(records)):
             record = records[index]
             image = np.asarray(record["image"])
-            if image.shape != shape or image.dtype != np.uint8:
+            if image.shape != shape:
                 raise ValueError(
-                    f"it is {image.dtype} of shape {image.shape}, but the first image is of shape "
-                    f"{shape}, and all must be uint8 of one shape"
+                    f"it is of shape {image.shape}, but the first image is of shape {shape}, and "
+                    "all must be of one shape"
                 )
-            images[index] = image
+            images[index] = eight_bits(image)
             labels[index] = record["label"]
     except Exception as error:  # a damaged file or image raises anything, from several libraries
         raise ValueError(

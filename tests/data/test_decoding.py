@@ -1,4 +1,5 @@
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -75,6 +76,91 @@ def test_transparent_palette_has_the_same_colours_without_a_warning():
     with pytest.warns(UserWarning, match="Transparency"):
         expected = np.asarray(as_torchvision_loads(data))
     np.testing.assert_array_equal(np.asarray(decode_rgb(data)), expected)
+
+
+RAMP = np.linspace(0, 65535, 400).reshape(20, 20).astype(np.uint16)
+
+
+def plain_pgm(highest):
+    values = " ".join(str(round(x / 65535 * highest)) for x in RAMP.ravel().tolist())
+    return f"P2 20 20 {highest}\n{values}".encode()
+
+
+def tiff_of_12_bits():
+    """Two values in three bytes, as TIFF packs them; PIL reads but does not write such files."""
+    pairs = (RAMP >> 4).reshape(-1, 2).astype(int)
+    packed = np.stack(
+        [pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], axis=1
+    )
+    tags = {256: 20, 257: 20, 258: 12, 259: 1, 262: 1, 273: 128, 277: 1, 278: 20, 279: 600}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    header = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries
+    return header.ljust(128, b"\0") + packed.astype(np.uint8).tobytes()
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(encoded(Image.fromarray(RAMP), "png"), id="png"),
+        pytest.param(encoded(Image.fromarray(RAMP), "tiff"), id="tiff"),
+        pytest.param(encoded(Image.fromarray(RAMP.astype(">u2")), "tiff"), id="big-endian tiff"),
+        pytest.param(
+            encoded(Image.fromarray(65535 - RAMP), "tiff", tiffinfo={262: 0}), id="white is zero"
+        ),
+        pytest.param(tiff_of_12_bits(), id="12 bits"),
+        pytest.param(encoded(Image.fromarray(RAMP.astype(np.int32)), "ppm"), id="pgm"),
+        pytest.param(plain_pgm(4095), id="pgm to 4095"),
+        pytest.param(encoded(Image.fromarray((RAMP / 65535).astype("f4")), "tiff"), id="floats"),
+    ],
+)
+def test_grey_images_of_more_than_8_bits_are_scaled(data):
+    assert header_problem(data) is None
+    got = np.asarray(decode_rgb(data)).astype(float)
+    assert got.shape == (20, 20, 3)
+    assert np.abs(got - RAMP[..., None] / 65535 * 255).max() <= 1
+
+
+def test_16_bits_are_scaled_as_torchvision_does(transforms):
+    torch = pytest.importorskip("torch")
+    from torchvision.transforms.v2 import functional
+
+    expected = functional.to_dtype(torch.from_numpy(RAMP), torch.uint8, scale=True)
+    got = decode_rgb(encoded(Image.fromarray(RAMP), "png"))
+    np.testing.assert_array_equal(np.asarray(got)[..., 1], expected.numpy())
+
+
+@pytest.mark.parametrize(
+    ("values", "reason", "at_once"),
+    [
+        (
+            RAMP.astype(np.int32),
+            "signed or 32-bit samples, and nothing tells",
+            True,
+        ),
+        (RAMP.astype(np.float32), "floats from 0 to 6.554e.04; floats must lie in", False),
+        (np.full((9, 9), np.nan, np.float32), "floats from nan to nan", False),
+    ],
+)
+def test_grey_images_of_an_unknown_range_are_refused(values, reason, at_once):
+    data = encoded(Image.fromarray(values), "tiff")
+    assert (header_problem(data) is not None) == at_once
+    with pytest.raises(ValueError, match=reason):
+        decode_rgb(data)
+
+
+def test_signed_samples_are_refused():
+    data = encoded(Image.fromarray(RAMP), "tiff", tiffinfo={339: 2})
+    assert "signed or" in (header_problem(data) or "")
+    with pytest.raises(ValueError, match="signed or"):
+        decode_rgb(data)
+
+
+@pytest.mark.parametrize("kind", ["gif", "png", "tiff", "webp"])
+def test_of_several_images_the_first_is_taken(kind):
+    first, second = (Image.new("RGB", (9, 8), colour) for colour in ("white", "black"))
+    options = {"lossless": True} if kind == "webp" else {}
+    data = encoded(first, kind, save_all=True, append_images=[second], **options)
+    assert (np.asarray(decode_rgb(data)) == 255).all()
 
 
 def test_exif_orientation_is_ignored():

@@ -1,5 +1,6 @@
 import logging
 import os
+import re
 import shutil
 
 import numpy as np
@@ -133,6 +134,94 @@ def test_broken_files_are_left_out_on_request_and_counted(folder, caplog):
     assert set(data.train.skipped) == {str(path) for path in paths[:5]}
     assert set(names(data.train)).isdisjoint(data.train.skipped)
     assert "5 of 30 images" in caplog.text
+
+
+def link(path, target):
+    path.symlink_to(target)
+
+
+CLASS = "train/class_1"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda c: link(c / "loop", ".."), r"loop .it leads to .*train, a folder above it\)$"),
+        (lambda c: link(c / "loop", "../.."), r"loop .it leads to .*set, a folder above it\)$"),
+        (lambda c: link(c / "loop", "."), r"class_1/loop .it is .*class_1\)$"),
+        (
+            lambda c: link(c / "again.jpg", "000001.jpg"),
+            r"again.jpg .it is .*class_1/000001\.jpg\)$",
+        ),
+        (lambda c: link(c / "0.jpg", "000001.jpg"), r"/0.jpg .it is .*class_1/000001\.jpg\)$"),
+        (lambda c: (c / "z.jpg").hardlink_to(c / "000001.jpg"), r"z.jpg .it is .*/000001\.jpg\)$"),
+        (
+            lambda c: [(c / "x").mkdir(), link(c / "y", "x"), link(c / "x" / "z", "../y")],
+            r"class_1/y .it is .*x\), .*x/z .it is .*x\)$",
+        ),
+    ],
+)
+def test_a_file_counts_once_however_many_links_lead_there(folder, caplog, change, told):
+    before = names(load(folder, validation_fraction=0.0).train)
+    change(folder / CLASS)
+    with caplog.at_level(logging.WARNING):
+        data = load(folder, validation_fraction=0.0)
+    assert names(data.train) == before
+    [record] = caplog.records
+    assert re.search(told, record.getMessage())
+
+
+def test_links_that_lead_elsewhere_are_followed(folder, tmp_path, monkeypatch, caplog):
+    expected = load(folder, validation_fraction=0.0).train
+    (folder / "train").rename(tmp_path / "elsewhere")
+    (folder / "train").mkdir()
+    for name in ("class_0", "class_1"):
+        (folder / "train" / name).symlink_to(tmp_path / "elsewhere" / name)
+    (folder / "train" / "class_2").mkdir()
+    for path in (tmp_path / "elsewhere" / "class_2").iterdir():
+        (folder / "train" / "class_2" / path.name).symlink_to(path)
+    (tmp_path / "way").symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    data = load("way", validation_fraction=0.0).train
+    assert data.labels.tolist() == expected.labels.tolist()
+    for position in range(30):
+        assert data.records.read(position) == expected.records.read(position)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda train: link(train / "class_0" / "other", "../class_1"),
+        lambda train: [
+            link(train / "class_0" / path.name.upper(), path)
+            for path in (train / "class_1").iterdir()
+        ],
+        lambda train: [
+            (train / "class_2" / f"a{path.name}").hardlink_to(path)
+            for path in (train / "class_1").iterdir()
+        ],
+    ],
+)
+def test_a_file_under_two_classes_is_refused_or_stays_where_it_is(folder, change):
+    before = load(folder, validation_fraction=0.0).train
+    change(folder / "train")
+    told = (
+        r"10 of 40 images of .*train stand under two classes: .* of another class\), .*7 more; rem"
+    )
+    with pytest.raises(ValueError, match=told):
+        load(folder)
+    data = load(folder, skip_broken=True, validation_fraction=0.0).train
+    assert names(data) == names(before)
+    assert data.labels.tolist() == before.labels.tolist()
+    assert len(data.skipped) == 10
+
+
+def test_a_broken_file_counts_once_too(folder):
+    (folder / CLASS / "000001.jpg").write_text("no image")
+    link(folder / CLASS / "again.jpg", "000001.jpg")
+    with pytest.raises(ValueError, match=r"1 of 30 images of .* cannot be read"):
+        load(folder)
 
 
 def remove(path):

@@ -22,6 +22,9 @@ def data_dir(tmp_path_factory):
         tiny_tfds.TinyValidated,
         tiny_tfds.TinyTrainOnly,
         tiny_tfds.TinyUnlabelled,
+        tiny_tfds.TinyDeep,
+        tiny_tfds.TinyFloat,
+        tiny_tfds.TinyFloatRagged,
     ):
         prepare(builder_class, directory)
     return directory
@@ -49,6 +52,15 @@ def test_reads_what_was_prepared(data_dir):
         )
 
 
+def test_images_of_16_bits_and_floats_are_scaled(data_dir):
+    for name in ("tiny_deep", "tiny_float"):
+        images = tiny_tfds.tiny_images("test")
+        split = load(name, data_dir).test
+        assert by_content(split.images, split.labels) == by_content(
+            images, np.arange(len(images)) % tiny_tfds.CLASSES
+        )
+
+
 def test_own_validation_split_is_read(data_dir):
     splits = load("tiny_validated", data_dir)
     assert splits.validation is not None
@@ -66,6 +78,7 @@ def test_version_can_be_named(data_dir):
     [
         ("tiny_train_only", "no split 'test', only train"),
         ("tiny_unlabelled", 'features image, label; needed are "image" and "label" .a class'),
+        ("tiny_float_ragged", "holds float32 values whose shape varies; they must be images of"),
         ("", "'' cannot be the name"),
         ("../tiny_set", "cannot be the name"),
     ],

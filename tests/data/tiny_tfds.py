@@ -38,7 +38,10 @@ class TinyBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     label = tfds.features.ClassLabel(num_classes=CLASSES)
 
     def _info(self):
-        features = {"image": tfds.features.Image(shape=self.shape), "label": self.label}
+        return self.info_of(tfds.features.Image(shape=self.shape))
+
+    def info_of(self, image):
+        features = {"image": image, "label": self.label}
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
     def _split_generators(self, dl_manager):
@@ -67,6 +70,32 @@ class TinyTrainOnly(TinyBuilder):
 
 class TinyUnlabelled(TinyBuilder):
     label = np.int64
+
+
+class TinyDeep(TinyBuilder):
+    """16 bits a pixel: the images of TinySet times 256, and something below."""
+
+    def _info(self):
+        return self.info_of(tfds.features.Tensor(shape=self.shape, dtype=np.uint16))
+
+    def _generate_examples(self, split):
+        for i, image in enumerate(self.images(split)):
+            yield i, {"image": image * np.uint16(256) + np.uint16(99), "label": i % CLASSES}
+
+
+class TinyFloat(TinyBuilder):
+    """The images of TinySet, from 0 to 1."""
+
+    def _info(self):
+        return self.info_of(tfds.features.Tensor(shape=self.shape, dtype=np.float32))
+
+    def _generate_examples(self, split):
+        for i, image in enumerate(self.images(split)):
+            yield i, {"image": image / np.float32(255), "label": i % CLASSES}
+
+
+class TinyFloatRagged(TinyFloat):
+    shape = (None, SIZE, 3)
 
 
 class TinyRagged(TinyBuilder):
