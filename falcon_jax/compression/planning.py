@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from falcon_jax.compression.inputs import Inputs
@@ -12,6 +13,7 @@ from falcon_jax.compression.inspection import Model, inspect_model
 from falcon_jax.compression.layers import Layer
 from falcon_jax.compression.plan import Plan, PlanRow
 from falcon_jax.compression.rules import DEFAULT_METHOD, Rule, check_all_used, first_match
+from falcon_jax.fitting.scale import safe_exponent, times_power_of_two
 from falcon_jax.methods import (
     ConvSpec,
     Cost,
@@ -158,6 +160,8 @@ def _row(
 
 @functools.partial(jax.jit, static_argnames=("method", "spec"))
 def _approximation_error(kernel: Array, params: Params, *, method: Method, spec: ConvSpec) -> Array:
+    wide = jnp.promote_types(kernel.dtype, jnp.float32)
+    params = {name: value.astype(wide) for name, value in params.items()}
     build = functools.partial(method.kernel, spec=spec)
     for _ in range(kernel.ndim - len(spec.kernel_shape)):
         build = jax.vmap(build)
@@ -166,5 +170,7 @@ def _approximation_error(kernel: Array, params: Params, *, method: Method, spec:
 
 def fit_error(kernel: Array, method: Method, spec: ConvSpec) -> float:
     """Return the relative error of the exact fit of a layer."""
-    params = fit_stacked(kernel, method, spec)
-    return float(_approximation_error(kernel, params, method=method, spec=spec))
+    # The error does not depend on the scale; what is built at that of the largest may overflow.
+    safe = times_power_of_two(kernel, -safe_exponent(kernel)).astype(kernel.dtype)
+    params = fit_stacked(safe, method, spec)
+    return float(_approximation_error(safe, params, method=method, spec=spec))

@@ -9,6 +9,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from falcon_jax.fitting.low_rank import MOST_ROTATED, best_low_rank
+from falcon_jax.fitting.scale import largest_exponent, times_power_of_two
 
 
 def kept_energy(matrices: Float[Array, "b p q"]) -> Float[Array, "ranks"]:
@@ -57,8 +58,7 @@ def _lost_and_total(
     matrices: Float[Array, "b p q"],
 ) -> tuple[Float[Array, "ranks b"], Float[Array, "b"]]:
     a = matrices.astype(jnp.promote_types(matrices.dtype, jnp.float32))
-    largest = jnp.max(jnp.abs(a), initial=0)
-    a = a / jnp.where(largest > 0, largest, 1)
+    a = times_power_of_two(a, -largest_exponent(a))
     total = jnp.sum(a * a, axis=(1, 2))
     if min(a.shape[1:]) > MOST_ROTATED:
         squares = jnp.linalg.svd(a, compute_uv=False) ** 2
@@ -96,5 +96,6 @@ def smallest_rank(
             "a rank chosen by energy depends on the kernel's values, so it cannot be found under "
             "jit, vmap or grad; choose it outside, or give a number."
         )
+    stack = times_power_of_two(stack, -largest_exponent(stack))
     reached = jnp.all(jax.vmap(measure)(stack) >= energy - 1e-6, axis=0)
     return int(jnp.argmax(reached)) + 1

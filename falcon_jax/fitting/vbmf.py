@@ -31,6 +31,7 @@ def vbmf_rank(matrix: ArrayLike) -> int:
     if not np.isfinite(values).all():
         raise ValueError("the matrix holds values that are not finite.")
     small, large = sorted(values.shape)
+    values = values / max(np.abs(values).max(), np.finfo(np.float64).tiny)
     # The Gram matrix of the shorter side has the same spectrum and is far cheaper.
     gram = values @ values.T if values.shape[0] == small else values.T @ values
     squares = np.maximum(np.linalg.eigvalsh(gram)[::-1], 0)

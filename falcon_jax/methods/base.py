@@ -88,6 +88,14 @@ class Method(abc.ABC):
         """
         return None
 
+    def factors(self, spec: ConvSpec) -> tuple[str, ...]:
+        """Return the names of parameters in each of which the kernel is linear.
+
+        With them, `fit` spreads the scale of extreme kernels over parameters; without, a kernel
+        whose parameters are out of range is refused.
+        """
+        return ()
+
     def for_layer(
         self, spec: ConvSpec, kernels: Float[Array, "layers *kernel_shape"] | None = None
     ) -> "Method":

@@ -208,6 +208,14 @@ class Chain(Method):
                 params |= {f"{name}_{part}": value for part, value in inner.items()}
         return params
 
+    def factors(self, spec: ConvSpec) -> tuple[str, ...]:
+        """Return the names of parameters in each of which the kernel is linear."""
+        names: list[str] = []
+        for name, stage, method in self._stages(spec, rank=1):
+            inner = None if method is None else method.factors(stage)
+            names += [name] if inner is None else [f"{name}_{part}" for part in inner]
+        return tuple(names)
+
     def kernel(self, params: Params, spec: ConvSpec) -> Float[Array, "*kernel_shape"]:
         """Return the equivalent standard kernel."""
         kernels = [

@@ -108,6 +108,10 @@ class Decoupled(Method):
         """Return the equivalent standard kernel."""
         return self._separable(1).kernel(params, spec)
 
+    def factors(self, spec: ConvSpec) -> tuple[str, ...]:
+        """Return the names of parameters in each of which the kernel is linear."""
+        return self._separable(1).factors(spec)
+
     def apply(
         self,
         params: Params,

@@ -110,6 +110,10 @@ class DepthwiseSeparable(RankMethod):
         )
         return y.reshape(*batch, *y.shape[1:])
 
+    def factors(self, spec: ConvSpec) -> tuple[str, ...]:
+        """Return the names of parameters in each of which the kernel is linear."""
+        return ("depthwise", "pointwise")
+
     def with_gain(self, params: Params, gain: Float[Array, "*stack n"]) -> Params:
         """Return parameters of the kernel with output channels multiplied by a gain."""
         return params | {"pointwise": scale_outputs(params["pointwise"], gain)}

@@ -175,6 +175,10 @@ class Falcon(RankMethod):
             precision=precision,
         )
 
+    def factors(self, spec: ConvSpec) -> tuple[str, ...]:
+        """Return the names of parameters in each of which the kernel is linear."""
+        return ("pointwise", "depthwise")
+
     def with_gain(self, params: Params, gain: Float[Array, "*stack n"]) -> Params:
         """Return parameters of the kernel with output channels multiplied by a gain."""
         return params | {"depthwise": scale_outputs(params["depthwise"], gain)}

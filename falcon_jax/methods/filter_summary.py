@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from falcon_jax import ops
 from falcon_jax.fitting.filter_summary import gather_segments, neighbour_order, shared_means
+from falcon_jax.fitting.scale import largest_exponent
 from falcon_jax.methods.base import Cost, Method, Params, flatten_batch, standard_cost
 from falcon_jax.methods.registry import register
 from falcon_jax.methods.spec import ConvSpec
@@ -54,6 +55,10 @@ class SummaryMethod(Method):
         self.require(spec)
         bound = 1 / math.sqrt(_filter_size(spec))
         return jax.random.uniform(key, (self.length(spec),), minval=-bound, maxval=bound)
+
+    def factors(self, spec: ConvSpec) -> tuple[str, ...]:
+        """Return the names of parameters in each of which the kernel is linear."""
+        return ("summary",)
 
     def apply(
         self,
@@ -152,6 +157,7 @@ class FilterSummary(SummaryMethod):
         if isinstance(kernels, Tracer):
             raise ValueError("the order of filters cannot be found under jit; decide it before.")
         layers = np.stack([np.asarray(_filters(k, spec), np.float64) for k in kernels])
+        layers = np.ldexp(layers, -largest_exponent(layers))
         order = neighbour_order(layers, self._starts(spec), self.length(spec))
         return dataclasses.replace(self, reorder=order or False)
 

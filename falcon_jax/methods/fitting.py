@@ -1,18 +1,23 @@
 """`fit`: one trained kernel in, the parameters of a method out, by a solver of one's choice."""
 
+import functools
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from falcon_jax.fitting import AdamWSettings, fit_adamw
+from falcon_jax.fitting.scale import at_safe_scale, largest_exponent, times_power_of_two
 from falcon_jax.methods.base import Method, Params, check_form
 from falcon_jax.methods.spec import ConvSpec
 
 Solver = Literal["exact", "adamw", "random"]
+
+_ADAMW_REACH = 10  # powers of two from 1, beyond which steps of the paper's size lead nowhere
 
 
 def fit(
@@ -28,7 +33,8 @@ def fit(
 
     ``min_params || kernel - method.kernel(params) ||_F``
 
-    A pure function of ``kernel``: works under jit, vmap and grad.
+    A pure function of ``kernel``: works under jit, vmap and grad. The parameters are finite if the
+    kernel is, however large or small.
 
     Args:
         kernel: trained kernel of shape ``(*kernel_size, M / groups, N)``.
@@ -45,7 +51,8 @@ def fit(
 
     Raises:
         ValueError: if the method cannot replace the convolution, the kernel does not belong to
-            ``spec`` or holds a value that is not finite, or there is no such solver.
+            ``spec`` or holds a value that is not finite, its type cannot hold the parameters, or
+            there is no such solver.
 
     Reference:
         FALCON, Algorithm 1, stage 1.
@@ -64,13 +71,36 @@ def fit(
     if settings is not None and solver != "adamw":
         raise ValueError(f"settings are for solver='adamw'; solver={solver!r} has none.")
     check_solver(solver)
+    params = _fit(kernel, method, solver, spec, key, settings)
+    if not all(isinstance(p, Tracer) or np.isfinite(np.asarray(p)).all() for p in params.values()):
+        raise ValueError(
+            f"the parameters of {method} for this kernel are not finite in {kernel.dtype}; scale "
+            "the kernel down, or fit it in a wider type, such as kernel.astype('float32')."
+        )
+    return params
+
+
+def _fit(
+    kernel: Array,
+    method: Method,
+    solver: Solver,
+    spec: ConvSpec,
+    key: PRNGKeyArray | None,
+    settings: AdamWSettings | None,
+) -> Params:
     if solver == "exact":
-        return method.fit(kernel, spec)
+        return at_safe_scale(lambda k: method.fit(k, spec), kernel, method.factors(spec))
     method = method.for_layer(spec, kernel[None])
     initial = method.init(jax.random.key(0) if key is None else key, spec)
     if solver == "random":
         return {name: value.astype(kernel.dtype) for name, value in initial.items()}
-    return fit_adamw(kernel, initial, lambda params: method.kernel(params, spec), settings)[0]
+    build = functools.partial(method.kernel, spec=spec)
+    return at_safe_scale(
+        lambda k: fit_adamw(k, initial, build, settings)[0],
+        kernel,
+        method.factors(spec),
+        near=_ADAMW_REACH,
+    )
 
 
 def check_solver(solver: str) -> None:
@@ -132,9 +162,9 @@ def relative_error(
     k, a = k.astype(dtype), a.astype(dtype)
     check_finite(k, "the kernel")
     check_finite(a, "the approximation")
-    # Dividing by the largest entry first keeps the squares of tiny and huge kernels in range.
-    scale = jnp.maximum(jnp.max(jnp.abs(k), initial=0), jnp.max(jnp.abs(a), initial=0))
-    k, a = k / jnp.where(scale > 0, scale, 1), a / jnp.where(scale > 0, scale, 1)
+    # At the scale of the larger one, where squares are in range.
+    exponent = largest_exponent(k, a)
+    k, a = times_power_of_two(k, -exponent), times_power_of_two(a, -exponent)
     norm = jnp.sqrt(jnp.sum(k * k))
     error = jnp.sqrt(jnp.sum((k - a) ** 2))
     return jnp.where(norm > 0, error / jnp.where(norm > 0, norm, 1), error)

@@ -143,6 +143,10 @@ class Tucker(Method):
         y = ops.pointwise_conv(y, params["outer"], precision=precision)
         return y.reshape(*batch, *y.shape[1:])
 
+    def factors(self, spec: ConvSpec) -> tuple[str, ...]:
+        """Return the names of parameters in each of which the kernel is linear."""
+        return ("inner", "core", "outer")
+
     def with_gain(self, params: Params, gain: Float[Array, "*stack n"]) -> Params:
         """Return parameters of the kernel with output channels multiplied by a gain."""
         return params | {"outer": scale_outputs(params["outer"], gain)}

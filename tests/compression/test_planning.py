@@ -89,6 +89,19 @@ def test_errors_and_energies_are_those_of_a_float64_svd(method):
         assert row.energy == pytest.approx(1 - share**2, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [("float32", 3.4e38), ("float32", 1e-40), ("float16", 6.5e4)]
+)
+def test_errors_of_kernels_at_the_ends_of_their_type(dtype, scale):
+    model, method = conv(3, 8, param_dtype=dtype, rngs=nnx.Rngs(0)), fj.Falcon()
+    kernel = np.random.default_rng(0).uniform(-1, 1, (3, 3, 3, 8))
+    kernel[0, 0, 0, 0] = 1
+    model.kernel[...] = jnp.asarray((kernel * scale).astype(dtype))
+    (row,) = fj.make_plan(model, [fj.Rule(method=method)]).rows
+    expected = optimum(kernel, method) / np.linalg.norm(kernel)
+    assert row.error == pytest.approx(expected, rel=1e-3)
+
+
 def test_errors_of_stacked_layers_are_over_the_whole_stack():
     model = Scanned(nnx.Rngs(0))
     plan = fj.make_plan(model, [fj.Rule(path="layers", method=fj.Falcon())])

@@ -275,3 +275,93 @@ def test_relative_error_is_that_of_float64():
         )
     zeros = jnp.zeros((3, 3, 4, 8))
     assert float(fj.relative_error(zeros, zeros)) == 0
+    ends = [(jnp.full(4, sign * 3.4e38), jnp.full(4, -1e38)) for sign in (1, -1)]
+    ends.append((jnp.asarray(np.full(4, 1e-40, np.float32)), jnp.zeros(4)))
+    for (a, b), expected in zip(ends, (4.4 / 3.4, 2.4 / 3.4, 1), strict=True):
+        assert float(fj.relative_error(a, b)) == pytest.approx(expected, rel=1e-5)
+
+
+EXTREMES = [("float32", 3.4e38), ("float32", 1e-40), ("bfloat16", 3.3e38), ("float16", 6.5e4)]
+LINEAR = [
+    fj.Falcon(),
+    fj.DepthwiseSeparable(rank=4),
+    fj.CP(rank=3),
+    fj.Tucker(rank=(2, 3)),
+    fj.FilterSummary(),
+    fj.DifferentiableFilterSummary(),
+    fj.SpatialDecomposition(rank=2, inner=fj.Falcon()),
+]
+
+
+def extreme_kernel(scale, dtype):
+    kernel = np.random.default_rng(0).normal(size=(3, 3, 4, 6))
+    return jnp.asarray((kernel / np.abs(kernel).max() * scale).astype(jnp.dtype(dtype)))
+
+
+def error_of(params, kernel, method):
+    """Return the relative error, in float64, at a scale where nothing is out of range."""
+    spec = fj.ConvSpec.of_kernel(kernel.shape)
+    wide = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    assert all(np.isfinite(value).all() for value in wide.values())
+    k = np.asarray(kernel, np.float64)
+    exponent = int(np.log2(np.abs(k).max()))
+    name = method.factors(spec)[0]
+    with jax.enable_x64(True):
+        scaled = wide | {name: np.ldexp(wide[name], -exponent)}
+        found = method.kernel({n: jnp.asarray(v) for n, v in scaled.items()}, spec)
+    k = np.ldexp(k, -exponent)
+    return np.linalg.norm(k - np.asarray(found)) / np.linalg.norm(k)
+
+
+@pytest.mark.parametrize("method", LINEAR, ids=lambda method: method.label())
+def test_kernels_at_the_ends_of_their_type_are_fitted_as_any_other(method):
+    plain = extreme_kernel(1, "float32")
+    expected = error_of(fj.fit(plain, method), plain, method)
+    for dtype, scale in EXTREMES:
+        kernel = extreme_kernel(scale, dtype)
+        params = fj.fit(kernel, method)
+        assert {value.dtype for value in params.values()} == {jnp.dtype(dtype)}
+        assert error_of(params, kernel, method) == pytest.approx(expected, rel=0.01)
+
+
+def test_traced_and_stacked_kernels_at_the_ends_of_their_type():
+    large, small = extreme_kernel(3.4e38, "float32"), extreme_kernel(1e-30, "float32")
+    method = fj.Falcon()
+    together = jax.jit(jax.vmap(lambda kernel: fj.fit(kernel, method)))(jnp.stack([large, small]))
+    for index, kernel in enumerate([large, small]):
+        params = {name: value[index] for name, value in together.items()}
+        expected = error_of(fj.fit(kernel, method), kernel, method)
+        assert error_of(params, kernel, method) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("exponent", [126, -120, -140])
+def test_adamw_fits_extreme_kernels_as_those_of_unit_size(exponent):
+    unit, method = extreme_kernel(0.9, "float32"), fj.Tucker(rank=2)
+    settings = fj.AdamWSettings(steps=2)
+    kernel = jnp.asarray(np.ldexp(np.asarray(unit), exponent))
+    params = fj.fit(kernel, method, "adamw", settings=settings)
+    expected = error_of(fj.fit(unit, method, "adamw", settings=settings), unit, method)
+    assert error_of(params, kernel, method) == pytest.approx(expected, rel=1e-2)
+
+
+def test_a_rank_by_energy_does_not_depend_on_the_scale():
+    method, ranks = fj.Falcon(rank=fj.Energy(0.9)), set()
+    for scale in (1, 3.4e38, 1e-40):
+        kernel = extreme_kernel(scale, "float32")
+        ranks.add(method.for_layer(fj.ConvSpec.of_kernel(kernel.shape), kernel[None]).rank)
+    matrices = np.float64(extreme_kernel(1, "float32")).reshape(9, 4, 6).transpose(2, 0, 1)
+    energies = (np.linalg.svd(matrices, compute_uv=False) ** 2).sum(axis=0)
+    kept = np.cumsum(energies) / energies.sum()
+    assert ranks == {int(np.argmax(kept >= 0.9)) + 1}
+
+
+def test_parameters_out_of_range_are_refused_where_no_factors_are_known():
+    class Doubling(fj.FilterSummary):
+        def factors(self, spec):
+            return ()
+
+        def fit(self, kernel, spec):
+            return {"summary": 2 * super().fit(kernel, spec)["summary"]}
+
+    with pytest.raises(ValueError, match=r"are not finite in float16.*a wider type"):
+        fj.fit(jnp.full((3, 3, 4, 8), 6e4, jnp.float16), Doubling())
