@@ -232,6 +232,7 @@ def _draw(seed: int, *shape: int) -> Array:
 
 
 def float64(values: ArrayLike) -> Float64[np.ndarray, "*shape"]:
+    """Return values as NumPy's float64."""
     # Through float32: NumPy has no cast of its own from bfloat16.
     return np.asarray(np.asarray(values, np.float32), np.float64)
 
