@@ -10,7 +10,8 @@ check(MyMethod(rank=2))
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,44 +62,46 @@ def standard_conv(
     Reference:
         FALCON, Equations 1 and 2.
     """
-    x, kernel = float64(x), float64(kernel)
+    values, taps = float64(x), float64(kernel)
     axes = len(spec.kernel_size)
-    batch = x.shape[: -1 - axes]
-    x = x.reshape(-1, *x.shape[-1 - axes :])
-    pads = ((0, 0), *_pads(spec, x.shape[1:-1]), (0, 0))
+    batch = values.shape[: -1 - axes]
+    values = values.reshape(-1, *values.shape[-1 - axes :])
+    pads: Any = ((0, 0), *_pads(spec, values.shape[1:-1]), (0, 0))
     if spec.padding in ("CIRCULAR", "REFLECT"):
-        x = np.pad(x, pads, mode={"CIRCULAR": "wrap", "REFLECT": "reflect"}[str(spec.padding)])
-        pads = ((0, 0),) * x.ndim
-    sizes = [(n - 1) * d + 1 for n, d in zip(x.shape[1:-1], spec.input_dilation, strict=True)]
-    dilated = np.zeros((x.shape[0], *sizes, x.shape[-1]))
-    dilated[(slice(None), *(slice(None, None, d) for d in spec.input_dilation))] = x
-    x = np.pad(dilated, pads)
+        values = np.pad(
+            values, pads, mode={"CIRCULAR": "wrap", "REFLECT": "reflect"}[str(spec.padding)]
+        )
+        pads = ((0, 0),) * values.ndim
+    sizes = [(n - 1) * d + 1 for n, d in zip(values.shape[1:-1], spec.input_dilation, strict=True)]
+    dilated = np.zeros((values.shape[0], *sizes, values.shape[-1]))
+    dilated[(slice(None), *(slice(None, None, d) for d in spec.input_dilation))] = values
+    values = np.pad(dilated, pads)
     sizes = [
         (n - (k - 1) * d - 1) // s + 1
         for n, k, d, s in zip(
-            x.shape[1:-1], spec.kernel_size, spec.kernel_dilation, spec.strides, strict=True
+            values.shape[1:-1], spec.kernel_size, spec.kernel_dilation, spec.strides, strict=True
         )
     ]
     groups, m = spec.feature_group_count, spec.group_in_features
     width = spec.out_features // groups
-    y = np.zeros((x.shape[0], *sizes, spec.out_features))
+    y = np.zeros((values.shape[0], *sizes, spec.out_features))
     for tap in np.ndindex(*spec.kernel_size):
         window = tuple(
             slice(t * d, t * d + (n - 1) * s + 1, s)
             for t, d, n, s in zip(tap, spec.kernel_dilation, sizes, spec.strides, strict=True)
         )
-        seen = x[(slice(None), *window)]
+        seen = values[(slice(None), *window)]
         for group in range(groups):
             inputs = slice(group * m, (group + 1) * m)
             outputs = slice(group * width, (group + 1) * width)
-            y[..., outputs] += seen[..., inputs] @ kernel[tap][:, outputs]
+            y[..., outputs] += seen[..., inputs] @ taps[tap][:, outputs]
     return y.reshape(*batch, *y.shape[1:])
 
 
 def check_is_a_value(method: Method) -> None:
     """Check that a method is a frozen value that its plain data describe."""
-    assert dataclasses.is_dataclass(method)
-    assert hash(method) == hash(dataclasses.replace(method))
+    value: Any = method
+    assert hash(method) == hash(dataclasses.replace(value))
     _, decided, _, _ = next(_cases(method))
     data = json.loads(json.dumps(decided.options()))
     assert get_method(method.name, **data) == decided
@@ -170,7 +173,7 @@ def check_transformations(method: Method) -> None:
             precision=lax.Precision.HIGHEST,
         )
 
-    def everything(function: Callable[[Params, Array], Array]) -> tuple:
+    def everything(function: Callable[[Params, Array], Array]) -> Any:
         y, pull = jax.vjp(function, params, x)
         _, tangent = jax.jvp(lambda x: function(params, x), (x,), (direction,))
         rows = jax.vmap(function, in_axes=(None, 0))(params, x[:, None])[:, 0]
@@ -217,7 +220,7 @@ METHOD_CHECKS: tuple[Callable[[Method], None], ...] = (
 )
 
 
-def _cases(method: Method):
+def _cases(method: Method) -> Iterator[tuple[ConvSpec, Method, Array, Params]]:
     """Yield spec, the method as that layer needs it, a kernel, and the parameters fitted to it."""
     supported = [spec for spec in SPECS if method.supports(spec) is None]
     assert supported, f"{method} supports none of {SPECS}"
@@ -237,7 +240,7 @@ def float64(values: ArrayLike) -> Float64[np.ndarray, "*shape"]:
     return np.asarray(np.asarray(values, np.float32), np.float64)
 
 
-def _pads(spec: ConvSpec, spatial: tuple[int, ...]):
+def _pads(spec: ConvSpec, spatial: tuple[int, ...]) -> Any:
     """Return the points added to each axis of the (dilated) input, as lax and Flax have them."""
     extents = [(k - 1) * d + 1 for k, d in zip(spec.kernel_size, spec.kernel_dilation, strict=True)]
     if spec.padding in ("SAME", "SAME_LOWER", "VALID"):
