@@ -1,6 +1,7 @@
 """falcon_jax: trained convolutional networks made smaller and faster, in JAX and Flax."""
 
 from falcon_jax import convert as convert
+from falcon_jax import methods as methods
 from falcon_jax import models as models
 from falcon_jax import ops as ops
 from falcon_jax.compression import Inputs as Inputs
@@ -42,6 +43,7 @@ from falcon_jax.methods import Falcon as Falcon
 from falcon_jax.methods import FilterSummary as FilterSummary
 from falcon_jax.methods import Method as Method
 from falcon_jax.methods import SpatialDecomposition as SpatialDecomposition
+from falcon_jax.methods import TensorTrain as TensorTrain
 from falcon_jax.methods import Tucker as Tucker
 from falcon_jax.methods import fit as fit
 from falcon_jax.methods import get_method as get_method

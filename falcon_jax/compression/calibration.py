@@ -16,7 +16,6 @@ from falcon_jax.compression.inspection import Model, inspect_model
 from falcon_jax.compression.nnx_layers import with_calls_wrapped
 from falcon_jax.compression.nnx_tree import map_modules, named_modules
 from falcon_jax.compression.plan import Plan
-from falcon_jax.methods import ResponseMethod
 from falcon_jax.nn.method_conv import MethodConv
 
 # A layer's calls: input and output of each.
@@ -63,7 +62,7 @@ def calibrate(
     if not (isinstance(model, nnx.Module) and isinstance(compressed, nnx.Module)):
         raise ValueError(f"calibrate takes NNX models; got {type(model).__name__}.")
     check_plan(plan, inspect_model(model, None, None).layers)
-    rows = {r.path: r for r in plan.replaced if isinstance(r.method, ResponseMethod)}
+    rows = {r.path: r for r in plan.replaced if r.method and r.method.fits_responses()}
     if not rows:
         raise ValueError(
             "no layer of the plan can be fitted to responses; ChannelDecomposition is a method "
@@ -84,7 +83,7 @@ def calibrate(
                 f"the plan replaces {path!r} by {method}, but the compressed model has not got it "
                 "there. Give the model that compress(model, plan) returned, and this plan."
             )
-        assert isinstance(conv, nnx.Conv) and isinstance(method, ResponseMethod)
+        assert isinstance(conv, nnx.Conv) and method is not None
         pick = jax.random.fold_in(key, index)
         answers = [conv(x) for x, _ in _record(copy, [path], inputs)[path]]
         responses = _sampled(answers, pick, positions)

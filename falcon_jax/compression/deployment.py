@@ -15,7 +15,6 @@ from falcon_jax.compression.inspection import Model
 from falcon_jax.compression.linen_layers import default_rngs
 from falcon_jax.compression.nnx_tree import in_evaluation, map_modules
 from falcon_jax.compression.tracing import inner_jaxprs
-from falcon_jax.methods import Falcon
 from falcon_jax.nn.method_conv import MethodConv
 from falcon_jax.ops import conv_on_small_maps
 
@@ -105,11 +104,11 @@ def _linen_call(
 
 
 def _with_built_kernel(path: str, module: nnx.Module) -> nnx.Module | None:
-    """Return the standard convolution for a FALCON layer that would build its kernel."""
-    if not isinstance(module, MethodConv) or not isinstance(module.method, Falcon):
+    """Return the standard convolution for a layer whose method would build its kernel."""
+    if not isinstance(module, MethodConv) or not module.method.builds_kernel():
         return None
-    spec, params = module.spec, module.params
-    if module.method.impl != "gep" or params["pointwise"].ndim > 3:
+    spec, kernel = module.spec, module.kernel
+    if kernel.ndim > len(spec.kernel_shape):  # stacked
         return None
     conv = nnx.Conv(
         spec.in_features,
@@ -127,7 +126,7 @@ def _with_built_kernel(path: str, module: nnx.Module) -> nnx.Module | None:
         kernel_init=nnx.initializers.zeros_init(),
         rngs=nnx.Rngs(0),
     )
-    conv.kernel[...] = module.method.kernel(params, spec)
+    conv.kernel[...] = kernel
     if module.bias is not None:
         conv.bias = nnx.Param(module.bias[...])
     return conv

@@ -2,8 +2,10 @@
 
 import abc
 import dataclasses
+import functools
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -35,11 +37,22 @@ class Cost:
 class Method(abc.ABC):
     """A way to replace a standard convolution.
 
-    Subclasses are frozen keyword-only dataclasses. The bias is not theirs: whoever applies the
-    method adds it.
+    Subclasses are frozen keyword-only dataclasses with a ``name``, decorated with
+    `falcon_jax.methods.register`. An author writes `supports`, `init`, `fit`, `kernel`, `apply` and
+    `cost`; what every method would repeat is done around them:
+
+    - `init` and `fit` are called only for what `supports` takes, and a kernel that belongs to it;
+    - `apply` gets one batch axis, whatever ``x`` has;
+    - the bias is nobody's business: `apply` adds none, `cost` counts none, whoever calls does.
     """
 
     name: ClassVar[str]
+
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        for name, around in _AROUND.items():
+            if name in vars(cls) and not getattr(vars(cls)[name], "__isabstractmethod__", False):
+                setattr(cls, name, around(vars(cls)[name]))
 
     @abc.abstractmethod
     def supports(self, spec: ConvSpec) -> str | None:
@@ -70,11 +83,47 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def cost(self, spec: ConvSpec, input_shape: Sequence[int]) -> Cost:
-        """Return the cost for one example of shape ``(*spatial, M)`` (batch axes are ignored)."""
+        """Return the cost for one example of shape ``(*spatial, M)`` (batch axes are ignored).
+
+        As an author writes it, without a bias; as it is called, with the one that ``spec`` has.
+        """
 
     def forms(self) -> tuple["Method", ...]:
         """Return the method in every way that it can be computed, with the same result."""
         return (self,)
+
+    def builds_kernel(self) -> bool:
+        """Return whether `apply` builds the standard kernel in every call."""
+        return False
+
+    def fits_responses(self) -> bool:
+        """Return whether the method can be fitted by `fit_responses`."""
+        return False
+
+    def fit_responses(
+        self,
+        kernel: Float[Array, "*kernel_shape"],
+        bias: Float[Array, " n"] | None,
+        spec: ConvSpec,
+        responses: Float[Array, "samples n"],
+        targets: Float[Array, "samples n"],
+    ) -> tuple[Params, Float[Array, " n"] | None]:
+        """Return the parameters and the bias that bring the responses nearest to the targets.
+
+        Args:
+            kernel: of the trained convolution.
+            bias: of the trained convolution, or None.
+            spec: the convolution.
+            responses: what the trained convolution gives for the inputs that the method will get.
+            targets: what it gives for the inputs that it got in the trained network.
+
+        Returns:
+            The method's parameters, and a bias unless ``bias`` is None.
+
+        Raises:
+            TypeError: if the method cannot, as `fits_responses` says.
+        """
+        raise TypeError(f"{self.name} cannot be fitted to responses.")
 
     def with_gain(self, params: Params, gain: Float[Array, "*stack n"]) -> Params | None:
         """Return parameters of a kernel whose output channels are multiplied by a gain.
@@ -153,32 +202,6 @@ def check_form(kernel: Float[Array, "*kernel_shape"], spec: ConvSpec) -> None:
         )
 
 
-class ResponseMethod(Method):
-    """A method that can be fitted to what a layer answers to data, not only to its kernel."""
-
-    @abc.abstractmethod
-    def fit_responses(
-        self,
-        kernel: Float[Array, "*kernel_shape"],
-        bias: Float[Array, " n"] | None,
-        spec: ConvSpec,
-        responses: Float[Array, "samples n"],
-        targets: Float[Array, "samples n"],
-    ) -> tuple[Params, Float[Array, " n"] | None]:
-        """Return the parameters and the bias that bring the responses nearest to the targets.
-
-        Args:
-            kernel: of the trained convolution.
-            bias: of the trained convolution, or None.
-            spec: the convolution.
-            responses: what the trained convolution gives for the inputs that the method will get.
-            targets: what it gives for the inputs that it got in the trained network.
-
-        Returns:
-            The method's parameters, and a bias unless ``bias`` is None.
-        """
-
-
 def standard_cost(spec: ConvSpec, input_shape: Sequence[int]) -> Cost:
     """Return the cost of the standard convolution.
 
@@ -253,3 +276,67 @@ def flatten_batch(
     spatial = spatial_shape(spec, x.shape)
     batch = x.shape[: x.ndim - len(spatial) - 1]
     return x.reshape(math.prod(batch), *spatial, x.shape[-1]), batch
+
+
+def _supported(function: Callable[..., Params]) -> Callable[..., Params]:
+    """Return `init` for convolutions that the method supports."""
+
+    @functools.wraps(function)
+    def init(self: Method, key: PRNGKeyArray, spec: ConvSpec) -> Params:
+        self.require(spec)
+        return function(self, key, spec)
+
+    return init
+
+
+def _belonging(function: Callable[..., Params]) -> Callable[..., Params]:
+    """Return `fit` for kernels that belong to a convolution that the method supports."""
+
+    @functools.wraps(function)
+    def fit(self: Method, kernel: Array, spec: ConvSpec) -> Params:
+        self.require(spec, kernel)
+        return function(self, kernel, spec)
+
+    return fit
+
+
+def _batched(function: Callable[..., Array]) -> Callable[..., Array]:
+    """Return `apply` for any number of batch axes."""
+    takes_precision = "precision" in inspect.signature(function).parameters
+
+    @functools.wraps(function)
+    def apply(
+        self: Method,
+        params: Params,
+        x: Array,
+        spec: ConvSpec,
+        *,
+        precision: lax.PrecisionLike = None,
+    ) -> Array:
+        flat, batch = flatten_batch(x, spec)
+        options = {"precision": precision} if takes_precision else {}
+        y = function(self, params, flat, spec, **options)
+        return y.reshape(*batch, *y.shape[1:])
+
+    return apply
+
+
+def _with_bias(function: Callable[..., Cost]) -> Callable[..., Cost]:
+    """Return `cost` with that of the bias."""
+
+    @functools.wraps(function)
+    def cost(self: Method, spec: ConvSpec, input_shape: Sequence[int]) -> Cost:
+        spatial = spatial_shape(spec, input_shape)
+        bare = dataclasses.replace(spec, use_bias=False)
+        points = math.prod(spec.output_shape(spatial))
+        return function(self, bare, (*spatial, spec.in_features)) + bias_cost(spec, points)
+
+    return cost
+
+
+_AROUND: dict[str, Callable[[Any], Any]] = {
+    "init": _supported,
+    "fit": _belonging,
+    "apply": _batched,
+    "cost": _with_bias,
+}

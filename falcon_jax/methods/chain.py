@@ -1,4 +1,4 @@
-"""Two convolutions in place of one, each of which can be given to another method."""
+"""Convolutions one after another in place of one: stages, and a factorisation of the kernel."""
 
 import abc
 import dataclasses
@@ -15,16 +15,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from falcon_jax import ops
 from falcon_jax.fitting.energy import smallest_rank
 from falcon_jax.fitting.low_rank import best_low_rank
-from falcon_jax.methods.base import (
-    Cost,
-    Method,
-    Params,
-    bias_cost,
-    flatten_batch,
-    spatial_shape,
-    standard_cost,
-    unit_gain,
-)
+from falcon_jax.methods.base import Cost, Method, Params, scale_outputs, standard_cost, unit_gain
 from falcon_jax.methods.channel_ranks import Budget
 from falcon_jax.methods.ranks import Energy
 from falcon_jax.methods.registry import get_method, method_from
@@ -36,20 +27,240 @@ ChainRank = int | Literal["full"] | Energy | Budget
 Inner = Method | Mapping[str, Any] | str | None
 
 
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One convolution of a chain.
+
+    Attributes:
+        name: of its parameters.
+        out_features: channels that it gives.
+        axes: spatial axes whose taps, strides, padding and dilations it carries; none for a
+            pointwise stage.
+        depthwise: whether every channel is convolved by itself.
+    """
+
+    name: str
+    out_features: int
+    axes: tuple[int, ...] = ()
+    depthwise: bool = False
+
+    def of(self, spec: ConvSpec, in_features: int) -> ConvSpec:
+        """Return the stage's convolution, without bias, in a chain in place of ``spec``."""
+
+        def own(values: Sequence[Any], rest: Any) -> tuple[Any, ...]:
+            return tuple(v if axis in self.axes else rest for axis, v in enumerate(values))
+
+        padding = spec.padding
+        if not self.axes:
+            padding = "VALID"
+        elif not isinstance(padding, str):
+            padding = own(padding, (0, 0))
+        return ConvSpec(
+            kernel_size=own(spec.kernel_size, 1),
+            in_features=in_features,
+            out_features=self.out_features,
+            strides=own(spec.strides, 1),
+            padding=padding,
+            input_dilation=own(spec.input_dilation, 1),
+            kernel_dilation=own(spec.kernel_dilation, 1),
+            feature_group_count=in_features if self.depthwise else 1,
+            use_bias=False,
+        )
+
+    def stored(self, kernel: Float[Array, "*stage_kernel_shape"]) -> Array:
+        """Return a stage's kernel as it is kept: pointwise and depthwise ones without axes of 1."""
+        if not self.axes:
+            return kernel.reshape(kernel.shape[-2:])
+        if self.depthwise:
+            return kernel.reshape(*(kernel.shape[axis] for axis in self.axes), kernel.shape[-1])
+        return kernel
+
+
 class Chain(Method):
-    """A convolution to a few channels, and a second one from there to N.
+    """A method that is a chain of convolutions.
 
-    The kernel, seen as one matrix, is approximated by a matrix of low rank; each factor is the
-    kernel of one of the two. Subclasses are dataclasses with the fields ``rank`` and ``inner``.
+    Each spatial axis belongs to one stage, so that the kernel is the product of the stages' kernels
+    over their channels. Subclasses are dataclasses with a field ``rank``; they declare `stages` and
+    a factorisation, `factorize`, and name the last stage. The parameters of a stage are its kernel,
+    under the stage's name.
+    """
 
-    The parameters of a stage that stays a convolution are its kernel, under the stage's name (a
-    matrix where it is 1x1). Those of a stage that is given to another method are that method's,
-    under ``STAGE_NAME``.
+    rank: Any
+    last_stage: ClassVar[str]
+
+    @abc.abstractmethod
+    def stages(self, spec: ConvSpec, rank: Any) -> tuple[Stage, ...]:
+        """Return the stages; ``rank`` is what `decided_rank` returned."""
+
+    def smallest_rank(self, spec: ConvSpec) -> Any:
+        """Return the least rank, or ranks, that there can be."""
+        return 1
+
+    @abc.abstractmethod
+    def factorize(
+        self, kernel: Float[Array, "*kernel_shape"], spec: ConvSpec, rank: Any
+    ) -> Sequence[Array]:
+        """Return the kernel of every stage, in any shape with the same order of entries."""
+
+    @abc.abstractmethod
+    def decided_rank(
+        self, spec: ConvSpec, kernels: Float[Array, "layers *kernel_shape"] | None = None
+    ) -> Any:
+        """Return the rank, or the ranks, in numbers.
+
+        Args:
+            spec: the convolution.
+            kernels: as in `for_layer`.
+        """
+
+    def inner_methods(self, specs: Sequence[ConvSpec]) -> tuple[Method | None, ...]:
+        """Return the method that each stage is given to; None for one that stays a convolution."""
+        return (None,) * len(specs)
+
+    def supports(self, spec: ConvSpec) -> str | None:
+        """Return None, or the reason why the method cannot replace such a convolution."""
+        if spec.feature_group_count != 1:
+            return f"{self.name} is for one feature group"
+        return None
+
+    def for_layer(
+        self, spec: ConvSpec, kernels: Float[Array, "layers *kernel_shape"] | None = None
+    ) -> "Chain":
+        """Return the method with the rank that a layer needs, in numbers."""
+        return dataclasses.replace(self, rank=self.decided_rank(spec, kernels))  # type: ignore[type-var]
+
+    def specs(self, spec: ConvSpec, rank: Any) -> dict[str, ConvSpec]:
+        """Return the convolution of every stage by name."""
+        found, features = {}, spec.in_features
+        for stage in self.stages(spec, rank):
+            found[stage.name] = stage.of(spec, features)
+            features = stage.out_features
+        return found
+
+    def factor_params(self, spec: ConvSpec, rank: Any) -> int:
+        """Return the parameters of all stages as convolutions."""
+        return sum(math.prod(stage.kernel_shape) for stage in self.specs(spec, rank).values())
+
+    def _walk(self, spec: ConvSpec, rank: Any) -> list[tuple[Stage, ConvSpec, Method | None]]:
+        specs = list(self.specs(spec, rank).values())
+        return list(zip(self.stages(spec, rank), specs, self.inner_methods(specs), strict=True))
+
+    def init(self, key: PRNGKeyArray, spec: ConvSpec) -> Params:
+        """Return random parameters that keep the variance, He on the last stage."""
+        params: Params = {}
+        walk = self._walk(spec, self.decided_rank(spec))
+        keys = jax.random.split(key, len(walk))
+        for index, (stage, own, method) in enumerate(walk):
+            if method is not None:
+                inner = method.init(keys[index], own)
+                params |= {f"{stage.name}_{part}": value for part, value in inner.items()}
+                continue
+            shape = own.kernel_shape
+            if index < len(walk) - 1:
+                kernel = unit_gain(keys[index], shape, own.taps * own.group_in_features)
+            else:
+                kernel = initializers.he_uniform()(keys[index], shape)
+            params[stage.name] = stage.stored(kernel)
+        return params
+
+    def fit(self, kernel: Float[Array, "*kernel_shape"], spec: ConvSpec) -> Params:
+        """Return the factorisation, its factors given to the inner methods."""
+        rank = self.decided_rank(spec, kernel[None])
+        return self.params_of(self.stage_kernels(kernel, spec, rank), spec, rank)
+
+    def stage_kernels(
+        self, kernel: Float[Array, "*kernel_shape"], spec: ConvSpec, rank: Any
+    ) -> tuple[Array, ...]:
+        """Return the kernels of the stages' convolutions that approximate a kernel."""
+        shapes = [stage.kernel_shape for stage in self.specs(spec, rank).values()]
+        found = self.factorize(kernel, spec, rank)
+        return tuple(factor.reshape(s) for factor, s in zip(found, shapes, strict=True))
+
+    def params_of(self, kernels: Sequence[Array], spec: ConvSpec, rank: Any) -> Params:
+        """Return the parameters of stages whose kernels are given, fitted by inner methods."""
+        params: Params = {}
+        for kernel, (stage, own, method) in zip(kernels, self._walk(spec, rank), strict=True):
+            kernel = kernel.reshape(own.kernel_shape)
+            if method is None:
+                params[stage.name] = stage.stored(kernel)
+            else:
+                inner = method.fit(kernel, own)
+                params |= {f"{stage.name}_{part}": value for part, value in inner.items()}
+        return params
+
+    def kernel(self, params: Params, spec: ConvSpec) -> Float[Array, "*kernel_shape"]:
+        """Return the equivalent standard kernel, the product of the stages' over their channels."""
+        whole: Array | None = None
+        for stage, own, method in self._walk(spec, self.decided_rank(spec)):
+            if method is None:
+                kernel = params[stage.name].reshape(own.kernel_shape)
+            else:
+                kernel = method.kernel(_of_stage(params, stage.name), own)
+            if whole is None:
+                whole = kernel
+            else:
+                # Kernels have taps on axes of their own: the others are 1 and broadcast.
+                whole = whole * kernel if stage.depthwise else whole @ kernel
+        assert whole is not None
+        return whole
+
+    def apply(
+        self,
+        params: Params,
+        x: Float[Array, "b *spatial m"],
+        spec: ConvSpec,
+        *,
+        precision: lax.PrecisionLike = None,
+    ) -> Float[Array, "b *spatial_out n"]:
+        """Convolve ``x`` by one stage after the other, without adding a bias."""
+        for stage, own, method in self._walk(spec, self.decided_rank(spec)):
+            if method is not None:
+                x = method.apply(_of_stage(params, stage.name), x, own, precision=precision)
+            elif not stage.axes:
+                x = ops.pointwise_conv(x, params[stage.name], precision=precision)
+            elif stage.depthwise:
+                kernel = params[stage.name].reshape(*own.kernel_size, own.out_features)
+                x = ops.depthwise_conv(x, kernel, **own.geometry)
+            else:
+                x = ops.conv(x, params[stage.name], **own.geometry, precision=precision)
+        return x
+
+    def factors(self, spec: ConvSpec) -> tuple[str, ...]:
+        """Return the names of parameters in each of which the kernel is linear."""
+        names: list[str] = []
+        for stage, own, method in self._walk(spec, self.smallest_rank(spec)):
+            inner = None if method is None else method.factors(own)
+            names += [stage.name] if inner is None else [f"{stage.name}_{part}" for part in inner]
+        return tuple(names)
+
+    def with_gain(self, params: Params, gain: Float[Array, "*stack n"]) -> Params | None:
+        """Return parameters of the kernel with output channels multiplied by a gain."""
+        last = self.last_stage
+        if last in params:
+            return params | {last: scale_outputs(params[last], gain)}
+        return None
+
+    def cost(self, spec: ConvSpec, input_shape: Sequence[int]) -> Cost:
+        """Return the cost of all stages, each at the output of the one before."""
+        spatial = tuple(input_shape[-1 - len(spec.kernel_size) : -1])
+        total = Cost(params=0, mult_adds=0)
+        for _, own, method in self._walk(spec, self.decided_rank(spec)):
+            shape = (*spatial, own.in_features)
+            total += standard_cost(own, shape) if method is None else method.cost(own, shape)
+            spatial = own.output_shape(spatial)
+        return total
+
+
+class LowRankChain(Chain):
+    """Two convolutions in place of one: the kernel, seen as one matrix, at a low rank.
+
+    Each factor is the kernel of one of the two, which may be given to another method in turn; the
+    parameters of such a stage are that method's, under ``STAGE_NAME``. Subclasses are dataclasses
+    with the fields ``rank`` and ``inner``.
     """
 
     rank: ChainRank
     inner: Inner | Sequence[Inner]
-    stage_names: ClassVar[tuple[str, str]]
 
     def __post_init__(self):
         rank = self.rank
@@ -68,24 +279,21 @@ class Chain(Method):
         object.__setattr__(self, "inner", inner)
 
     @abc.abstractmethod
-    def stages(self, spec: ConvSpec, rank: int) -> tuple[ConvSpec, ConvSpec]:
-        """Return the two convolutions, without bias."""
-
-    @abc.abstractmethod
-    def matrix(self, kernel: Float[Array, "*kernel_shape"], spec: ConvSpec) -> Float[Array, "p q"]:
+    def matrix(self, kernel: Float[Array, "*kernel_shape"]) -> Float[Array, "p q"]:
         """Return the kernel as the matrix that is the product of the factors."""
 
     @abc.abstractmethod
-    def stage_kernels(
+    def from_factors(
         self, left: Float[Array, "p rank"], right: Float[Array, "rank q"], spec: ConvSpec
-    ) -> tuple[Float[Array, "*first_shape"], Float[Array, "*second_shape"]]:
+    ) -> tuple[Array, Array]:
         """Return the kernels of the two convolutions that a pair of factors stands for."""
 
-    @abc.abstractmethod
-    def joined(
-        self, first: Float[Array, "*first_shape"], second: Float[Array, "*second_shape"]
-    ) -> Float[Array, "*kernel_shape"]:
-        """Return the kernel that two convolutions are together."""
+    def factorize(
+        self, kernel: Float[Array, "*kernel_shape"], spec: ConvSpec, rank: int
+    ) -> tuple[Array, Array]:
+        """Return the kernels of the two convolutions of the best approximation."""
+        left, right = best_low_rank(self.matrix(kernel)[None], rank=rank)
+        return self.from_factors(left[0], right[0], spec)
 
     def options(self) -> dict[str, Any]:
         """Return the settings as plain data."""
@@ -103,157 +311,71 @@ class Chain(Method):
 
     def supports(self, spec: ConvSpec) -> str | None:
         """Return None, or the reason why the method cannot replace such a convolution."""
-        if spec.feature_group_count != 1:
-            return f"{self.name} is for one feature group"
+        if (reason := super().supports(spec)) is not None:
+            return reason
         most = self._full_rank(spec)
         if isinstance(self.rank, int) and self.rank > most:
             return f"rank {self.rank} is more than {most}, with which every kernel is exact"
         if isinstance(self.rank, Budget):
-            reason = self.rank.reason(spec, self._factor_params(spec, 1))
+            reason = self.rank.reason(spec, self.factor_params(spec, self.smallest_rank(spec)))
             if reason is not None:
                 return reason
         # The energy of a kernel that is yet to come can ask for any rank.
-        rank = most if isinstance(self.rank, Energy) else self._rank(spec)
-        for name, stage, method in self._stages(spec, rank):
-            reason = None if method is None else method.supports(stage)
+        rank = most if isinstance(self.rank, Energy) else self.decided_rank(spec)
+        for stage, own, method in self._walk(spec, rank):
+            reason = None if method is None else method.supports(own)
             if reason is not None:
-                return f"its {name} convolution cannot be {method}: {reason}"
+                return f"its {stage.name} convolution cannot be {method}: {reason}"
         return None
 
     def for_layer(
         self, spec: ConvSpec, kernels: Float[Array, "layers *kernel_shape"] | None = None
-    ) -> "Chain":
+    ) -> "LowRankChain":
         """Return the method with the rank, and the inner methods, that a layer needs."""
-        rank = self._rank(spec, kernels)
+        rank = self.decided_rank(spec, kernels)
         inner = self.inner
         if inner is not None:
-            found: tuple[Array | None, ...] = (None, None)
+            found: Sequence[Array | None] = (None, None)
             if kernels is not None:
-                found = jax.vmap(lambda kernel: self._fitted(kernel, spec, rank))(kernels)
+                found = jax.vmap(lambda kernel: self.stage_kernels(kernel, spec, rank))(kernels)
             inner = tuple(
-                method if method is None else method.for_layer(stage, stage_kernels)
-                for (_, stage, method), stage_kernels in zip(
-                    self._stages(spec, rank), found, strict=True
+                method if method is None else method.for_layer(own, stage_kernels)
+                for (_, own, method), stage_kernels in zip(
+                    self._walk(spec, rank), found, strict=True
                 )
             )
         return dataclasses.replace(self, rank=rank, inner=inner)  # type: ignore[type-var]
 
-    def _rank(self, spec: ConvSpec, kernels: Array | None = None) -> int:
+    def decided_rank(
+        self, spec: ConvSpec, kernels: Float[Array, "layers *kernel_shape"] | None = None
+    ) -> int:
+        """Return the rank in numbers.
+
+        Raises:
+            ValueError: if an `Energy` has no kernel to go by.
+        """
         if isinstance(self.rank, int):
             return self.rank
         if self.rank == "full":
             return self._full_rank(spec)
         if isinstance(self.rank, Budget):
             return self.rank.largest(
-                spec, lambda rank: self._factor_params(spec, rank), self._full_rank(spec)
+                spec, lambda rank: self.factor_params(spec, rank), self._full_rank(spec)
             )
         if kernels is None:
             raise ValueError(f"a rank by {self.rank} needs a trained kernel to choose it from.")
-        stack = jax.vmap(lambda kernel: self.matrix(kernel, spec))(kernels)
-        return smallest_rank(stack[:, None], self.rank.share)
+        return smallest_rank(jax.vmap(self.matrix)(kernels)[:, None], self.rank.share)
 
     def _full_rank(self, spec: ConvSpec) -> int:
         like = jax.ShapeDtypeStruct(spec.kernel_shape, jnp.float32)
-        return min(jax.eval_shape(lambda kernel: self.matrix(kernel, spec), like).shape)
+        return min(jax.eval_shape(self.matrix, like).shape)
 
-    def _factor_params(self, spec: ConvSpec, rank: int) -> int:
-        return sum(math.prod(stage.kernel_shape) for stage in self.stages(spec, rank))
-
-    def _stages(self, spec: ConvSpec, rank: int) -> tuple[tuple[str, ConvSpec, Method | None], ...]:
-        """Return name, convolution and inner method of each stage."""
-        stages = self.stages(spec, rank)
+    def inner_methods(self, specs: Sequence[ConvSpec]) -> tuple[Method | None, ...]:
+        """Return the given methods, or the one given for both for those that have taps."""
         given: Any = self.inner
-        if not isinstance(given, tuple):
-            given = tuple(given if stage.taps > 1 else None for stage in stages)
-        return tuple(zip(self.stage_names, stages, given, strict=True))
-
-    def init(self, key: PRNGKeyArray, spec: ConvSpec) -> Params:
-        """Return random parameters that keep the variance, He on the second stage."""
-        self.require(spec)
-        params: Params = {}
-        keys = jax.random.split(key)
-        stages = self._stages(spec, self._rank(spec))
-        for index, (name, stage, method) in enumerate(stages):
-            if method is not None:
-                inner = method.init(keys[index], stage)
-                params |= {f"{name}_{part}": value for part, value in inner.items()}
-                continue
-            shape = stage.kernel_shape
-            if index == 0:
-                kernel = unit_gain(keys[0], shape, stage.taps * stage.in_features)
-            else:
-                kernel = initializers.he_uniform()(keys[1], shape)
-            params[name] = _stored(kernel, stage)
-        return params
-
-    def fit(self, kernel: Float[Array, "*kernel_shape"], spec: ConvSpec) -> Params:
-        """Return the best approximation of low rank, its factors given to the inner methods."""
-        self.require(spec, kernel)
-        rank = self._rank(spec, kernel[None])
-        return self.stage_params(self._fitted(kernel, spec, rank), spec)
-
-    def _fitted(self, kernel: Array, spec: ConvSpec, rank: int) -> tuple[Array, Array]:
-        left, right = best_low_rank(self.matrix(kernel, spec)[None], rank=rank)
-        return self.stage_kernels(left[0], right[0], spec)
-
-    def stage_params(self, kernels: Sequence[Array], spec: ConvSpec) -> Params:
-        """Return the parameters of stages whose kernels are given, fitted by inner methods."""
-        params: Params = {}
-        stages = self._stages(spec, rank=kernels[0].shape[-1])
-        for kernel, (name, stage, method) in zip(kernels, stages, strict=True):
-            if method is None:
-                params[name] = _stored(kernel, stage)
-            else:
-                inner = method.fit(kernel, stage)
-                params |= {f"{name}_{part}": value for part, value in inner.items()}
-        return params
-
-    def factors(self, spec: ConvSpec) -> tuple[str, ...]:
-        """Return the names of parameters in each of which the kernel is linear."""
-        names: list[str] = []
-        for name, stage, method in self._stages(spec, rank=1):
-            inner = None if method is None else method.factors(stage)
-            names += [name] if inner is None else [f"{name}_{part}" for part in inner]
-        return tuple(names)
-
-    def kernel(self, params: Params, spec: ConvSpec) -> Float[Array, "*kernel_shape"]:
-        """Return the equivalent standard kernel."""
-        kernels = [
-            params[name].reshape(stage.kernel_shape)
-            if method is None
-            else method.kernel(_of_stage(params, name), stage)
-            for name, stage, method in self._stages(spec, self._rank(spec))
-        ]
-        return self.joined(kernels[0], kernels[1])
-
-    def apply(
-        self,
-        params: Params,
-        x: Float[Array, "*batch m"],
-        spec: ConvSpec,
-        *,
-        precision: lax.PrecisionLike = None,
-    ) -> Float[Array, "*batch_out n"]:
-        """Convolve ``x`` of shape ``(..., *spatial, M)`` without adding a bias."""
-        y, batch = flatten_batch(x, spec)
-        for name, stage, method in self._stages(spec, self._rank(spec)):
-            if method is not None:
-                y = method.apply(_of_stage(params, name), y, stage, precision=precision)
-            elif stage.taps == 1:
-                y = ops.pointwise_conv(y, params[name], precision=precision)
-            else:
-                y = ops.conv(y, params[name], **stage.geometry, precision=precision)
-        return y.reshape(*batch, *y.shape[1:])
-
-    def cost(self, spec: ConvSpec, input_shape: Sequence[int]) -> Cost:
-        """Return the cost of the two convolutions, the second at the output of the first."""
-        spatial = spatial_shape(spec, input_shape)
-        total = Cost(params=0, mult_adds=0)
-        for _, stage, method in self._stages(spec, self._rank(spec)):
-            shape = (*spatial, stage.in_features)
-            total += standard_cost(stage, shape) if method is None else method.cost(stage, shape)
-            spatial = stage.output_shape(spatial)
-        return total + bias_cost(spec, math.prod(spatial))
+        if isinstance(given, tuple):
+            return given
+        return tuple(given if stage.taps > 1 else None for stage in specs)
 
 
 def _inner_method(given: Inner) -> Method | None:
@@ -268,10 +390,6 @@ def _inner_method(given: Inner) -> Method | None:
 
 def _as_data(method: Any) -> dict[str, Any] | None:
     return None if method is None else {"method": method.name, **method.options()}
-
-
-def _stored(kernel: Array, stage: ConvSpec) -> Array:
-    return kernel.reshape(kernel.shape[-2:]) if stage.taps == 1 else kernel
 
 
 def _of_stage(params: Params, name: str) -> Params:

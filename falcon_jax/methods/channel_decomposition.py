@@ -4,19 +4,18 @@ import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from falcon_jax.fitting.responses import positive_part_regression, reduced_rank_regression
-from falcon_jax.methods.base import Params, ResponseMethod
-from falcon_jax.methods.chain import HALF, Chain, ChainRank, Inner
+from falcon_jax.methods.base import Params
+from falcon_jax.methods.chain import HALF, ChainRank, Inner, LowRankChain, Stage
 from falcon_jax.methods.registry import register
 from falcon_jax.methods.spec import ConvSpec
 
 
 @register
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ChannelDecomposition(Chain, ResponseMethod):
+class ChannelDecomposition(LowRankChain):
     """A convolution to d channels, then a pointwise one to N.
 
     ``K[..., m, n] = sum_r spatial[..., m, r] pointwise[r, n]``. From the kernel alone, the best
@@ -39,7 +38,7 @@ class ChannelDecomposition(Chain, ResponseMethod):
     inner: Inner | Sequence[Inner] = None
     relu: bool = False
     name: ClassVar[str] = "channel_decomposition"
-    stage_names: ClassVar[tuple[str, str]] = ("spatial", "pointwise")
+    last_stage: ClassVar[str] = "pointwise"
 
     def __post_init__(self):
         super().__post_init__()
@@ -52,35 +51,24 @@ class ChannelDecomposition(Chain, ResponseMethod):
             return "a 1x1 kernel is pointwise already"
         return super().supports(spec)
 
-    def stages(self, spec: ConvSpec, rank: int) -> tuple[ConvSpec, ConvSpec]:
+    def stages(self, spec: ConvSpec, rank: int) -> tuple[Stage, ...]:
         """Return the convolution to d channels and the pointwise one."""
-        pointwise = ConvSpec(
-            kernel_size=(1,) * len(spec.kernel_size),
-            in_features=rank,
-            out_features=spec.out_features,
-            padding="VALID",
-            use_bias=False,
-        )
-        return dataclasses.replace(spec, out_features=rank, use_bias=False), pointwise
+        axes = tuple(range(len(spec.kernel_size)))
+        return Stage("spatial", rank, axes), Stage("pointwise", spec.out_features)
 
-    def matrix(
-        self, kernel: Float[Array, "*kernel_shape"], spec: ConvSpec
-    ) -> Float[Array, "inputs n"]:
+    def matrix(self, kernel: Float[Array, "*kernel_shape"]) -> Float[Array, "inputs n"]:
         """Return the matrix ``[(D^2 M) x N]``."""
         return kernel.reshape(-1, kernel.shape[-1])
 
-    def stage_kernels(
+    def from_factors(
         self, left: Float[Array, "inputs rank"], right: Float[Array, "rank n"], spec: ConvSpec
-    ) -> tuple[Float[Array, "*first_shape"], Float[Array, "*second_shape"]]:
-        """Return the kernel to d channels and the pointwise one."""
-        ones = (1,) * len(spec.kernel_size)
-        return left.reshape(*spec.kernel_shape[:-1], -1), right.reshape(*ones, *right.shape)
+    ) -> tuple[Float[Array, "inputs rank"], Float[Array, "rank n"]]:
+        """Return the kernel to d channels and the pointwise one: the factors are these."""
+        return left, right
 
-    def joined(
-        self, first: Float[Array, "*first_shape"], second: Float[Array, "*second_shape"]
-    ) -> Float[Array, "*kernel_shape"]:
-        """Return the kernel that the two are together."""
-        return jnp.einsum("...mr,rn->...mn", first, second.reshape(second.shape[-2:]))
+    def fits_responses(self) -> bool:
+        """Return True."""
+        return True
 
     def fit_responses(
         self,
@@ -97,9 +85,7 @@ class ChannelDecomposition(Chain, ResponseMethod):
         """
         self.require(spec, kernel)
         regression = positive_part_regression if self.relu else reduced_rank_regression
-        left, right, offset = regression(
-            responses, targets, rank=self._rank(spec, kernel[None]), centred=bias is not None
-        )
-        kernels = self.stage_kernels(self.matrix(kernel, spec) @ left, right, spec)
-        params = self.stage_params(kernels, spec)
+        rank = self.decided_rank(spec, kernel[None])
+        left, right, offset = regression(responses, targets, rank=rank, centred=bias is not None)
+        params = self.params_of((self.matrix(kernel) @ left, right), spec, rank)
         return params, None if bias is None else (bias @ left) @ right + offset

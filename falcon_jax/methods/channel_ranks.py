@@ -1,7 +1,7 @@
 """Ranks of channel decompositions: given, estimated from the kernel, or cut to a budget."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import jax
@@ -54,6 +54,32 @@ class Budget:
             else:
                 high = middle - 1
         return low
+
+    def proportional(
+        self,
+        spec: ConvSpec,
+        params: Callable[[tuple[int, ...]], int],
+        bounds: Sequence[int],
+    ) -> tuple[int, ...]:
+        """Return ranks in the proportion of their bounds, then one by one what still fits.
+
+        Args:
+            spec: the convolution.
+            params: parameters of several ranks, increasing in each.
+            bounds: no ranks above are considered.
+        """
+
+        def ranks(step: int) -> tuple[int, ...]:
+            return tuple(max(1, bound * step // max(bounds)) for bound in bounds)
+
+        found = ranks(self.largest(spec, lambda step: params(ranks(step)), max(bounds)))
+        while True:
+            wider = [(*found[:i], found[i] + 1, *found[i + 1 :]) for i in range(len(found))]
+            wider = [r for r in wider if all(a <= b for a, b in zip(r, bounds, strict=True))]
+            wider = [r for r in wider if params(r) <= self.params(spec)]
+            if not wider:
+                return found
+            found = min(wider, key=lambda r: max(a / b for a, b in zip(r, bounds, strict=True)))
 
     def reason(self, spec: ConvSpec, smallest: int) -> str | None:
         """Return why not even the smallest rank, of so many parameters, is within the budget."""

@@ -96,12 +96,10 @@ class Decoupled(Method):
 
     def init(self, key: PRNGKeyArray, spec: ConvSpec) -> Params:
         """Return random parameters."""
-        self.require(spec)
         return self._decided(spec).init(key, spec)
 
     def fit(self, kernel: Float[Array, "*kernel_shape"], spec: ConvSpec) -> Params:
         """Return the leading singular terms of the matrix of every filter."""
-        self.require(spec, kernel)
         return self._decided(spec, kernel[None]).fit(kernel, spec)
 
     def kernel(self, params: Params, spec: ConvSpec) -> Float[Array, "*kernel_shape"]:
@@ -115,13 +113,17 @@ class Decoupled(Method):
     def apply(
         self,
         params: Params,
-        x: Float[Array, "*batch m"],
+        x: Float[Array, "b *spatial m"],
         spec: ConvSpec,
         *,
         precision: lax.PrecisionLike = None,
-    ) -> Float[Array, "*batch_out n"]:
-        """Convolve ``x`` of shape ``(..., *spatial, M)`` without adding a bias."""
+    ) -> Float[Array, "b *spatial_out n"]:
+        """Convolve ``x`` of shape ``(b, *spatial, M)`` without adding a bias."""
         return self._separable(1).apply(params, x, spec, precision=precision)
+
+    def with_gain(self, params: Params, gain: Float[Array, "*stack n"]) -> Params | None:
+        """Return parameters of the kernel with output channels multiplied by a gain."""
+        return self._separable(1).with_gain(params, gain)
 
     def cost(self, spec: ConvSpec, input_shape: Sequence[int]) -> Cost:
         """Return the cost of the separable method with as many terms."""

@@ -16,8 +16,6 @@ from falcon_jax.gep import separable_kernel
 from falcon_jax.methods.base import (
     Cost,
     Params,
-    bias_cost,
-    flatten_batch,
     scale_outputs,
     spatial_shape,
     unit_gain,
@@ -50,7 +48,6 @@ class DepthwiseSeparable(RankMethod):
 
     def init(self, key: PRNGKeyArray, spec: ConvSpec) -> Params:
         """Return random parameters: unit-gain depthwise, He pointwise over all terms."""
-        self.require(spec)
         k, m = self.terms(spec), spec.group_in_features
         depthwise_key, pointwise_key = jax.random.split(key)
         gain = initializers.variance_scaling(2.0, "fan_in", "uniform", in_axis=(0, 1), out_axis=2)
@@ -71,7 +68,6 @@ class DepthwiseSeparable(RankMethod):
 
     def fit(self, kernel: Float[Array, "*kernel_shape"], spec: ConvSpec) -> Params:
         """Return the best rank-k approximation of the D^2 x N / g matrix of each input channel."""
-        self.require(spec, kernel)
         groups, m, n = spec.feature_group_count, spec.group_in_features, spec.out_features
         k = self.terms(spec, kernel)
         left, right = best_terms(self.matrices(kernel, spec).transpose(1, 2, 0), rank=k)
@@ -93,14 +89,13 @@ class DepthwiseSeparable(RankMethod):
     def apply(
         self,
         params: Params,
-        x: Float[Array, "*batch m"],
+        x: Float[Array, "b *spatial m"],
         spec: ConvSpec,
         *,
         precision: lax.PrecisionLike = None,
-    ) -> Float[Array, "*batch_out n"]:
-        """Convolve ``x`` of shape ``(..., *spatial, M)`` without adding a bias."""
-        x, batch = flatten_batch(x, spec)
-        y = ops.depthwise_then_pointwise(
+    ) -> Float[Array, "b *spatial_out n"]:
+        """Convolve ``x`` of shape ``(b, *spatial, M)`` without adding a bias."""
+        return ops.depthwise_then_pointwise(
             x,
             params["depthwise"],
             params["pointwise"],
@@ -108,7 +103,6 @@ class DepthwiseSeparable(RankMethod):
             feature_group_count=spec.feature_group_count,
             precision=precision,
         )
-        return y.reshape(*batch, *y.shape[1:])
 
     def factors(self, spec: ConvSpec) -> tuple[str, ...]:
         """Return the names of parameters in each of which the kernel is linear."""
@@ -127,4 +121,4 @@ class DepthwiseSeparable(RankMethod):
         points = math.prod(spec.output_shape(spatial_shape(spec, input_shape)))
         group_out = spec.out_features // spec.feature_group_count
         params = self.terms(spec) * spec.in_features * (spec.taps + group_out)
-        return Cost(params=params, mult_adds=points * params) + bias_cost(spec, points)
+        return Cost(params=params, mult_adds=points * params)

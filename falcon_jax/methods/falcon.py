@@ -18,8 +18,6 @@ from falcon_jax.gep import falcon_kernel
 from falcon_jax.methods.base import (
     Cost,
     Params,
-    bias_cost,
-    flatten_batch,
     scale_outputs,
     spatial_shape,
     unit_gain,
@@ -67,7 +65,6 @@ class Falcon(RankMethod):
 
     def init(self, key: PRNGKeyArray, spec: ConvSpec) -> Params:
         """Return random parameters: He pointwise, depthwise of unit gain over all terms."""
-        self.require(spec)
         k, n = self.terms(spec), spec.out_features
         pointwise_key, depthwise_key = jax.random.split(key)
         gain = initializers.variance_scaling(2.0, "fan_in", "uniform", in_axis=0, out_axis=(1, 2))
@@ -85,7 +82,6 @@ class Falcon(RankMethod):
 
     def fit(self, kernel: Float[Array, "*kernel_shape"], spec: ConvSpec) -> Params:
         """Return the best rank-k approximation of the D^2 x M matrix of each output channel."""
-        self.require(spec, kernel)
         matrices = kernel.reshape(spec.taps, spec.group_in_features, spec.out_features)
         depthwise, pointwise = best_terms(matrices, rank=self.terms(spec, kernel))
         return {
@@ -97,6 +93,10 @@ class Falcon(RankMethod):
         """Return the equivalent standard kernel (Theorem 1)."""
         return falcon_kernel(params["depthwise"], params["pointwise"])
 
+    def builds_kernel(self) -> bool:
+        """Return whether ``impl`` is ``gep``."""
+        return self.impl == "gep"
+
     def forms(self) -> tuple["Falcon", ...]:
         """Return FALCON of this rank with every ``impl`` but ``auto``."""
         names = [n for n in get_args(Impl) if n != "auto" and (n != "wide" or self.rank != 1)]
@@ -105,52 +105,38 @@ class Falcon(RankMethod):
     def apply(
         self,
         params: Params,
-        x: Float[Array, "*batch m"],
+        x: Float[Array, "b *spatial m"],
         spec: ConvSpec,
         *,
         precision: lax.PrecisionLike = None,
-    ) -> Float[Array, "*batch_out n"]:
-        """Convolve ``x`` of shape ``(..., *spatial, M)`` without adding a bias."""
-        x, batch = flatten_batch(x, spec)
-        geometry = spec.geometry
+    ) -> Float[Array, "b *spatial_out n"]:
+        """Convolve ``x`` of shape ``(b, *spatial, M)`` without adding a bias."""
         groups = spec.feature_group_count
         depthwise, pointwise = params["depthwise"], params["pointwise"]
-        impl = self._form(spec, x.shape) if self.impl == "auto" else self.impl
+        impl = _form(spec, x.shape, depthwise.shape[-2]) if self.impl == "auto" else self.impl
         if impl in ("separable", "wide"):
-            y = ops.pointwise_then_depthwise(
+            return ops.pointwise_then_depthwise(
                 x,
                 depthwise,
                 pointwise,
-                **geometry,
+                **spec.geometry,
                 feature_group_count=groups,
                 precision=precision,
                 wide=impl == "wide",
             )
-        elif impl == "gep":
-            y = ops.conv(
+        if impl == "gep":
+            return ops.conv(
                 x,
                 falcon_kernel(depthwise, pointwise),
-                **geometry,
+                **spec.geometry,
                 feature_group_count=groups,
                 precision=precision,
             )
-        else:
-            terms = (
-                self._grouped_term(x, depthwise[..., r, :], pointwise[:, r], spec, precision)
-                for r in range(depthwise.shape[-2])
-            )
-            y = functools.reduce(jnp.add, terms)
-        return y.reshape(*batch, *y.shape[1:])
-
-    def _form(self, spec: ConvSpec, input_shape: Sequence[Any]) -> Impl:
-        known = all(isinstance(n, int) for n in input_shape)  # not so in exported functions
-        return falcon_form(
-            points=math.prod(input_shape[:-1]) if known else None,
-            taps=spec.taps,
-            in_features=spec.group_in_features,
-            out_features=spec.out_features,
-            rank=self.terms(spec),
+        terms = (
+            self._grouped_term(x, depthwise[..., r, :], pointwise[:, r], spec, precision)
+            for r in range(depthwise.shape[-2])
         )
+        return functools.reduce(jnp.add, terms)
 
     def _grouped_term(
         self, x: Array, depthwise: Array, pointwise: Array, spec: ConvSpec, precision
@@ -194,4 +180,15 @@ class Falcon(RankMethod):
         return Cost(
             params=k * n * (m + spec.taps),
             mult_adds=k * n * (points_in * m + points_out * spec.taps),
-        ) + bias_cost(spec, points_out)
+        )
+
+
+def _form(spec: ConvSpec, input_shape: Sequence[Any], rank: int) -> Impl:
+    known = all(isinstance(n, int) for n in input_shape)  # not so in exported functions
+    return falcon_form(
+        points=math.prod(input_shape[:-1]) if known else None,
+        taps=spec.taps,
+        in_features=spec.group_in_features,
+        out_features=spec.out_features,
+        rank=rank,
+    )

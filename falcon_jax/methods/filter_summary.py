@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from falcon_jax import ops
 from falcon_jax.fitting.filter_summary import gather_segments, neighbour_order, shared_means
 from falcon_jax.fitting.scale import largest_exponent
-from falcon_jax.methods.base import Cost, Method, Params, flatten_batch, standard_cost
+from falcon_jax.methods.base import Cost, Method, Params, standard_cost
 from falcon_jax.methods.registry import register
 from falcon_jax.methods.spec import ConvSpec
 from falcon_jax.numeric import is_number
@@ -52,7 +52,6 @@ class SummaryMethod(Method):
 
     def init_summary(self, key: PRNGKeyArray, spec: ConvSpec) -> Float[Array, " length"]:
         """Return a random vector, uniform within ``1 / sqrt(K)``."""
-        self.require(spec)
         bound = 1 / math.sqrt(_filter_size(spec))
         return jax.random.uniform(key, (self.length(spec),), minval=-bound, maxval=bound)
 
@@ -60,24 +59,26 @@ class SummaryMethod(Method):
         """Return the names of parameters in each of which the kernel is linear."""
         return ("summary",)
 
+    def builds_kernel(self) -> bool:
+        """Return True."""
+        return True
+
     def apply(
         self,
         params: Params,
-        x: Float[Array, "*batch m"],
+        x: Float[Array, "b *spatial m"],
         spec: ConvSpec,
         *,
         precision: lax.PrecisionLike = None,
-    ) -> Float[Array, "*batch_out n"]:
-        """Convolve ``x`` of shape ``(..., *spatial, M)`` without adding a bias."""
-        x, batch = flatten_batch(x, spec)
-        y = ops.conv(
+    ) -> Float[Array, "b *spatial_out n"]:
+        """Convolve ``x`` of shape ``(b, *spatial, M)`` without adding a bias."""
+        return ops.conv(
             x,
             self.kernel(params, spec),
             **spec.geometry,
             feature_group_count=spec.feature_group_count,
             precision=precision,
         )
-        return y.reshape(*batch, *y.shape[1:])
 
     def cost(self, spec: ConvSpec, input_shape: Sequence[int]) -> Cost:
         """Return the cost of the standard convolution with fewer parameters."""
@@ -194,7 +195,6 @@ class FilterSummary(SummaryMethod):
         Raises:
             ValueError: if the order of the filters is not decided.
         """
-        self.require(spec, kernel)
         means = shared_means(_filters(kernel, spec), self.locations(spec), self.length(spec))
         return {"summary": means}
 
@@ -236,7 +236,6 @@ class DifferentiableFilterSummary(SummaryMethod):
 
     def fit(self, kernel: Float[Array, "*kernel_shape"], spec: ConvSpec) -> Params:
         """Return the least-squares vector at even locations, as `FilterSummary` has it."""
-        self.require(spec, kernel)
         means = shared_means(_filters(kernel, spec), self._starts(spec), self.length(spec))
         return {"summary": means, "shift": jnp.zeros(spec.out_features, kernel.dtype)}
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from importlib import metadata
 from typing import Any, TypeVar
 
 from falcon_jax.methods.base import Method
@@ -9,20 +10,58 @@ from falcon_jax.methods.channel_ranks import Budget
 from falcon_jax.methods.ranks import Energy
 from falcon_jax.names import no_such
 
+# Other packages name their method classes under this group of entry points.
+ENTRY_POINTS = "falcon_jax.methods"
+
 _METHODS: dict[str, type[Method]] = {}
 
 M = TypeVar("M", bound=type[Method])
 
 
 def register(cls: M) -> M:
-    """Enter a method class under its ``name``. Use as a decorator."""
-    _METHODS[cls.name] = cls
+    """Enter a method class under its ``name``. Use as a decorator.
+
+    A package that is installed beside falcon_jax can name its classes under the entry-point group
+    ``falcon_jax.methods`` instead of asking its users to import it.
+
+    Raises:
+        ValueError: if it is no frozen dataclass that subclasses `Method`, has no name, or another
+            class has the name already.
+    """
+    dataclass_params = getattr(cls, "__dataclass_params__", None)
+    if not (isinstance(cls, type) and issubclass(cls, Method)) or not (
+        dataclass_params and dataclass_params.frozen
+    ):
+        raise ValueError(f"a method is a frozen dataclass that subclasses Method; got {cls!r}.")
+    name = getattr(cls, "name", None)
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{cls.__name__} needs a name, such as name: ClassVar[str] = 'falcon'.")
+    known = _METHODS.get(name)
+    if known is not None and (known.__module__, known.__qualname__) != (
+        cls.__module__,
+        cls.__qualname__,
+    ):
+        raise ValueError(
+            f"{name!r} is the name of {known.__module__}.{known.__qualname__} already; give "
+            f"{cls.__name__} another."
+        )
+    _METHODS[name] = cls
     return cls
 
 
 def method_names() -> tuple[str, ...]:
-    """Return the names that `get_method` knows."""
-    return tuple(sorted(_METHODS))
+    """Return the names that `get_method` knows, those of installed packages included."""
+    outside = metadata.entry_points(group=ENTRY_POINTS).names
+    return tuple(sorted({*_METHODS, *outside}))
+
+
+def _method_class(name: str) -> type[Method]:
+    if name not in _METHODS:
+        for found in metadata.entry_points(group=ENTRY_POINTS, name=name):
+            register(found.load())
+    if name not in _METHODS:
+        raise ValueError(no_such("method", name, method_names()))
+    return _METHODS[name]
 
 
 def get_method(name: str, /, **options: Any) -> Method:
@@ -47,7 +86,7 @@ def get_method(name: str, /, **options: Any) -> Method:
         raise ValueError(
             f"method {name!r} has no setting {', '.join(unknown)}; it has {', '.join(known)}."
         )
-    return _METHODS[name](**options)
+    return _method_class(name)(**options)
 
 
 def method_from(given: Mapping[str, Any]) -> Method:
@@ -85,6 +124,6 @@ def method_settings(name: str) -> tuple[str, ...]:
     Raises:
         ValueError: if there is no such method.
     """
-    if not isinstance(name, str) or name not in _METHODS:
+    if not isinstance(name, str):
         raise ValueError(no_such("method", name, method_names()))
-    return tuple(field.name for field in dataclasses.fields(_METHODS[name]))  # type: ignore[arg-type]
+    return tuple(field.name for field in dataclasses.fields(_method_class(name)))  # type: ignore[arg-type]

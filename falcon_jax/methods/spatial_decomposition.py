@@ -4,17 +4,16 @@ import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from falcon_jax.methods.chain import HALF, Chain, ChainRank, Inner
+from falcon_jax.methods.chain import HALF, ChainRank, Inner, LowRankChain, Stage
 from falcon_jax.methods.registry import register
 from falcon_jax.methods.spec import ConvSpec
 
 
 @register
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SpatialDecomposition(Chain):
+class SpatialDecomposition(LowRankChain):
     """A vertical h x 1 convolution to r channels, then a horizontal 1 x w one.
 
     ``K[i, j, m, n] = sum_r vertical[i, 0, m, r] horizontal[0, j, r, n]``, the best approximation of
@@ -34,7 +33,7 @@ class SpatialDecomposition(Chain):
     rank: ChainRank = HALF
     inner: Inner | Sequence[Inner] = None
     name: ClassVar[str] = "spatial_decomposition"
-    stage_names: ClassVar[tuple[str, str]] = ("vertical", "horizontal")
+    last_stage: ClassVar[str] = "horizontal"
 
     def supports(self, spec: ConvSpec) -> str | None:
         """Return None, or the reason why the method cannot replace such a convolution."""
@@ -43,41 +42,18 @@ class SpatialDecomposition(Chain):
             return f"a {size} kernel has no height and width to take apart"
         return super().supports(spec)
 
-    def stages(self, spec: ConvSpec, rank: int) -> tuple[ConvSpec, ConvSpec]:
+    def stages(self, spec: ConvSpec, rank: int) -> tuple[Stage, ...]:
         """Return the vertical and the horizontal convolution."""
-        (h, w), m, n = spec.kernel_size, spec.in_features, spec.out_features
-        return (
-            _along(spec, 0, kernel_size=(h, 1), in_features=m, out_features=rank),
-            _along(spec, 1, kernel_size=(1, w), in_features=rank, out_features=n),
-        )
+        return Stage("vertical", rank, (0,)), Stage("horizontal", spec.out_features, (1,))
 
-    def matrix(self, kernel: Float[Array, "h w m n"], spec: ConvSpec) -> Float[Array, "hm wn"]:
+    def matrix(self, kernel: Float[Array, "h w m n"]) -> Float[Array, "hm wn"]:
         """Return the matrix ``[(h, m) x (w, n)]``."""
         h, w, m, n = kernel.shape
         return kernel.transpose(0, 2, 1, 3).reshape(h * m, w * n)
 
-    def stage_kernels(
+    def from_factors(
         self, left: Float[Array, "hm rank"], right: Float[Array, "rank wn"], spec: ConvSpec
-    ) -> tuple[Float[Array, "h 1 m rank"], Float[Array, "1 w rank n"]]:
+    ) -> tuple[Float[Array, "hm rank"], Float[Array, "w rank n"]]:
         """Return the vertical and the horizontal kernel."""
-        (h, w), rank = spec.kernel_size, right.shape[0]
-        horizontal = right.reshape(rank, w, spec.out_features).transpose(1, 0, 2)
-        return left.reshape(h, 1, spec.in_features, rank), horizontal[None]
-
-    def joined(
-        self, first: Float[Array, "h 1 m rank"], second: Float[Array, "1 w rank n"]
-    ) -> Float[Array, "h w m n"]:
-        """Return the kernel that the two are together."""
-        return jnp.einsum("hmr,wrn->hwmn", first[:, 0], second[0])
-
-
-def _along(spec: ConvSpec, axis: int, **sizes: int | tuple[int, int]) -> ConvSpec:
-    """Return the convolution along one axis, which leaves the other as it is."""
-    kept = {
-        name: tuple(v if i == axis else 1 for i, v in enumerate(getattr(spec, name)))
-        for name in ("strides", "kernel_dilation", "input_dilation")
-    }
-    padding = spec.padding
-    if not isinstance(padding, str):
-        padding = tuple(pair if i == axis else (0, 0) for i, pair in enumerate(padding))
-    return ConvSpec(**sizes, **kept, padding=padding, use_bias=False)  # type: ignore[arg-type]
+        rows = right.reshape(right.shape[0], spec.kernel_size[1], spec.out_features)
+        return left, rows.transpose(1, 0, 2)

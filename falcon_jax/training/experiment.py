@@ -19,7 +19,6 @@ from falcon_jax.compression import (
     reestimate_batchnorm,
 )
 from falcon_jax.data.loading import check_augmentation, load_dataset
-from falcon_jax.methods import ResponseMethod
 from falcon_jax.models.stored import is_stored, read_description
 from falcon_jax.training.config import Experiment
 from falcon_jax.training.interruption import Interruption
@@ -208,7 +207,7 @@ def _fitted_to_data(
     experiment = setting.experiment
     settings = experiment.finetune
     if experiment.calibration_batches and any(
-        isinstance(row.method, ResponseMethod) for row in plan.replaced
+        row.method is not None and row.method.fits_responses() for row in plan.replaced
     ):
         batches = list(setting.inputs(settings, experiment.calibration_batches))
         model = calibrate(source, model, plan, batches)

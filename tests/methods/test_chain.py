@@ -133,9 +133,7 @@ def test_inner_methods_get_the_factors():
     both = fj.SpatialDecomposition(rank=6, inner=fj.Decoupled(energy=0.9))
     decided = both.for_layer(spec, kernel[None])
     inner = [fj.Decoupled(energy=0.9) for _ in range(2)]
-    for name, stage, method in zip(
-        ("vertical", "horizontal"), decided.stages(spec, 6), inner, strict=True
-    ):
+    for (name, stage), method in zip(decided.specs(spec, 6).items(), inner, strict=True):
         expected = method.for_layer(stage, plain[name][None])
         assert expected in decided.inner
         found = {

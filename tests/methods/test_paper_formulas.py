@@ -8,8 +8,8 @@ import pytest
 from flax import nnx
 
 import falcon_jax as fj
-from falcon_jax.methods import complexity
 from falcon_jax.models import branch_unit, gdg_unit, pdp_split_unit, pdp_unit
+from tests.methods import paper_formulas as complexity
 
 LAYERS = [
     {"D": 3, "M": m, "N": n, "H": 8, "W": 6, "H_out": 8 // s, "W_out": 6 // s}
