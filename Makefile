@@ -8,13 +8,25 @@ BIN := $(VENV)/bin
 # Large pages make training steps on CPUs up to 1.7 times faster (glibc 2.35 or newer).
 TUNED := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
-.PHONY: demo test lint clean
+# One XLA thread a worker: two workers leave each other alone.
+PYTEST = $(BIN)/python -m pytest -n auto --doctest-modules $(PYTEST_OPTIONS)
+
+.PHONY: demo test test-all test-smoke lint clean
 
 demo: $(VENV)/.installed-train
 	$(TUNED) $(BIN)/python train.py --config=configs/demo.py --workdir=runs/demo
 
+# Everything that guards a promise; minutes.
 test: $(VENV)/.installed-test lint
-	$(BIN)/python -m pytest -n 2 --doctest-modules falcon_jax tests
+	$(PYTEST) -m "not slow" falcon_jax tests
+
+# The rest too: whole networks, torture, random geometries; before a release.
+test-all: $(VENV)/.installed-test lint
+	$(PYTEST) falcon_jax tests
+
+# What the oldest Python is tried on.
+test-smoke: $(VENV)/.installed-test
+	$(PYTEST) -m "smoke and not slow" tests
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -31,4 +43,4 @@ $(VENV)/.installed-test: $(VENV)/.installed-train
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs .xla_cache

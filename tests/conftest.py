@@ -1,9 +1,11 @@
 """Settings of the whole test suite: eight CPU devices, and no silent broadcasting across ranks.
 
-Programs run once or twice here, so compiling them is what takes time: XLA optimises less.
+Programs run once or twice here, so compiling them is what takes time: XLA optimises less, and what
+one test compiled another one, or the program that it starts, finds in `.xla_cache`.
 """
 
 import os
+import pathlib
 
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
@@ -11,6 +13,8 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 ).strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(__file__).parents[1] / ".xla_cache")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import jaxtyping

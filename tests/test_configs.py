@@ -89,7 +89,12 @@ def test_the_docstring_says_how_to_run_it(name):
         assert f"python -m falcon_jax prepare --name={load(name).data.name}\n" in doc
 
 
-@pytest.mark.parametrize("name", NAMES)
+QUICK = ("demo", "resnet34_cifar10")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
+)
 def test_every_rule_matches_a_layer(name, replaced):
     experiment = check_config(load(name))
     for variant in experiment.variants:

@@ -9,6 +9,7 @@ import falcon_jax as fj
 from benchmarks.training_free import CALIBRATED, FOLDED, _points
 
 SAMPLE = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+QUICK = ("FALCON", "CD+ND")
 FIRST = fj.Rule(path="stages/0/0/conv", method=None)
 
 
@@ -17,7 +18,9 @@ def shapes():
     return nnx.eval_shape(lambda: fj.models.vgg8_cifar(rngs=nnx.Rngs(0)))
 
 
-@pytest.mark.parametrize("name", FOLDED)
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in FOLDED]
+)
 def test_every_setting_replaces_every_layer_but_the_first(name, shapes):
     costs = []
     for _, method in FOLDED[name]:

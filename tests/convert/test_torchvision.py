@@ -33,7 +33,12 @@ def images(side, count=2):
     return np.random.default_rng(0).standard_normal((count, side, side, 3), np.float32)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+QUICK = ("resnet18", "vgg11_bn")
+
+
+@pytest.mark.parametrize(
+    "arch", [a if a in QUICK else pytest.param(a, marks=pytest.mark.slow) for a in ARCHS]
+)
 def test_logits_are_those_of_torchvision(
     arch, torch, torchvision_models, randomize, arrays, logits_of
 ):

@@ -37,9 +37,13 @@ def test_the_tables_are_complete():
     assert {row.method for row in ROWS if row.model == "VGG19"} >= {"StConv", "FALCON-k3"}
 
 
-MODELS_AND_METHODS = sorted(
-    {(row.model, row.method) for row in ROWS if row.method not in paper_counts.RANK_ONE}
-)
+QUICK = {("VGG19", "FALCON-k1"), ("ResNet34", "StConv"), ("ResNet18", "FALCON-k1")}
+MODELS_AND_METHODS = [
+    pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow)
+    for case in sorted(
+        {(row.model, row.method) for row in ROWS if row.method not in paper_counts.RANK_ONE}
+    )
+]
 
 
 @pytest.mark.parametrize(("model", "method"), MODELS_AND_METHODS)
@@ -108,7 +112,11 @@ def rules(model, label):
 
 @pytest.mark.parametrize(
     ("model", "label"),
-    [("VGG19", "DPConv"), ("VGG19", "FALCON-k3"), ("ResNet34", "GEP-in")],
+    [
+        ("VGG19", "FALCON-k3"),
+        pytest.param("VGG19", "DPConv", marks=pytest.mark.slow),
+        pytest.param("ResNet34", "GEP-in", marks=pytest.mark.slow),
+    ],
 )
 def test_standard_models_under_a_plan(model, label):
     plan = fj.make_plan(standard(model), rules(model, label), IMAGE, solver="random")
@@ -122,6 +130,7 @@ def test_standard_models_under_a_plan(model, label):
     assert printed((params, mult_adds)) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "label"), [("VGG19", "FALCON-k1"), ("ResNet34", "FALCON-k2")])
 def test_standard_models_compressed(model, label):
     plan = fj.make_plan(standard(model), rules(model, label), IMAGE, solver="random")
@@ -152,6 +161,7 @@ def test_counting_by_hand_what_the_smallest_model_costs():
     assert sum(array.size for array in arrays) == params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "label", "width", "stays"),
     [

@@ -53,7 +53,9 @@ def our_layout(values):
     return values.transpose({4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}[values.ndim])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [n if n == "resnet18" else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
+)
 def test_every_parameter_of_torchvision_has_its_place(name, torchvision):
     with torch.device("meta"):
         theirs = getattr(torchvision.models, name)()

@@ -33,9 +33,15 @@ ROWS = [
 ]
 
 
-def test_writes_all_files_and_returns_the_table(tmp_path):
-    text = write_report(ROWS, tmp_path / "report")
-    names = sorted(path.name for path in (tmp_path / "report").iterdir())
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("experiment") / "report"
+    return write_report(ROWS, folder), folder
+
+
+def test_writes_all_files_and_returns_the_table(report):
+    text, folder = report
+    names = sorted(path.name for path in folder.iterdir())
     assert names == [
         "accuracy_vs_mult_adds.png",
         "accuracy_vs_params.png",
@@ -43,16 +49,16 @@ def test_writes_all_files_and_returns_the_table(tmp_path):
         "report.json",
         "report.txt",
     ]
-    assert (tmp_path / "report" / "report.txt").read_text() == text + "\n"
+    assert (folder / "report.txt").read_text() == text + "\n"
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert lines[2] == "StConv standard - 20.30M 398.75M 1.0x 1.0x 98.61% - 12.35 ms"
     assert lines[3] == "FALCON k=1 falcon 1 2.61M 47.23M 7.8x 8.4x 89.11% 97.50% -"
 
 
-def test_files_hold_the_values(tmp_path):
-    write_report(ROWS, tmp_path)
-    assert json.loads((tmp_path / "report.json").read_text()) == ROWS
-    with (tmp_path / "report.csv").open(newline="") as stream:
+def test_files_hold_the_values(report):
+    folder = report[1]
+    assert json.loads((folder / "report.json").read_text()) == ROWS
+    with (folder / "report.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert [row["params"] for row in rows] == ["20300000", "2610000"]
     assert list(rows[0]) == [column.name for column in COLUMNS]
