@@ -12,7 +12,7 @@ from flax import nnx
 from falcon_jax.compression.folding import fold_batchnorm
 from falcon_jax.compression.inputs import Inputs
 from falcon_jax.compression.inspection import Model
-from falcon_jax.compression.linen_layers import default_rngs
+from falcon_jax.compression.linen_layers import applied
 from falcon_jax.compression.nnx_tree import in_evaluation, map_modules
 from falcon_jax.compression.tracing import inner_jaxprs
 from falcon_jax.nn.method_conv import MethodConv
@@ -96,11 +96,7 @@ def _linen_call(
     if inputs is None or variables is None:
         raise ValueError("to deploy a Linen module, give sample and variables, too.")
     folded, folded_variables = fold_batchnorm(model, inputs, variables)
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return folded.apply(folded_variables, *args, **({"rngs": default_rngs()} | kwargs))
-
-    return call
+    return lambda *args, **kwargs: applied(folded, folded_variables, *args, **kwargs)
 
 
 def _with_built_kernel(path: str, module: nnx.Module) -> nnx.Module | None:

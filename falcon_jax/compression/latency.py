@@ -10,7 +10,7 @@ from flax import linen as nn
 from flax import nnx
 
 from falcon_jax.compression.inputs import Inputs
-from falcon_jax.compression.linen_layers import default_rngs
+from falcon_jax.compression.linen_layers import applied
 
 
 def measure_latency(
@@ -53,9 +53,7 @@ def measure_latency(
 
         def forward(state: Any, arrays: list[Any]) -> Any:
             return inputs.with_arrays(arrays).call(
-                lambda *args, **kwargs: module.apply(
-                    state, *args, **({"rngs": default_rngs()} | kwargs)
-                )
+                lambda *args, **kwargs: applied(module, state, *args, **kwargs)
             )
 
     compiled = jax.jit(forward)

@@ -140,10 +140,9 @@ def intercepted_jaxpr(
     def trace(mutable: Any) -> Any:
         def forward(variables: Variables, arrays: list[Array]) -> Any:
             def apply(*args: Any, **kwargs: Any) -> Any:
-                options = {"rngs": default_rngs(), "mutable": mutable} | kwargs
                 with nn.intercept_methods(intercept):
-                    y = module.apply(variables, *args, **options)
-                return y[0] if options["mutable"] is not False else y
+                    y = applied(module, variables, *args, mutable=mutable, **kwargs)
+                return y if mutable is False else y[0]
 
             return inputs.with_arrays(arrays).call(apply)
 
@@ -161,12 +160,18 @@ def intercepted_jaxpr(
     return _explained(module, inputs, attempts)
 
 
-def default_rngs() -> dict[str, Array]:
-    """Return what a Linen module draws random numbers from where no keys are given.
+def applied(module: nn.Module, variables: Variables, *args: Any, **kwargs: Any) -> Any:
+    """Return what a module gives; where no keys are given, it draws from one that stays the same.
 
-    Linen takes the stream ``params`` for every other one that is not there.
+    Args:
+        module: any Linen module.
+        variables: its variables.
+        *args: as ``apply`` takes them.
+        **kwargs: likewise; ``rngs`` too.
     """
-    return {"params": jax.random.key(0)}
+    # Linen takes the stream "params" for every other one that is not there.
+    options = {"rngs": {"params": jax.random.key(0)}} | kwargs
+    return module.apply(variables, *args, **options)  # type: ignore[arg-type]
 
 
 def check_are_variables(module: nn.Module, variables: Any) -> None:
