@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from falcon_jax.compression.inputs import Inputs
-from falcon_jax.compression.layers import Layer, array_leaves, counted, spec_or_sizes, traced_jaxpr
+from falcon_jax.compression.layers import Layer, counted, spec_or_sizes, traced_jaxpr
 from falcon_jax.compression.nnx_tree import (
     arrays,
     held_variables,
@@ -189,8 +189,7 @@ def jaxpr_through(
     wrapped = with_calls_wrapped(model, chosen, around)
 
     def forward(named: dict[str, Array], given: list[Array]) -> Any:
-        y = inputs.with_arrays(given).call(with_arrays(wrapped, named))  # type: ignore[arg-type]
-        return array_leaves(y)
+        return inputs.with_arrays(given).call(with_arrays(wrapped, named))  # type: ignore[arg-type]
 
     try:
         return traced_jaxpr(forward, arrays(wrapped), inputs.shapes.arrays)
@@ -224,7 +223,7 @@ def _wrapped(cls: type[nnx.Module], around: Callable[..., Any]) -> Any:
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if args:
-            x, *args = args
+            x, args = args[0], args[1:]
         else:
             x = kwargs.pop(next(name for name in ("inputs", "x", *kwargs) if name in kwargs))
 

@@ -64,6 +64,7 @@ def test_only_kernels_that_are_their_variables_can_be_replaced():
     }
 
 
+@pytest.mark.slow
 def test_what_is_left_alone_gives_the_same_outputs():
     module = Computed()
     variables = init(module)
@@ -151,6 +152,17 @@ def test_what_are_no_variables_is_told():
         fj.make_plan(ByMutable(), None, X, only)
     with pytest.raises(ValueError, match=r"is named 'block/conv'.*'block_conv'"):
         reasons(Slashed())
+
+
+class Labelled(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return {"task": "segmentation", "y": nn.Conv(4, (3, 3))(nn.Conv(4, (3, 3))(x))}
+
+
+def test_outputs_that_are_no_arrays():
+    profile = fj.profile(Labelled(), X)
+    assert [row.mult_adds for row in profile.rows] == [36 * (27 * 4 + 4), 36 * (36 * 4 + 4)]
 
 
 class Slashed(nn.Module):
