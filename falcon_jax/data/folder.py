@@ -127,7 +127,11 @@ def _load_split(folder: Path, classes: Sequence[str], options: SourceOptions) ->
     if not paths:
         raise ValueError(f"the class folders of {folder} are empty")
     records = FolderRecords(str(folder), np.array(paths))
-    top, real_folder = os.path.realpath(folder), functools.cache(os.path.realpath)
+    top = os.path.realpath(folder)
+
+    @functools.cache
+    def real_folder(path: Path) -> str:
+        return os.path.realpath(path)
 
     def check(position: int) -> tuple[str | None, _File]:
         path = Path(top, os.fsdecode(paths[position]))

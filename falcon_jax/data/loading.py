@@ -63,7 +63,8 @@ def load_dataset(
 
     Args:
         source: name of a source, one of SOURCES.
-        name: which data set, for "tfds" ("cifar10"); what to call it, for "idx" and "folder"; the
+        name: which data set, for "tfds" ("cifar10") and "idx" ("emnist-letters", where files are
+            so called); else what to call it, for "idx" and "folder"; the
             sources "digits" and "fake" ignore name and data_dir.
         data_dir: directory of the files, or "" for the source's default.
         image_size: height and width of the images, pixels.

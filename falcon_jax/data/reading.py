@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
+import threading
+import weakref
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -10,6 +14,7 @@ from falcon_jax.data.rows import Rows
 
 _MOST_THREADS = 16
 _BATCHES_A_WORKER = 2  # that wait, finished, in each worker process
+_LOOK_EVERY_S = 1.0
 
 
 def read_ahead(
@@ -22,13 +27,20 @@ def read_ahead(
         steps: the steps, one after the other.
         workers: processes that call read, in turn; 0 for threads of this process.
 
-    Yields:
-        the rows of each step.
+    Returns:
+        an iterator over the rows of each step.
 
     Raises:
         ImportError: if grain is not installed.
         ChildProcessError: if a worker died.
     """
+    rows = _rows(read, steps, workers)
+    # At the end of the program, too: grain fails at that while modules are taken down.
+    weakref.finalize(rows, _close, weakref.ref(rows))
+    return rows
+
+
+def _rows(read: Callable[[int], Rows], steps: range, workers: int) -> Generator[Rows, None, None]:
     iterator = _iterator(read, steps, workers)
     try:
         yield from iterator
@@ -41,6 +53,12 @@ def read_ahead(
         ) from error
     finally:
         iterator.close()
+
+
+def _close(reference: weakref.ref[Generator[Rows, None, None]]) -> None:
+    rows = reference()
+    if rows is not None:
+        rows.close()
 
 
 def _iterator(read: Callable[[int], Rows], steps: range, workers: int) -> Any:
@@ -60,7 +78,26 @@ def _iterator(read: Callable[[int], Rows], steps: range, workers: int) -> Any:
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain reads its own flags when it starts workers
     settings = grain.MultiprocessingOptions(workers, per_worker_buffer_size=_BATCHES_A_WORKER)
-    return iter(batches.to_iter_dataset(grain.ReadOptions(0, 0)).mp_prefetch(settings))
+    return iter(
+        batches.to_iter_dataset(grain.ReadOptions(0, 0)).mp_prefetch(settings, _begin_worker)
+    )
+
+
+def _begin_worker(index: int, count: int) -> None:
+    """Leave signals that are sent to all to the reader, who may want some batches more."""
+    del index, count
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    # The pipe of multiprocessing also stays open in what the parent has forked, if that lives on.
+    while parent.is_alive() and os.getppid() == parent.pid:
+        parent.join(_LOOK_EVERY_S)
+    os._exit(1)
 
 
 def _cores() -> int:

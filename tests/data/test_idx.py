@@ -56,6 +56,69 @@ def test_reads_what_was_written(tmp_path, arrays, gzipped):
         np.testing.assert_array_equal(split.labels, labels)
 
 
+def write_named(directory, arrays, name, pack=bytes):
+    """Writes the four files; name has places for the split, images or labels, and dimensions."""
+    for split, both in arrays.items():
+        for what, values in zip(("images", "labels"), both, strict=True):
+            path = directory / name.format(split=split, what=what, n=values.ndim)
+            path.write_bytes(pack(idx_bytes(values)))
+    return SourceOptions(data_dir=str(directory))
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "{split}-{what}.idx{n}-ubyte",
+        "{split}-{what}-idx{n}-ubyte.gz",
+        "{split}_{what}.IDX{n}",
+        "{split}-{what}.gz",
+        "emnist-digits-{split}-{what}-idx{n}-ubyte",
+    ],
+)
+def test_names_and_packing_that_people_have(tmp_path, arrays, name, pack):
+    splits = load_idx(write_named(tmp_path, arrays, name, pack))
+    assert splits.name == ("emnist-digits" if "emnist" in name else tmp_path.name)
+    for split, (images, labels) in zip((splits.train, splits.test), arrays.values(), strict=True):
+        np.testing.assert_array_equal(split.images[..., 0], images)
+        np.testing.assert_array_equal(split.labels, labels)
+
+
+def test_of_several_sets_one_is_named(tmp_path, arrays):
+    write_named(tmp_path, arrays, "emnist-digits-{split}-{what}-idx{n}-ubyte")
+    letters = {split: (images, labels + 1) for split, (images, labels) in arrays.items()}
+    write_named(tmp_path, letters, "emnist-letters-{split}-{what}-idx{n}-ubyte")
+    for name in ("", "emnist-balanced"):
+        with pytest.raises(ValueError, match=r"the files of emnist-digits, emnist-letters; give"):
+            load_idx(SourceOptions(name=name, data_dir=str(tmp_path)))
+    splits = load_idx(SourceOptions(name="emnist-digits", data_dir=str(tmp_path)))
+    np.testing.assert_array_equal(splits.train.labels, arrays["train"][1])
+
+
+def test_labels_from_1_on_are_counted_from_0_and_that_is_logged(tmp_path, arrays, caplog):
+    letters = {split: (images, labels + 1) for split, (images, labels) in arrays.items()}
+    splits = load_idx(write_named(tmp_path, letters, "emnist-letters-{split}-{what}-idx{n}-ubyte"))
+    assert splits.num_classes == 3
+    for split, (_, labels) in zip((splits.train, splits.test), arrays.values(), strict=True):
+        np.testing.assert_array_equal(split.labels, labels)
+    assert "labels 1 to 3 are counted from 0" in caplog.text
+
+
+def test_a_file_unpacked_beside_its_archive_is_one_but_two_files_are_told(tmp_path, arrays):
+    write_all(tmp_path, arrays, gzipped=True)
+    load_idx(write_all(tmp_path, arrays, gzipped=False))
+    (tmp_path / "train-images.idx3-ubyte").write_bytes(idx_bytes(arrays["train"][0]))
+    told = r"several files of the train images: train-images-idx3-ubyte, train-images\.idx3-ubyte; "
+    with pytest.raises(ValueError, match=told):
+        load_idx(SourceOptions(data_dir=str(tmp_path)))
+
+
+def test_a_folder_without_such_files_says_what_they_are_called(tmp_path):
+    (tmp_path / "images.zip").write_bytes(b"PK")
+    with pytest.raises(FileNotFoundError, match="no file with a name such as train-images-idx3"):
+        load_idx(SourceOptions(data_dir=str(tmp_path)))
+
+
 def test_name_is_the_users(tmp_path, arrays):
     write_all(tmp_path, arrays)
     assert load_idx(SourceOptions(name="mine", data_dir=str(tmp_path))).name == "mine"
@@ -100,6 +163,8 @@ def edit_file(edit):
     [
         (replace_labels("train", np.arange(29) % 3), r"train-images.*30 images.*29 labels"),
         (replace_labels("train", [0, 1, 5] * 10), "go up to 5 but none is 2"),
+        (replace_labels("train", [2, 3] * 15), "go up to 3 but none is 1"),
+        (replace_labels("train", [1, 2] * 15), "a test label is 0 but .* from 1 up to 2"),
         (replace_labels("test", [0, 1, 3] * 3), "a test label is 3 but .* up to 2"),
         (replace_images(lambda a: idx_bytes(a, code=13)), "begins with 00000d03, not 00000803"),
         (replace_images(lambda a: idx_bytes(a[0])), "begins with 00000802"),
@@ -114,12 +179,12 @@ def edit_file(edit):
         (replace_images(lambda a: idx_bytes(a[:0])), "holds no images"),
         (
             replace_images(lambda a: idx_bytes(a[:, :4])),
-            r"t10k-images-idx3-ubyte are \(5, 4, 1\) .*, but those of train-.* \(4, 4, 1\)",
+            r"t10k-images-idx3-ubyte\.gz are \(5, 4, 1\) .*, but those of train-.* \(4, 4, 1\)",
         ),
         (edit_file(lambda b: b[: len(b) // 2]), "truncated or damaged"),
         (edit_file(lambda b: b[:-6]), "truncated or damaged"),
         (edit_file(lambda b: b[:40] + bytes([b[40] ^ 255]) + b[41:]), "truncated or damaged"),
-        (edit_file(lambda b: b"not gzip at all, but long enough"), "truncated or damaged"),
+        (edit_file(lambda b: b"not gzip at all, but long enough"), "begins with 6e6f7420"),
     ],
 )
 def test_damage_is_named_in_one_sentence(tmp_path, arrays, damage, message):

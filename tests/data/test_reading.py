@@ -3,8 +3,10 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -62,6 +64,55 @@ def test_closing_ends_the_worker(made):
     assert len(multiprocessing.active_children()) == 1
     batches.close()
     assert not multiprocessing.active_children()
+
+
+READER = """
+import multiprocessing
+import sys
+
+from falcon_jax.data.batching import train_batches
+from tests.data.test_reading import load
+
+if __name__ == "__main__":
+    batches = train_batches(load(sys.argv[1], 1).train, 1, seed=0, epoch=0)
+    for _ in batches:
+        print(multiprocessing.active_children()[0].pid, flush=True)
+        if sys.stdin.readline() == "end\\n":
+            sys.exit()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="processes are looked up in /proc")
+def test_a_worker_hears_no_signal_but_ends_with_its_reader(made, tmp_path):
+    script = tmp_path / "reader.py"
+    script.write_text(READER)
+    command = [sys.executable, str(script), str(made)]
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    pipe = subprocess.PIPE
+    with (
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as reader,
+        subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment
+        ) as ended,
+    ):
+        worker = int(reader.stdout.readline())
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(worker, number)
+        reader.stdin.write("more\n")
+        reader.stdin.flush()
+        assert int(reader.stdout.readline()) == worker
+        reader.kill()
+        reader.wait()
+        give_up = time.monotonic() + 20
+        while os.path.exists(f"/proc/{worker}") and time.monotonic() < give_up:
+            time.sleep(0.1)
+        assert not os.path.exists(f"/proc/{worker}")
+
+        worker = int(ended.stdout.readline())
+        assert ended.communicate("end\n")[1] == ""
+        assert ended.returncode == 0
+        assert not os.path.exists(f"/proc/{worker}")
 
 
 def test_threads_end_with_a_forgotten_iterator(made):
