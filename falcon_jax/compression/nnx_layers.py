@@ -247,9 +247,9 @@ def _wrapped(cls: type[nnx.Module], around: Callable[..., Any]) -> Any:
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if args:
-            x, *args = args
+            x, args = args[0], args[1:]
         else:
             x = kwargs.pop(next(name for name in ("inputs", "x", *kwargs) if name in kwargs))
-        return around(ModuleCall(module=self, cls=cls, args=tuple(args), kwargs=kwargs), x)
+        return around(ModuleCall(module=self, cls=cls, args=args, kwargs=kwargs), x)
 
     return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
