@@ -1,11 +1,13 @@
 """Which BatchNorm follows which convolution, and the convolution that is both."""
 
 import collections
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from falcon_jax.compression.tracing import inner_jaxprs
@@ -20,22 +22,26 @@ def mark_call(path: str, layer: Callable[[Array], Array], x: Array) -> Array:
     return checkpoint_name(y, _AFTER + path)
 
 
-def conv_of_norm(jaxpr: Any, norms: Container[str]) -> Mapping[str, str]:
+def conv_of_norm(jaxpr: Any, types: Mapping[str, DTypeLike]) -> Mapping[str, str]:
     """Return, by path of every BatchNorm that can be folded, the path of its convolution.
 
-    Its input is the convolution's output, nothing else uses that, and both are used once.
+    Its input is the convolution's output, nothing else uses that, both are used once, and types
+    stay: it gives what it takes, and the kernel's type holds as much.
 
     Args:
         jaxpr: of a forward pass in which convolutions and BatchNorms are called by `mark_call`.
-        norms: paths of the BatchNorms; all others are convolutions.
+        types: of the kernels, by path of the convolutions; all others are BatchNorms.
     """
     uses = collections.Counter(_marks(jaxpr))
+    types_given = dict(_types_given(jaxpr))
     return {
         second: first
         for second, first in _followed(jaxpr)
-        if second in norms
-        and first not in norms
+        if second not in types
+        and first in types
         and uses[_BEFORE + second] == uses[_BEFORE + first] == 1
+        and types_given[first] == types_given[second]
+        and jnp.promote_types(types[first], types_given[first]) == types[first]
     }
 
 
@@ -105,6 +111,15 @@ def _marks(jaxpr: Any) -> Iterator[str]:
         yield _mark(eqn)
         for sub in inner_jaxprs(tuple(eqn.params.values())):
             yield from _marks(sub)
+
+
+def _types_given(jaxpr: Any) -> Iterator[tuple[str, Any]]:
+    """Yield path and output type of every layer."""
+    for eqn in jaxpr.eqns:
+        if _mark(eqn).startswith(_AFTER):
+            yield _mark(eqn)[len(_AFTER) :], eqn.outvars[0].aval.dtype
+        for sub in inner_jaxprs(tuple(eqn.params.values())):
+            yield from _types_given(sub)
 
 
 def _mark(eqn: Any) -> str:

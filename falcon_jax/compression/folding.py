@@ -1,5 +1,6 @@
 """BatchNorm folded into the convolution before it."""
 
+import collections
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, overload
@@ -12,21 +13,34 @@ from jaxtyping import Array
 from falcon_jax.compression.batchnorm_pairs import conv_of_norm, gain_and_bias, mark_call
 from falcon_jax.compression.inputs import Inputs
 from falcon_jax.compression.inspection import Model
+from falcon_jax.compression.layers import Layer
 from falcon_jax.compression.linen_folding import fold_linen
-from falcon_jax.compression.nnx_layers import jaxpr_through
-from falcon_jax.compression.nnx_tree import map_modules, named_modules
+from falcon_jax.compression.nnx_layers import ModuleCall, find_layers, jaxpr_through
+from falcon_jax.compression.nnx_tree import (
+    held_variables,
+    in_evaluation,
+    map_modules,
+    named_modules,
+)
 from falcon_jax.methods import Params
 from falcon_jax.methods.base import scale_outputs
 from falcon_jax.nn.batch_norm import BatchNorm
-from falcon_jax.nn.linen_compressed import CompressedModule
+from falcon_jax.nn.linen_compressed import CompressedModule, check_folded_call
 from falcon_jax.nn.method_conv import MethodConv
 
 
 class FoldedBatchNorm(nnx.Module):
     """What stands where a BatchNorm was: its work is done by the convolution before it."""
 
-    def __call__(self, x: Array, *args: Any, **kwargs: Any) -> Array:
-        """Return the input as it is."""
+    def __call__(
+        self, x: Array, use_running_average: bool | None = None, *, mask: Array | None = None
+    ) -> Array:
+        """Return the input as it is.
+
+        Raises:
+            ValueError: if it is called for training.
+        """
+        check_folded_call(use_running_average)
         return x
 
 
@@ -45,9 +59,9 @@ def fold_batchnorm(
 
     A BatchNorm is folded if its input is the output of a convolution of Flax, or in NNX models of
     one that FALCON, a depthwise separable method, Tucker or CP carries out, nothing else uses that
-    output, both are used once, and the call does not ask for the statistics of its batch. The copy
-    gives what the model gives in evaluation mode; it is for deployment or training-free
-    compression, not for further training.
+    output, and both are used once. One that normalises by the batch's own statistics in evaluation,
+    too, stays, and so do those that change the type. The copy gives what the model gives in
+    evaluation mode; it is for deployment or training-free compression, not for further training.
 
     Args:
         model: an NNX model or a Linen module; it is not changed.
@@ -74,63 +88,73 @@ def fold_batchnorm(
 
 
 def _fold_nnx(model: nnx.Module, inputs: Inputs) -> nnx.Module:
-    def chosen(module: nnx.Module) -> bool:
-        if isinstance(module, MethodConv):
-            return _with_gain(module, jnp.ones(module.spec.out_features)) is not None
-        if type(module) is nnx.Conv:
-            return module.mask is None
-        return isinstance(module, _Averaging) and module.axis == -1
-
     modules = dict(named_modules(model))
-    norms = {path for path, module in modules.items() if _is_batch_norm(module)}
-    otherwise: set[str] = set()
-    watched = map_modules(lambda path, module: _watch(path, module, otherwise), model)
-    jaxpr = jaxpr_through(watched, inputs, chosen, mark_call)
-    pairs = {n: c for n, c in conv_of_norm(jaxpr, norms).items() if n not in otherwise}
-    norm_of_conv = {conv: modules[norm] for norm, conv in pairs.items()}
+    holders = collections.Counter(id(v) for m in modules.values() for v in held_variables(m))
+    types = {
+        layer.path: _kernel_type(modules[layer.path])
+        for layer in find_layers(model, inputs)
+        if _takes_gain(layer, modules[layer.path])
+        and all(holders[id(v)] == 1 for v in held_variables(modules[layer.path]))
+    }
+
+    def marked(path: str, call: ModuleCall, x: Any) -> Any:
+        norm = _is_batch_norm(modules[path])
+        known = _by_running_average(call) if norm else path in types
+        return mark_call(path, call, x) if known else call(x)
+
+    def chosen(module: nnx.Module) -> bool:
+        return isinstance(module, nnx.Conv) or _is_batch_norm(module)
+
+    pairs = conv_of_norm(jaxpr_through(model, inputs, chosen, marked), types)
+    new = {conv: _folded(modules[conv], modules[norm]) for norm, conv in pairs.items()}
+    new = {conv: values for conv, values in new.items() if values is not None}
 
     def folded(path: str, module: nnx.Module) -> nnx.Module | None:
-        if path in pairs:
+        if pairs.get(path) in new:
             return FoldedBatchNorm()
-        if path in norm_of_conv:
-            norm = norm_of_conv[path]
-            assert isinstance(module, (nnx.Conv, MethodConv)) and isinstance(norm, nnx.BatchNorm)
-            _fold(module, norm)
+        if path in new:
+            assert isinstance(module, nnx.Conv)
+            _put(module, *new[path])
         return None
 
-    copy = map_modules(folded, model)
-    copy.eval()
-    return copy
-
-
-class _Averaging(nnx.BatchNorm):
-    """Stands before a BatchNorm's class in a copy that is traced."""
-
-
-def _watch(path: str, module: nnx.Module, otherwise: set[str]) -> None:
-    """Make a BatchNorm note its path where it is called for the statistics of its batch."""
-    if not _is_batch_norm(module):
-        return
-    cls: Any = type(module)
-
-    def call(self: Any, x: Any, use_running_average: Any = None, **options: Any) -> Any:
-        average = self.use_running_average if use_running_average is None else use_running_average
-        if average is not True:
-            otherwise.add(path)
-        return cls.__call__(self, x, use_running_average, **options)
-
-    module.__class__ = type(cls.__name__, (_Averaging, cls), {"__call__": call})
+    return in_evaluation(map_modules(folded, model))
 
 
 def _is_batch_norm(module: nnx.Module) -> bool:
     return type(module) in (nnx.BatchNorm, BatchNorm)
 
 
+def _by_running_average(call: ModuleCall) -> bool:
+    given = call.kwargs.get("use_running_average", call.args[0] if call.args else None)
+    average = call.module.use_running_average if given is None else given
+    return call.module.axis == -1 and bool(average)
+
+
+def _takes_gain(layer: Layer, module: nnx.Module) -> bool:
+    if isinstance(module, MethodConv):
+        return _with_gain(module, jnp.ones(module.spec.out_features)) is not None
+    return type(module) is nnx.Conv and layer.obstacle is None
+
+
 def _with_gain(conv: MethodConv, gain: Array) -> Params | None:
     return conv.method.with_gain(conv.params, gain)
 
 
-def _fold(conv: nnx.Conv | MethodConv, norm: nnx.BatchNorm) -> None:
+def _params(conv: nnx.Module) -> Params:
+    assert isinstance(conv, nnx.Conv)
+    return conv.params if isinstance(conv, MethodConv) else {"kernel": conv.kernel[...]}
+
+
+def _kernel_type(conv: nnx.Module) -> Any:
+    return jnp.result_type(*_params(conv).values())
+
+
+def _folded(conv: nnx.Module, norm: nnx.Module) -> tuple[Params, Array] | None:
+    """Return parameters and bias of a convolution that does a BatchNorm's work, too.
+
+    None if the two are stacked along different axes.
+    """
+    assert isinstance(conv, nnx.Conv) and isinstance(norm, nnx.BatchNorm)
     gain, bias = gain_and_bias(
         None if conv.bias is None else conv.bias[...],
         mean=norm.mean[...],
@@ -139,15 +163,24 @@ def _fold(conv: nnx.Conv | MethodConv, norm: nnx.BatchNorm) -> None:
         offset=None if norm.bias is None else norm.bias[...],
         epsilon=norm.epsilon,
     )
-    if not isinstance(conv, MethodConv):
-        conv.kernel[...] = scale_outputs(conv.kernel[...], gain)
-        dtype = conv.kernel[...].dtype
-        conv.use_bias = True
+    params, stack = _params(conv), gain.shape[:-1]
+    if any(value.shape[: len(stack)] != stack for value in params.values()):
+        return None
+    if isinstance(conv, MethodConv):
+        new = _with_gain(conv, gain)
+        assert new is not None
     else:
-        params = _with_gain(conv, gain)
-        assert params is not None
-        for name, value in params.items():
-            getattr(conv, name)[...] = value
-        dtype = next(iter(params.values())).dtype
+        new = {"kernel": scale_outputs(params["kernel"], gain)}
+    if any(new[name].shape != params[name].shape for name in params):
+        return None
+    return new, bias.astype(_kernel_type(conv))
+
+
+def _put(conv: nnx.Conv, params: Params, bias: Array) -> None:
+    for name, value in params.items():
+        getattr(conv, name)[...] = value
+    conv.bias = nnx.Param(bias)
+    if isinstance(conv, MethodConv):
         conv.spec = dataclasses.replace(conv.spec, use_bias=True)
-    conv.bias = nnx.Param(bias.astype(dtype))
+    else:
+        conv.use_bias = True

@@ -1,6 +1,6 @@
 """BatchNorm of Linen modules folded into the convolution before it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -34,11 +34,20 @@ def fold_linen(
         ValueError: if the module cannot be called on the inputs, or they are for training.
     """
     layers = find_layers(module, inputs, variables)
-    convs = {layer.path for layer in layers if layer.kind == "conv" and layer.obstacle is None}
-    watched = _Watch(convs)
-    jaxpr = intercepted_jaxpr(module, inputs, variables, watched.intercept)
-    pairs = conv_of_norm(jaxpr, watched.epsilons)
     flat: Flat = flatten_dict(unfreeze(nn.meta.unbox(variables)))  # type: ignore[arg-type]
+    types = {
+        layer.path: flat[_at("params", layer.path, "kernel")].dtype
+        for layer in layers
+        if layer.kind == "conv" and layer.obstacle is None
+    }
+    watched = _Watch(types)
+    jaxpr = intercepted_jaxpr(module, inputs, variables, watched.intercept)
+    if watched.training and not watched.epsilons:
+        raise ValueError(
+            f"the sample calls {watched.training[0]!r} in training mode; BatchNorm is folded as it "
+            "is in evaluation, so give a sample such as falcon_jax.Inputs(x, train=False)."
+        )
+    pairs = conv_of_norm(jaxpr, types)
     folded = tuple(
         (norm, conv)
         for norm, conv in pairs.items()
@@ -54,9 +63,10 @@ def fold_linen(
 class _Watch:
     """Marks the calls of some convolutions, and of every BatchNorm that is in evaluation mode."""
 
-    def __init__(self, convs: set[str]):
+    def __init__(self, convs: Container[str]):
         self._convs = convs
         self.epsilons: dict[str, float] = {}
+        self.training: list[str] = []
 
     def intercept(
         self,
@@ -70,7 +80,9 @@ class _Watch:
         if context.method_name != "__call__" or not args:
             return next_fun(*args, **kwargs)
         if type(module) is nn.BatchNorm and module.axis == -1:
-            _check_evaluating(module, path, *args, **kwargs)
+            if not _by_running_average(module, *args, **kwargs):
+                self.training.append(path)
+                return next_fun(*args, **kwargs)
             self.epsilons[path] = module.epsilon
         elif type(module) is not nn.Conv or path not in self._convs:
             return next_fun(*args, **kwargs)
@@ -78,39 +90,34 @@ class _Watch:
         return mark_call(path, lambda x: next_fun(x, *rest, **kwargs), x)
 
 
-def _check_evaluating(
-    norm: nn.BatchNorm, path: str, x: Any, use_running_average: bool | None = None, **rest: Any
-) -> None:
-    given = norm.use_running_average if use_running_average is None else use_running_average
-    if not given:
-        raise ValueError(
-            f"the sample calls {path!r} in training mode; BatchNorm is folded as it is in "
-            "evaluation, so give a sample such as falcon_jax.Inputs(x, train=False)."
-        )
+def _by_running_average(
+    norm: nn.BatchNorm, x: Any, use_running_average: bool | None = None, **rest: Any
+) -> bool:
+    return bool(norm.use_running_average if use_running_average is None else use_running_average)
+
+
+def _at(collection: str, path: str, name: str) -> tuple[str, ...]:
+    return (collection, *path.split("/"), name) if path else (collection, name)
 
 
 def _fold(flat: Flat, norm: str, conv: str, *, epsilon: float) -> bool:
     """Put a BatchNorm's variables into a convolution's, unless they are stacked otherwise."""
-
-    def at(collection: str, path: str, name: str) -> tuple[str, ...]:
-        return (collection, *path.split("/"), name) if path else (collection, name)
-
-    kernel, mean = flat[at("params", conv, "kernel")], flat[at("batch_stats", norm, "mean")]
+    kernel, mean = flat[_at("params", conv, "kernel")], flat[_at("batch_stats", norm, "mean")]
     stack = mean.shape[:-1]
     if kernel.shape[: len(stack)] != stack or kernel.shape[-1] != mean.shape[-1]:
         return False
-    bias = flat.get(at("params", conv, "bias"))
-    scale = flat.pop(at("params", norm, "scale"), None)
-    offset = flat.pop(at("params", norm, "bias"), None)
+    bias = flat.get(_at("params", conv, "bias"))
+    scale = flat.pop(_at("params", norm, "scale"), None)
+    offset = flat.pop(_at("params", norm, "bias"), None)
     new_kernel, new_bias = folded_arrays(
         jnp.asarray(kernel),
         None if bias is None else jnp.asarray(bias),
-        mean=jnp.asarray(flat.pop(at("batch_stats", norm, "mean"))),
-        var=jnp.asarray(flat.pop(at("batch_stats", norm, "var"))),
+        mean=jnp.asarray(flat.pop(_at("batch_stats", norm, "mean"))),
+        var=jnp.asarray(flat.pop(_at("batch_stats", norm, "var"))),
         scale=None if scale is None else jnp.asarray(scale),
         offset=None if offset is None else jnp.asarray(offset),
         epsilon=epsilon,
     )
-    flat[at("params", conv, "kernel")] = new_kernel
-    flat[at("params", conv, "bias")] = new_bias
+    flat[_at("params", conv, "kernel")] = new_kernel
+    flat[_at("params", conv, "bias")] = new_bias
     return True

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -28,6 +28,27 @@ from falcon_jax.nn.method_conv import MethodConv
 from falcon_jax.nn.trained import conv_obstacle, conv_spec
 
 _GENERAL = (nnx.LinearGeneral, nnx.Einsum)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModuleCall:
+    """A module's call but for its first argument; called with that, it gives the output.
+
+    Attributes:
+        module: in a copy of the model.
+        cls: its class in the model.
+        args: further positional arguments.
+        kwargs: further keyword arguments.
+    """
+
+    module: Any
+    cls: type[nnx.Module]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def __call__(self, x: Any) -> Any:
+        """Return the output for an input."""
+        return self.cls.__call__(self.module, x, *self.args, **self.kwargs)  # type: ignore[operator]
 
 
 def find_layers(model: nnx.Module, inputs: Inputs | None = None) -> list[Layer]:
@@ -149,7 +170,7 @@ def _describe(path: str, module: nnx.Module) -> Layer | None:
 
 
 def _trace(model: nnx.Module, inputs: Inputs) -> Trace:
-    def marked(path: str, layer: Any, x: Any) -> Any:
+    def marked(path: str, layer: ModuleCall, x: Any) -> Any:
         if isinstance(layer.module, nnx.Conv) and not isinstance(layer.module, MethodConv):
             mark_kernel(path, layer.module.kernel[...], f"{path}/kernel".lstrip("/"))
         with inside_layer(path):
@@ -172,7 +193,7 @@ def jaxpr_through(
     model: nnx.Module,
     inputs: Inputs,
     chosen: Callable[[nnx.Module], bool],
-    around: Callable[[str, Callable[[Any], Any], Any], Any],
+    around: Callable[[str, ModuleCall, Any], Any],
 ) -> Any:
     """Return the jaxpr of a model's call in evaluation mode, with a function around some modules.
 
@@ -180,8 +201,7 @@ def jaxpr_through(
         model: it is not changed.
         inputs: what it is called with.
         chosen: says whether ``around`` goes around a module.
-        around: gets path, the module's call (which knows its ``module``) and its input; returns
-            its output.
+        around: gets path, the module's call and its input; returns its output.
 
     Raises:
         ValueError: if the model cannot be called on the inputs.
@@ -189,7 +209,12 @@ def jaxpr_through(
     wrapped = with_calls_wrapped(model, chosen, around)
 
     def forward(named: dict[str, Array], given: list[Array]) -> Any:
-        return inputs.with_arrays(given).call(with_arrays(wrapped, named))  # type: ignore[arg-type]
+        called = with_arrays(wrapped, named)
+        y = inputs.with_arrays(given).call(called)  # type: ignore[arg-type]
+        others = [v for v in named_variables(called) if not isinstance(v[1], nnx.Param)]
+        # What the model keeps for later is used, too.
+        kept = [v.get_value() for path, v in others if v.get_value() is not named.get(path)]
+        return y, kept
 
     try:
         return traced_jaxpr(forward, arrays(wrapped), inputs.shapes.arrays)
@@ -200,15 +225,14 @@ def jaxpr_through(
 def with_calls_wrapped(
     model: nnx.Module,
     chosen: Callable[[nnx.Module], bool],
-    around: Callable[[str, Callable[[Any], Any], Any], Any],
+    around: Callable[[str, ModuleCall, Any], Any],
 ) -> nnx.Module:
     """Return a copy of a model in evaluation mode with a function around some modules.
 
     Args:
         model: it is not changed.
         chosen: says whether ``around`` goes around a module.
-        around: gets path, the module's call (which knows its ``module``) and its input; returns
-            its output.
+        around: gets path, the module's call and its input; returns its output.
     """
 
     def replace_call(path: str, module: nnx.Module) -> None:
@@ -226,11 +250,6 @@ def _wrapped(cls: type[nnx.Module], around: Callable[..., Any]) -> Any:
             x, args = args[0], args[1:]
         else:
             x = kwargs.pop(next(name for name in ("inputs", "x", *kwargs) if name in kwargs))
-
-        def layer(x: Any) -> Any:
-            return cls.__call__(self, x, *args, **kwargs)  # type: ignore[operator]
-
-        layer.module = self
-        return around(layer, x)
+        return around(ModuleCall(module=self, cls=cls, args=args, kwargs=kwargs), x)
 
     return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})

@@ -21,6 +21,20 @@ class Definition:
     module: nn.Module
 
 
+def check_folded_call(use_running_average: bool | None) -> None:
+    """Raise if what stands for a folded BatchNorm is called for training.
+
+    Raises:
+        ValueError: saying how to call the model.
+    """
+    if use_running_average is not None and not use_running_average:
+        raise ValueError(
+            "a BatchNorm of this model is folded into the convolution before it, so it cannot "
+            "normalise by a batch's own statistics; call the model in evaluation mode, or train "
+            "the model that was folded."
+        )
+
+
 class CompressedModule(nn.Module):
     """A Linen module with convolutions replaced by methods, or BatchNorms folded into them.
 
@@ -90,6 +104,9 @@ def _replacing(replaced: Replaced, folded: Mapping[str, str]) -> Callable[..., A
         if context.method_name != "__call__":
             return next_fun(*args, **kwargs)
         if type(conv) is nn.BatchNorm and path in folded:
+            given = kwargs.get("use_running_average", args[1] if len(args) > 1 else None)
+            if not conv.is_initializing():
+                check_folded_call(conv.use_running_average if given is None else given)
             return args[0] if args else kwargs["x"]
         found = replaced.get(path) if type(conv) is nn.Conv else None
         if found is None:

@@ -89,6 +89,65 @@ def test_norms_that_the_call_gives_statistics_of_the_batch_stay(function):
         assert folded_paths(folded) == ["norms/0"]
 
 
+class Kept(nnx.Module):
+    """Pairs of a convolution and a BatchNorm; only ``plain`` can be folded, and ``masked``."""
+
+    def __init__(self, rngs):
+        names = ("plain", "masked", "own", "noted", "tied", "other", "weighed", "mixed", "half")
+        self.names = names
+        self.convs = nnx.Dict({name: conv(3, 3, rngs=rngs) for name in names})
+        self.norms = nnx.Dict({name: nnx.BatchNorm(3, rngs=rngs) for name in names})
+        self.convs.other.kernel = self.convs.tied.kernel
+        self.convs.weighed = nnx.WeightNorm(self.convs.weighed, rngs=rngs)
+        self.convs.mixed = conv(3, 3, dtype=jnp.bfloat16, rngs=rngs)
+        self.convs.half = conv(3, 3, param_dtype=jnp.bfloat16, dtype=jnp.float32, rngs=rngs)
+        self.note = nnx.Variable(jnp.zeros(images().shape))
+        random = np.random.default_rng(0)
+        for norm in self.norms.values():
+            norm.mean[...] = jnp.asarray(random.normal(size=3), jnp.float32)
+            norm.var[...] = jnp.asarray(random.uniform(0.5, 2, 3), jnp.float32)
+            norm.scale[...] = jnp.asarray(random.uniform(0.5, 2, 3), jnp.float32)
+
+    def __call__(self, x):
+        for name in self.names:
+            x, options = self.convs[name](x), {}
+            if name == "noted":
+                self.note[...] = x
+            if name == "own":
+                options = {"use_running_average": False}
+            if name == "masked":
+                options = {"mask": jnp.ones((1, 8, 8, 1), bool)}
+            x = self.norms[name](x, **options)
+        return x
+
+
+def test_what_a_convolution_cannot_do_the_work_of_stays():
+    model = Kept(nnx.Rngs(0))
+    model.eval()
+    folded = fj.fold_batchnorm(model, images())
+    assert sorted(folded_paths(folded)) == ["norms/masked", "norms/plain"]
+    expected = np.asarray(model(images()), np.float64)
+    found = folded(images())
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
+    note = np.asarray(model.note[...])
+    np.testing.assert_allclose(folded.note[...], note, atol=1e-5 * np.abs(note).max())
+
+
+def test_a_folded_batchnorm_does_not_train():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.conv, self.norm = conv(3, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs)
+
+        def __call__(self, x, train=False):
+            return self.norm(self.conv(x), use_running_average=not train)
+
+    folded = fj.fold_batchnorm(Model(nnx.Rngs(0)), images())
+    assert folded_paths(folded) == ["norm"]
+    with pytest.raises(ValueError, match=r"is folded into the convolution before it.*evaluation"):
+        folded(images(), train=True)
+
+
 class ScannedBlocks(nnx.Module):
     """Convolution and BatchNorm, stacked three times."""
 

@@ -1,4 +1,5 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -101,6 +102,29 @@ def test_what_cannot_be_folded_stays():
     expected = Awkward().apply(variables, X, train=False)
     found = folded.apply(new, X, train=False)
     np.testing.assert_allclose(found, expected, atol=1e-5 * float(np.abs(expected).max()))
+
+
+class OwnStatistics(nn.Module):
+    """A BatchNorm that uses the batch's statistics in evaluation, too, and types that change."""
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        x = nn.BatchNorm(use_running_average=not train, name="plain")(nn.Conv(4, (3, 3))(x))
+        x = nn.BatchNorm(use_running_average=False, name="own")(nn.Conv(4, (3, 3))(x))
+        x = nn.Conv(4, (3, 3), dtype=jnp.bfloat16)(x)
+        return nn.BatchNorm(use_running_average=not train, name="mixed", dtype=jnp.float32)(x)
+
+
+def test_batch_statistics_and_types_stay():
+    module, variables = OwnStatistics(), drawn(OwnStatistics())
+    folded, new = fj.fold_batchnorm(module, inputs(), variables)
+    assert norms_in(new) == ["mixed", "own"]
+    expected, _ = module.apply(variables, X, train=False, mutable=["batch_stats"])
+    found, _ = folded.apply(new, X, train=False, mutable=["batch_stats"])
+    assert found.dtype == expected.dtype
+    np.testing.assert_allclose(found, expected, atol=1e-4 * float(np.abs(expected).max()))
+    with pytest.raises(ValueError, match=r"is folded into the convolution before it.*evaluation"):
+        folded.apply(new, X, train=True, mutable=["batch_stats"])
 
 
 def test_bad_input_is_told():
