@@ -87,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if options.seeds < 1:
             raise ValueError(f"--seeds is at least 1; got {options.seeds}")
-        _, workdir, config = train.read_flags([arguments[0], *rest])
+        _, workdir, config, _ = train.read_flags([arguments[0], *rest])
         runs = [_run(config, workdir, seed) for seed in range(options.seeds)]
     except FloatingPointError as error:
         return train.fail(error, train.BAD_NUMBERS)

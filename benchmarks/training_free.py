@@ -76,7 +76,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=pathlib.Path)
     options, rest = parser.parse_known_args(arguments[1:])
     try:
-        _, workdir, config = train.read_flags([arguments[0], *rest])
+        _, workdir, config, _ = train.read_flags([arguments[0], *rest])
         alone: Any = ConfigDict(dict(config))
         alone.compression.variants = {}
         with begin(check_config(alone), workdir, alone.to_dict()) as setting:

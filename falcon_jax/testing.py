@@ -68,9 +68,8 @@ def standard_conv(
     values = values.reshape(-1, *values.shape[-1 - axes :])
     pads: Any = ((0, 0), *_pads(spec, values.shape[1:-1]), (0, 0))
     if spec.padding in ("CIRCULAR", "REFLECT"):
-        values = np.pad(
-            values, pads, mode={"CIRCULAR": "wrap", "REFLECT": "reflect"}[str(spec.padding)]
-        )
+        modes: Any = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
+        values = np.pad(values, pads, mode=modes[spec.padding])
         pads = ((0, 0),) * values.ndim
     sizes = [(n - 1) * d + 1 for n, d in zip(values.shape[1:-1], spec.input_dilation, strict=True)]
     dilated = np.zeros((values.shape[0], *sizes, values.shape[-1]))

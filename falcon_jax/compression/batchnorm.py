@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,12 @@ from falcon_jax.compression.nnx_tree import map_modules, named_modules
 # Points seen so far, their mean and their variance.
 Moments = tuple[Float[Array, "*stack"], Float[Array, "*stack n"], Float[Array, "*stack n"]]
 
+M = TypeVar("M", bound=Model)
+
 _POINTS = "falcon_jax_points"
 
 
-def reestimate_batchnorm(model: Model, batches: Iterable[Any]) -> Model:
+def reestimate_batchnorm(model: M, batches: Iterable[Any]) -> M:
     """Return a copy of a model with the BatchNorm statistics of the given batches.
 
     ``mean`` and ``var`` are those of all points of all batches together, so that batches may be of
@@ -46,7 +48,8 @@ def reestimate_batchnorm(model: Model, batches: Iterable[Any]) -> Model:
     Warns:
         UserWarning: naming the BatchNorms that no batch reached; they stay as they were.
     """
-    return _linen(model, batches) if isinstance(model, nn.Module) else _nnx(model, batches)
+    new: Any = _linen(model, batches) if isinstance(model, nn.Module) else _nnx(model, batches)
+    return new
 
 
 def _nnx(model: nnx.Module, batches: Iterable[Any]) -> nnx.Module:
