@@ -24,9 +24,13 @@ test: $(VENV)/.installed-test lint
 test-all: $(VENV)/.installed-test lint
 	$(PYTEST) falcon_jax tests
 
-# What the oldest Python is tried on.
+# What the oldest Python is tried on: something of every room, and all comparisons with PyTorch.
+SMOKE := test_dependencies.py test_gep.py convert data/test_decoding.py models/test_torch_parity.py \
+	models/test_imagenet_parity.py models/test_units.py methods/test_every_method.py \
+	compression/test_compress.py compression/test_linen.py training/test_step.py
+
 test-smoke: $(VENV)/.installed-test
-	$(PYTEST) -m "smoke and not slow" tests
+	$(PYTEST) -m "not slow" $(addprefix tests/,$(SMOKE))
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
