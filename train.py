@@ -3,6 +3,7 @@
 python train.py --config=configs/demo.py --workdir=runs/demo [--config.some.field=value ...]
 """
 
+import itertools
 import pathlib
 import re
 import sys
@@ -14,6 +15,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
+from falcon_jax.paths import user_path
 from falcon_jax.training.config import Experiment, check_config, check_override
 from falcon_jax.training.distributed import MODES, Peers, launched, start_distributed
 from falcon_jax.training.experiment import run_experiment
@@ -73,6 +75,7 @@ def read_flags(
     Raises:
         ValueError: if something about them is wrong.
     """
+    arguments = list(itertools.starmap(_with_home, itertools.pairwise(["", *arguments])))
     values = flags.FlagValues()
     workdir = flags.DEFINE_string(
         "workdir", None, "folder of checkpoints, logs and the report", flag_values=values
@@ -122,7 +125,16 @@ def read_flags(
         process=process.value,
         launched=launched(),
     )
-    return experiment, pathlib.Path(workdir.value), config.value.to_dict(), peers
+    return experiment, user_path(workdir.value), config.value.to_dict(), peers
+
+
+def _with_home(before: str, argument: str) -> str:
+    flag, equals, path = (
+        argument.rpartition("=") if argument.startswith("-") else ("", "", argument)
+    )
+    if path.startswith("~") and (flag or before) in ("--config", "-config"):
+        return f"{flag}{equals}{user_path(path)}"
+    return argument
 
 
 def fail(error: Exception, status: int) -> int:

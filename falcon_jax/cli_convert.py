@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import pathlib
 from typing import Any
 
 from falcon_jax.cli_data import add_data_options, load_data, training_inputs
@@ -20,6 +19,7 @@ from falcon_jax.models.stored import (
     load_stored,
     save_stored,
 )
+from falcon_jax.paths import user_path
 
 
 def add_convert(commands: Any) -> None:
@@ -150,7 +150,7 @@ def _convert(parsed: argparse.Namespace) -> None:
 
 def _compress(parsed: argparse.Namespace) -> None:
     method = _method(parsed.method, parsed.rank)
-    require_absent(pathlib.Path(parsed.out).expanduser())
+    require_absent(user_path(parsed.out))
     if parsed.batches < 1:
         raise ValueError(f"--batches must be 1 or more, but is {parsed.batches}")
     stored = load_stored(parsed.checkpoint)

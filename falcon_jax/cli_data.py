@@ -15,6 +15,7 @@ from falcon_jax.data.batching import train_batches
 from falcon_jax.data.dataset import Dataset
 from falcon_jax.data.loading import SOURCES, load_dataset
 from falcon_jax.models.stored import Description
+from falcon_jax.paths import user_path
 
 
 def add_data_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
@@ -55,7 +56,7 @@ def load_data(parsed: argparse.Namespace, description: Description) -> Dataset:
     """
     source, _, name = parsed.data.partition(":")
     data_dir = parsed.data_dir
-    if source not in SOURCES and (os.sep in parsed.data or os.path.isdir(parsed.data)):
+    if source not in SOURCES and (os.sep in parsed.data or user_path(parsed.data).is_dir()):
         source, name, data_dir = "folder", "", parsed.data
     preprocessing = description.preprocessing
     dataset = load_dataset(

@@ -3,13 +3,13 @@
 import dataclasses
 import json
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from falcon_jax.compression.alignment import aligned
 from falcon_jax.compression.inputs import Inputs
 from falcon_jax.methods import ConvSpec, Cost, Method, Solver, get_method
+from falcon_jax.paths import user_path
 
 _VERSION = 1
 
@@ -120,7 +120,7 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON."""
-        pathlib.Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n")
+        user_path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Plan":
@@ -131,7 +131,7 @@ class Plan:
             OSError: if it cannot be read.
         """
         try:
-            data = json.loads(pathlib.Path(path).read_text())
+            data = json.loads(user_path(path).read_text())
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)} is no JSON file: {error}.") from None
         if not isinstance(data, dict):

@@ -35,6 +35,7 @@ from falcon_jax.methods import Params
 from falcon_jax.nn.linen_compressed import CompressedModule
 from falcon_jax.nn.trained import fit_stacked
 from falcon_jax.numeric import is_whole
+from falcon_jax.paths import user_path
 from falcon_jax.whole_directory import standing, whole_directory
 from falcon_jax.wording import reason, shown
 
@@ -192,7 +193,7 @@ def open_compressed(path: str | os.PathLike[str]) -> Saved:
 
 
 def _place(path: str | os.PathLike[str]) -> pathlib.Path:
-    return pathlib.Path(os.path.realpath(path))
+    return pathlib.Path(os.path.realpath(user_path(path)))
 
 
 def _check_replaceable(directory: pathlib.Path, overwrite: bool) -> None:

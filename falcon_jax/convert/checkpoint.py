@@ -18,6 +18,7 @@ from falcon_jax.models.stored import (
     save_stored,
     uncompressed,
 )
+from falcon_jax.paths import user_path
 
 # Of torchvision's IMAGENET1K_V1 weights.
 IMAGENET = ImagePreprocessing(
@@ -57,7 +58,7 @@ def convert_file(
         ValueError: if the file is damaged, or the weights do not fit the model.
         OSError: if ``out`` is there already, or a file cannot be read or written.
     """
-    weights, out = pathlib.Path(weights).expanduser(), pathlib.Path(out).expanduser()
+    weights, out = user_path(weights), user_path(out)
     require_absent(out)
     if classes < 1:
         raise ValueError(f"a model has at least one class; got classes={classes}.")

@@ -1,13 +1,13 @@
 """State dicts from PyTorch's files, without PyTorch."""
 
 import os
-import pathlib
 
 import numpy as np
 
 from falcon_jax.convert.safetensors_file import read_safetensors, starts_like_safetensors
 from falcon_jax.convert.torch_archive import read_torch_archive
 from falcon_jax.convert.torch_legacy import read_torch_legacy
+from falcon_jax.paths import user_path
 
 _ZIP = b"PK\x03\x04"
 # Of protocols 2 and newer, and the magic number of torch.save in protocols 0 and 1.
@@ -38,7 +38,7 @@ def load_torch(path: str | os.PathLike[str], *, key: str | None = None) -> dict[
         ValueError: if it is no such file, is truncated or damaged, holds no or several state dicts,
             or the one chosen has entries that are no tensors.
     """
-    path = pathlib.Path(path).expanduser()
+    path = user_path(path)
     with path.open("rb") as file:
         head = file.read(16)
     size = path.stat().st_size

@@ -49,6 +49,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __repr__(self) -> str:
+        height, width, channels = self.image_shape
+        return f"Split({len(self)} images, {height}x{width}x{channels})"
+
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Shape of an image, (h, w, c)."""

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float64, Shaped, UInt8
 from PIL import Image, UnidentifiedImageError
 
-from falcon_jax.data.messages import one_line
+from falcon_jax.wording import reason
 
 # Of evaluation images, widened when shrinking.
 INTERPOLATIONS = MappingProxyType(
@@ -257,4 +257,4 @@ def _reason(error: Exception, size: int | None) -> str:
         return "it is empty"
     if isinstance(error, UnidentifiedImageError):
         return f"it is none of {', '.join(FORMATS)}"
-    return one_line(error)
+    return reason(error)

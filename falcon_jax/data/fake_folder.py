@@ -10,6 +10,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from falcon_jax.paths import user_path
+
 _VARIATION = 0.3  # sides vary by this share of the mean side
 _PERIODS = 6.0  # of a class's pattern, along the mean side
 _FINE_NOISE = 12.0  # standard deviation; makes files as large as those of photographs
@@ -54,7 +56,7 @@ def make_image_folder(
             raise ValueError(f"{name} must be {least[name]} or more, but is {value}")
     if seed < 0 or not 1 <= quality <= 95:
         raise ValueError(f"seed must be 0 or more and quality 1 to 95, not {seed} and {quality}")
-    directory = Path(directory).expanduser().absolute()
+    directory = user_path(directory).absolute()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f"{directory} is there already and is not an empty folder")
     directory.parent.mkdir(parents=True, exist_ok=True)

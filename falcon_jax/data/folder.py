@@ -18,6 +18,7 @@ from falcon_jax.data.decoding import header_problem
 from falcon_jax.data.messages import some_of
 from falcon_jax.data.source import SourceOptions, SourceSplits
 from falcon_jax.data.streamed import StreamedSplit, leave_out_broken
+from falcon_jax.paths import user_path
 
 _CHECKING_THREADS = 16
 
@@ -73,7 +74,7 @@ def load_folder(options: SourceOptions) -> SourceSplits:
     """
     if not options.data_dir:
         raise ValueError('the source "folder" needs data_dir, the folder with train/ and val/')
-    root = Path(options.data_dir).expanduser()
+    root = user_path(options.data_dir)
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {root}")
     for needed in (("train",), ("val", "test")):

@@ -22,6 +22,7 @@ from jaxtyping import UInt8
 from falcon_jax.data.dataset import Split
 from falcon_jax.data.messages import some_of
 from falcon_jax.data.source import SourceOptions, SourceSplits
+from falcon_jax.paths import user_path
 
 FASHION_MNIST_DIRECTORY = "/usr/share/datasets/fashion-mnist"
 
@@ -58,7 +59,7 @@ def load_idx(options: SourceOptions) -> SourceSplits:
         FileNotFoundError: if the directory or one of the files is missing.
         ValueError: if a file is damaged or does not fit the others, or several could be meant.
     """
-    directory = Path(options.data_dir or FASHION_MNIST_DIRECTORY)
+    directory = user_path(options.data_dir or FASHION_MNIST_DIRECTORY)
     if not directory.is_dir():
         raise FileNotFoundError(
             f"there is no directory {directory}: for Fashion-MNIST on Debian or Ubuntu run "

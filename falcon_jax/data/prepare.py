@@ -12,9 +12,10 @@ from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
 
-from falcon_jax.data.messages import one_line
+from falcon_jax.data.messages import some_of
 from falcon_jax.data.tfds import prepared_directory, tfds_directory
 from falcon_jax.data.tfds_opening import import_tfds
+from falcon_jax.wording import reason
 
 _PROBE_SECONDS = 10
 
@@ -54,7 +55,7 @@ def prepare(name: str, data_dir: str = "") -> Path:
     try:
         builder.download_and_prepare()
     except Exception as error:  # TFDS raises anything: requests', its own, AssertionError
-        raise OSError(f"preparing {name} in {root} failed: {one_line(error)}") from error
+        raise OSError(f"preparing {name} in {root} failed: {reason(error)}") from error
     return Path(builder.data_path)
 
 
@@ -84,8 +85,8 @@ def _require_archives(builder: Any, name: str, downloads: Path) -> None:
     # Some data sets list servers that the chosen variant does not need: one answer will do.
     if reasons and all(reasons):
         raise OSError(
-            f"preparing {name} needs {', '.join(sorted(archives.values()))} from "
-            f"{', '.join(by_host)}, which cannot be reached ({reasons[0]}); put the files into "
+            f"preparing {name} needs {some_of(sorted(archives.values()))} from "
+            f"{some_of(by_host)}, which cannot be reached ({reasons[0]}); put the files into "
             f"{downloads / 'manual'}, or prepare where the internet can be reached and copy the "
             "prepared directory"
         )

@@ -18,8 +18,9 @@ from falcon_jax.data.decoding import (
     evaluation_image,
     training_image,
 )
-from falcon_jax.data.messages import one_line, some_of
+from falcon_jax.data.messages import some_of
 from falcon_jax.data.rows import Rows
+from falcon_jax.wording import reason
 
 CENTRE_SHARE = 0.875  # of the shorter side, that the centre crop of an evaluation image covers
 CHANNELS = 3
@@ -121,6 +122,9 @@ class StreamedSplit:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __repr__(self) -> str:
+        return f"StreamedSplit({len(self)} images, {self.settings})"
+
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Shape of the images that the network sees, (h, w, c)."""
@@ -211,16 +215,16 @@ class StreamedSplit:
         Raises:
             ValueError: naming the image, unless skip_broken is set; or if none is left.
         """
-        for position, reason in unreadable.items():
+        for position, why in unreadable.items():
             name = self.records.name(int(self.positions[position]))
             if not self.settings.skip_broken:
                 raise ValueError(
-                    f"{name} cannot be read: {reason}; mend or remove it, or set skip_broken=True"
+                    f"{name} cannot be read: {why}; mend or remove it, or set skip_broken=True"
                 )
             if name not in self.skipped:
-                self.skipped[name] = reason
+                self.skipped[name] = why
                 _log.warning(
-                    "%s cannot be read: %s; left out, %d so far", name, reason, len(self.skipped)
+                    "%s cannot be read: %s; left out, %d so far", name, why, len(self.skipped)
                 )
         if len(self.skipped) >= len(self) and all(
             self.records.name(position) in self.skipped for position in self.positions.tolist()
@@ -231,7 +235,7 @@ class StreamedSplit:
         try:
             data = self.records.read(int(self.positions[position]))
         except Exception as error:  # the disk's errors, and whatever a damaged archive raises
-            raise ValueError(one_line(error)) from error
+            raise ValueError(reason(error)) from error
         return decode_rgb(data)
 
 

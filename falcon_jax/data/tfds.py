@@ -12,10 +12,12 @@ import numpy as np
 
 from falcon_jax.data.dataset import AnySplit, Split
 from falcon_jax.data.decoding import eight_bits
-from falcon_jax.data.messages import one_line
+from falcon_jax.data.messages import some_of
 from falcon_jax.data.source import SourceOptions, SourceSplits
 from falcon_jax.data.tfds_opening import check_records, open_builder
 from falcon_jax.data.tfds_records import stream_split
+from falcon_jax.paths import user_path
+from falcon_jax.wording import reason
 
 _NAME = re.compile(r"(?P<path>\w+(/[\w.-]+)?)(:(?P<version>\d+\.\d+\.\d+))?")
 _WITHOUT_TEST_LABELS = "imagenet2012"
@@ -47,7 +49,7 @@ def load_tfds(options: SourceOptions) -> SourceSplits:
     num_classes = getattr(features.get("label"), "num_classes", None)
     if "image" not in features or num_classes is None:
         raise ValueError(
-            f'{directory} has the features {", ".join(sorted(features))}; needed are "image" and '
+            f'{directory} has the features {some_of(sorted(features))}; needed are "image" and '
             '"label" (a class label)'
         )
     has_test = not builder.info.name.startswith(_WITHOUT_TEST_LABELS)
@@ -55,7 +57,7 @@ def load_tfds(options: SourceOptions) -> SourceSplits:
     absent = [split for split in ("train", test) if split not in builder.info.splits]
     if absent:
         raise ValueError(
-            f"{directory} has no split {absent[0]!r}, only {', '.join(sorted(builder.info.splits))}"
+            f"{directory} has no split {absent[0]!r}, only {some_of(sorted(builder.info.splits))}"
         )
     has_validation = has_test and "validation" in builder.info.splits
     image = features["image"]
@@ -92,7 +94,7 @@ def tfds_directory(data_dir: str) -> Path:
         the directory.
     """
     default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    return Path(data_dir or default).expanduser()
+    return user_path(data_dir or default)
 
 
 def prepared_directory(name: str, data_dir: str) -> Path:
@@ -126,7 +128,7 @@ def prepared_directory(name: str, data_dir: str) -> Path:
     )
     if version not in prepared:
         configs = sorted({info.parts[-3] for info in root.glob("*/*/dataset_info.json")})
-        found = f" (prepared there: {', '.join(f'{name}/{c}' for c in configs)})" if configs else ""
+        found = f" (prepared there: {some_of(f'{name}/{c}' for c in configs)})" if configs else ""
         raise FileNotFoundError(
             f"the TFDS data set {name} is not prepared in {tfds_directory(data_dir)}{found}; run "
             f"`{prepare_command(name, data_dir)}`"
@@ -180,6 +182,6 @@ def _read_split(builder: Any, split: str, directory: Path) -> Split:
             labels[index] = record["label"]
     except Exception as error:  # a damaged file or image raises anything, from several libraries
         raise ValueError(
-            f"{directory}: image {index} of split {split} cannot be read: {one_line(error)}"
+            f"{directory}: image {index} of split {split} cannot be read: {reason(error)}"
         ) from error
     return Split(images=images, labels=labels)

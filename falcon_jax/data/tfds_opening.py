@@ -6,7 +6,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from falcon_jax.data.messages import one_line
+from falcon_jax.wording import reason
 
 
 def import_tfds() -> ModuleType:
@@ -48,7 +48,7 @@ def open_builder(directory: Path) -> Any:
         return tfds.builder_from_directory(directory)
     except Exception as error:  # protobuf's ParseError, JSONDecodeError, KeyError and others
         raise ValueError(
-            f"{directory}: dataset_info.json or features.json is damaged: {one_line(error)}"
+            f"{directory}: dataset_info.json or features.json is damaged: {reason(error)}"
         ) from error
 
 
@@ -76,7 +76,7 @@ def check_records(builder: Any, split: str, directory: Path) -> None:
             found = reader.num_records()
             reader.close()
         except Exception as error:  # RuntimeError and others, from C++
-            raise ValueError(f"{path} is missing or damaged: {one_line(error)}") from error
+            raise ValueError(f"{path} is missing or damaged: {reason(error)}") from error
         if found != expected:
             raise ValueError(
                 f"{path} holds {found} records, but dataset_info.json says {expected}; one of the "

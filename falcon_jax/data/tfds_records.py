@@ -16,9 +16,9 @@ import numpy as np
 from jaxtyping import Int32
 
 from falcon_jax.data.decoding import header_problem
-from falcon_jax.data.messages import one_line
 from falcon_jax.data.streamed import StreamedSplit, StreamSettings, leave_out_broken
 from falcon_jax.data.tfds_opening import import_tfds, open_builder
+from falcon_jax.wording import reason
 
 _THREADS = 16
 _AT_ONCE = 64  # records a thread asks for
@@ -129,7 +129,7 @@ def _read(records: TfdsRecords, positions: range) -> list[tuple[bytes, int]]:
         return [(bytes(record["image"]), int(record["label"])) for record in found]
     except Exception as error:  # RuntimeError, protobuf's DecodeError, and others
         raise ValueError(
-            f"{records.name(positions.start)}, or one soon after, cannot be read: {one_line(error)}"
+            f"{records.name(positions.start)}, or one soon after, cannot be read: {reason(error)}"
         ) from error
 
 

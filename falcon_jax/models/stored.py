@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import os
-import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,6 +27,7 @@ from falcon_jax.models.registry import get_model, same_key_rngs
 from falcon_jax.models.unit_registry import get_unit
 from falcon_jax.models.units import standard_unit
 from falcon_jax.numeric import is_number, is_whole
+from falcon_jax.paths import user_path
 from falcon_jax.whole_directory import standing
 from falcon_jax.wording import reason, shown
 
@@ -229,7 +229,7 @@ def save_stored(path: str | os.PathLike[str], stored: Stored, *, overwrite: bool
 
 def is_stored(path: str | os.PathLike[str]) -> bool:
     """Say whether a directory holds a stored model, damaged or not."""
-    return (standing(pathlib.Path(path)) / MANIFEST).is_file()
+    return (standing(user_path(path)) / MANIFEST).is_file()
 
 
 def read_description(path: str | os.PathLike[str]) -> Description:

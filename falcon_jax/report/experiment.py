@@ -10,6 +10,7 @@ from typing import Any
 
 from falcon_jax.manifest import read_json
 from falcon_jax.numeric import is_number, is_whole
+from falcon_jax.paths import user_path
 from falcon_jax.report.formats import (
     format_millions,
     format_milliseconds,
@@ -60,7 +61,7 @@ def write_report(rows: Sequence[Row], directory: str | os.PathLike[str]) -> str:
         ValueError: if no row has an accuracy, or a number is not finite.
         OSError: if a file cannot be written.
     """
-    directory = Path(directory)
+    directory = user_path(directory)
     notes = [f"{row['label']}: {row['note']}." for row in rows if row.get("note")]
     text = "\n".join([format_table(rows, COLUMNS), *[""][: len(notes)], *notes])
     columns = (*COLUMNS, NOTE) if notes else COLUMNS

@@ -6,6 +6,8 @@ import os
 import tempfile
 from pathlib import Path
 
+from falcon_jax.paths import user_path
+
 
 def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
     """Writes a file beside its place and moves it there, so that no reader sees half of it.
@@ -17,7 +19,7 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
     Raises:
         OSError: if the directory cannot be made or written to.
     """
-    path = Path(path)
+    path = user_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from falcon_jax.data.messages import some_of
 from falcon_jax.manifest import array_digest, data_digest
+from falcon_jax.paths import user_path
 from falcon_jax.training.checkpoint_files import (
     DAMAGED,
     damaged_steps,
@@ -69,7 +69,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, keep: int = 2):
-        self._directory = pathlib.Path(directory).absolute()
+        self._directory = user_path(directory).absolute()
         self._unsealed: int | None = None
         self._failed = False
         self._best: Best | None = None

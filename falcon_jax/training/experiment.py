@@ -20,6 +20,7 @@ from falcon_jax.compression import (
 )
 from falcon_jax.data.loading import check_augmentation, load_dataset
 from falcon_jax.models.stored import is_stored, read_description
+from falcon_jax.paths import user_path
 from falcon_jax.training.config import Experiment
 from falcon_jax.training.interruption import Interruption
 from falcon_jax.training.loop import train
@@ -107,6 +108,7 @@ def begin(
         ValueError: if the data or the devices do not fit, or ``workdir`` holds another experiment.
         OSError: if files are missing or cannot be written.
     """
+    workdir = user_path(workdir)
     dataset = load_dataset(**experiment.data)
     check_augmentation(dataset, experiment.augmentation)
     mean, std = dataset.mean, dataset.std
@@ -147,7 +149,7 @@ def _standard(setting: Setting) -> tuple[tuple[Arrays, Arrays], Row | None, str 
     folder = setting.workdir / STANDARD
     stored = is_stored(experiment.start)
     if experiment.start != "train" and not stored:
-        folder = pathlib.Path(experiment.start)
+        folder = user_path(experiment.start)
         folder = folder / STANDARD if (folder / STANDARD).is_dir() else folder
     row = setting.finished(folder)
     trained_elsewhere = experiment.start != "train"

@@ -2,11 +2,11 @@
 
 import json
 import os
-import pathlib
 from collections.abc import Mapping
 
 import jax
 
+from falcon_jax.paths import user_path
 from falcon_jax.report.writing import write_whole
 
 
@@ -26,7 +26,7 @@ class MetricsLog:
     """
 
     def __init__(self, directory: str | os.PathLike[str], *, tensorboard: bool, from_step: int = 0):
-        self._path = pathlib.Path(directory) / "metrics.jsonl"
+        self._path = user_path(directory) / "metrics.jsonl"
         self._writes = jax.process_index() == 0
         self._events = None
         if not self._writes:
