@@ -29,7 +29,7 @@ from falcon_jax.ops.geometry import (
     padding_pairs,
     per_axis,
 )
-from falcon_jax.ops.linear import linear_call
+from falcon_jax.ops.linear import Arrays, linear_call
 from falcon_jax.ops.per_pixel import kernel_gradient_per_pixel, sum_per_pixel
 from falcon_jax.ops.shifted import kernel_gradient, padded_input, sum_of_taps
 
@@ -158,27 +158,28 @@ def _convolve_jvp(
     return y, add_up(terms) if terms else jnp.zeros_like(y)
 
 
-def _of_input(settings: tuple, residuals: tuple[Array], inputs: tuple[Array]) -> tuple[Array]:
+def _of_input(settings: tuple, residuals: Arrays, inputs: Arrays) -> Arrays:
     form, geometry, *_ = settings
     return (_convolve(form, geometry, *inputs, *residuals),)
 
 
-def _to_input(settings: tuple, residuals: tuple[Array], outputs: tuple[Array]) -> tuple[Array]:
+def _to_input(settings: tuple, residuals: Arrays, outputs: Arrays) -> Arrays:
     form, geometry, spatial, dtype = settings
     (kernel,), (dy,) = residuals, outputs
     back = _transposed(geometry, kernel.shape[:-1], spatial, dy.shape[1:-1])
     return (_convolve(form, back, dy, _flipped(kernel)).astype(dtype),)
 
 
-def _of_kernel(settings: tuple, residuals: tuple[Array], inputs: tuple[Array]) -> tuple[Array]:
+def _of_kernel(settings: tuple, residuals: Arrays, inputs: Arrays) -> Arrays:
     form, geometry, *_ = settings
     return (_convolve(form, geometry, *residuals, *inputs),)
 
 
-def _to_kernel(settings: tuple, residuals: tuple[Array], outputs: tuple[Array]) -> tuple[Array]:
+def _to_kernel(settings: tuple, residuals: Arrays, outputs: Arrays) -> Arrays:
     form, geometry, kernel_size, dtype = settings
     gradient = kernel_gradient_per_pixel if form == "per_pixel" else kernel_gradient
-    return (gradient(geometry, *residuals, *outputs, kernel_size).astype(dtype),)
+    (x,), (dy,) = residuals, outputs
+    return (gradient(geometry, x, dy, kernel_size).astype(dtype),)
 
 
 def _without_padding(geometry: Geometry) -> Geometry:

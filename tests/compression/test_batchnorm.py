@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -173,6 +175,129 @@ def test_masked_points_do_not_count():
     seen = np.concatenate([x[:, :3].reshape(-1, 3), 2 * x.reshape(-1, 3)]).astype(np.float64)
     np.testing.assert_allclose(new.norm.mean[...], seen.mean(axis=0), atol=1e-5)
     np.testing.assert_allclose(new.norm.var[...], seen.var(axis=0), rtol=1e-4)
+
+
+class Trained(nnx.BatchNorm):
+    """Has another signature than its parent."""
+
+    def __call__(self, x, train=False):
+        return super().__call__(x, use_running_average=not train) + 1
+
+
+class Siblings(nnx.Module):
+    """BatchNorms of every kind, all of one input."""
+
+    def __init__(self, rngs):
+        self.damaged = nnx.BatchNorm(3, rngs=rngs)
+        self.damaged.mean[...] = jnp.full(3, jnp.nan)
+        self.damaged.var[...] = jnp.full(3, jnp.inf)
+        self.trained = Trained(3, rngs=rngs)
+        self.fast = fj.BatchNorm(3, rngs=rngs)
+        self.half = nnx.BatchNorm(3, rngs=rngs)
+        self.half.mean.set_value(jnp.zeros(3, jnp.bfloat16))
+        self.partial = functools.partial(nnx.BatchNorm(3, rngs=rngs), use_running_average=True)
+        make = nnx.vmap(lambda rngs: nnx.BatchNorm(3, rngs=rngs), in_axes=0, out_axes=1)
+        self.stacked = nnx.split_rngs(splits=2)(make)(rngs)
+        self.mapped = nnx.BatchNorm(3, axis_name="rows", rngs=rngs)
+        self.masked = nnx.BatchNorm(3, rngs=rngs)
+        self.average = nnx.BatchStat(jnp.zeros(3))
+
+    def __call__(self, x):
+        for layer in (self.damaged, self.trained, self.half, self.partial):
+            layer(x)
+        self.fast(x, use_running_average=False)
+        nnx.vmap(lambda norm, x: norm(x), in_axes=(1, None))(self.stacked, x)
+        nnx.vmap(lambda norm, x: norm(x), in_axes=(None, 1), axis_name="rows")(self.mapped, x)
+        self.masked(x, mask=jnp.arange(3) < jnp.arange(x.shape[1])[:, None, None])
+        return x
+
+
+@pytest.fixture(scope="module")
+def siblings():
+    # Far from 0, where E[x^2] - E[x]^2 has lost all digits of the variance.
+    batches = [x + 1000 for x in BATCHES]
+    model = Siblings(nnx.Rngs(0))
+    with pytest.warns(UserWarning, match="average are not the statistics of a BatchNorm of Flax"):
+        return batches, model, fj.reestimate_batchnorm(model, batches)
+
+
+@pytest.mark.parametrize("name", ["damaged", "trained", "fast", "mapped"])
+def test_batchnorms_of_every_kind(siblings, name):
+    batches, model, new = siblings
+    norm = getattr(new, name)
+    assert type(norm) is type(getattr(model, name))
+    mean, var = pooled(batches)
+    np.testing.assert_allclose(norm.mean[...], mean, rtol=1e-6)
+    np.testing.assert_allclose(norm.var[...], var, rtol=1e-3)
+
+
+def test_batchnorms_in_partials_stacked_otherwise_and_in_half_precision(siblings):
+    batches, model, new = siblings
+    mean, var = pooled(batches)
+    np.testing.assert_allclose(new.partial.func.var[...], var, rtol=1e-3)
+    assert not model.partial.func.mean[...].any()
+    np.testing.assert_allclose(new.stacked.var[...], np.stack([var, var], axis=1), rtol=1e-3)
+    assert new.half.mean.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float64(new.half.mean[...]), mean, rtol=0.004)
+    np.testing.assert_array_equal(new.average[...], np.zeros(3))
+
+
+def test_every_channel_has_a_mask_of_its_own(siblings):
+    batches, _, new = siblings
+    for channel in range(3):
+        seen = np.concatenate([x[:, channel + 1 :, :, channel].ravel() for x in batches])
+        seen = seen.astype(np.float64)
+        np.testing.assert_allclose(new.masked.mean[channel], seen.mean(), rtol=1e-6)
+        np.testing.assert_allclose(new.masked.var[channel], seen.var(), rtol=1e-3)
+
+
+class TrainedLinen(nn.BatchNorm):
+    @nn.compact
+    def __call__(self, x, train=False):
+        return super().__call__(x, use_running_average=not train)
+
+
+class LinenSiblings(nn.Module):
+    """A subclass, spectral normalisation, whose vectors are statistics, too, and a counter."""
+
+    @nn.compact
+    def __call__(self, x):
+        count = self.variable("counts", "calls", lambda: jnp.zeros(()))
+        count.value += 1
+        TrainedLinen(name="trained")(x)
+        y = nn.SpectralNorm(nn.Conv(3, (1, 1)))(x, update_stats=False)
+        return nn.BatchNorm(use_running_average=True, name="after")(y)
+
+
+def test_linen_siblings():
+    module = LinenSiblings()
+    variables = module.init(jax.random.key(0), BATCHES[0])
+    new = fj.reestimate_batchnorm(module.bind(variables), BATCHES)
+    stats, before = (v["batch_stats"] for v in (new.variables, variables))
+    assert_statistics(stats["trained"], BATCHES)
+    convolved = [module.apply(variables, x, mutable=True, method=_convolved)[0] for x in BATCHES]
+    assert_statistics(stats["after"], convolved)
+    jax.tree.map(np.testing.assert_array_equal, stats["SpectralNorm_0"], before["SpectralNorm_0"])
+    assert new.variables["counts"] == variables["counts"]
+
+
+def _convolved(module, x):
+    seen = []
+
+    def note(next_fun, args, kwargs, context):
+        if context.module.name == "after":
+            seen.append(args[0])
+        return next_fun(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        module(x)
+    return seen[0]
+
+
+def test_values_that_are_not_finite_are_refused():
+    model = nnx.Sequential(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match="the mean that layers/0 gets holds values that are not"):
+        fj.reestimate_batchnorm(model, [BATCHES[0].at[0, 0].set(jnp.nan)])
 
 
 class Linen(nn.Module):
