@@ -24,10 +24,9 @@ test: $(VENV)/.installed-test lint
 test-all: $(VENV)/.installed-test lint
 	$(PYTEST) falcon_jax tests
 
-# What the oldest Python is tried on: something of every room, and all comparisons with PyTorch.
-SMOKE := test_dependencies.py test_gep.py convert data/test_decoding.py models/test_torch_parity.py \
-	models/test_imagenet_parity.py models/test_units.py methods/test_every_method.py \
-	compression/test_compress.py compression/test_linen.py training/test_step.py
+# What the oldest Python is tried on: something of every room.
+SMOKE := test_dependencies.py test_gep.py convert/test_checkpoints.py methods/test_every_method.py \
+	compression/test_compress.py training/test_step.py
 
 test-smoke: $(VENV)/.installed-test
 	$(PYTEST) -m "not slow" $(addprefix tests/,$(SMOKE))
