@@ -214,7 +214,7 @@ def test_specs_of_wrong_numbers(field):
 
 @pytest.mark.parametrize(
     "padding",
-    [None, True, 1.5, "same", "", (), (1,), (1, 1.5), ((1, 1), (1, None)), ((1, 1), "ab"), {}],
+    [None, True, 1.5, "full", "", (), (1,), (1, 1.5), ((1, 1), (1, None)), ((1, 1), "ab"), {}],
 )
 def test_specs_of_wrong_padding(padding):
     refused(lambda: fj.ConvSpec(**SPEC, padding=padding), "padding", repr(padding))

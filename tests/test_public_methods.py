@@ -25,6 +25,7 @@ EXACT = {
     "falcon": {"rank": "full"},
     "filter_summary": {"ratio": 1},
     "spatial_decomposition": {"rank": "full"},
+    "tensor_train": {"rank": "full"},
     "tucker": {"rank": "full"},
 }
 METHODS = {name: fj.get_method(name, **options) for name, options in EXACT.items()}

@@ -1,0 +1,1 @@
+"""Reading text: a recognizer, and words with known truth."""
