@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import falcon_jax as fj
-from falcon_jax.compression.nnx_tree import weights
+from falcon_jax.compression.nnx_tree import arrays
 from falcon_jax.manifest import write_manifest
 from falcon_jax.models.stored import (
     Description,
@@ -59,8 +59,9 @@ def test_there_and_back(stored):
     path, before = stored
     loaded = load_stored(path)
     assert loaded.description == before.description and loaded.plan == before.plan
-    for name, variable in weights(before.model).items():
-        np.testing.assert_array_equal(weights(loaded.model)[name].get_value(), variable.get_value())
+    found = arrays(loaded.model)
+    for name, array in arrays(before.model).items():
+        np.testing.assert_array_equal(found[name], array)
 
 
 def test_descriptions_of_another_form(told, stored):
