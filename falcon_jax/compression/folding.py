@@ -10,12 +10,13 @@ from flax import linen as nn
 from flax import nnx
 from jaxtyping import Array
 
+from falcon_jax.compression import nnx_layers
 from falcon_jax.compression.batchnorm_pairs import conv_of_norm, gain_and_bias, mark_call
 from falcon_jax.compression.inputs import Inputs
 from falcon_jax.compression.inspection import Model
 from falcon_jax.compression.layers import Layer
 from falcon_jax.compression.linen_folding import fold_linen
-from falcon_jax.compression.nnx_layers import ModuleCall, find_layers, jaxpr_through
+from falcon_jax.compression.nnx_layers import ModuleCall, jaxpr_through
 from falcon_jax.compression.nnx_tree import (
     held_variables,
     in_evaluation,
@@ -92,7 +93,7 @@ def _fold_nnx(model: nnx.Module, inputs: Inputs) -> nnx.Module:
     holders = collections.Counter(id(v) for m in modules.values() for v in held_variables(m))
     types = {
         layer.path: _kernel_type(modules[layer.path])
-        for layer in find_layers(model, inputs)
+        for layer in nnx_layers.find_layers(model, inputs)
         if _takes_gain(layer, modules[layer.path])
         and all(holders[id(v)] == 1 for v in held_variables(modules[layer.path]))
     }

@@ -8,10 +8,10 @@ from flax import linen as nn
 from flax.core import FrozenDict, freeze, unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from falcon_jax.compression import linen_layers
 from falcon_jax.compression.batchnorm_pairs import conv_of_norm, folded_arrays, mark_call
 from falcon_jax.compression.compress import with_folded
 from falcon_jax.compression.inputs import Inputs
-from falcon_jax.compression.linen_layers import find_layers, intercepted_jaxpr
 from falcon_jax.nn.linen_compressed import CompressedModule
 
 Flat = dict[tuple[str, ...], Any]
@@ -33,7 +33,7 @@ def fold_linen(
     Raises:
         ValueError: if the module cannot be called on the inputs, or they are for training.
     """
-    layers = find_layers(module, inputs, variables)
+    layers = linen_layers.find_layers(module, inputs, variables)
     flat: Flat = flatten_dict(unfreeze(nn.meta.unbox(variables)))  # type: ignore[arg-type]
     types = {
         layer.path: flat[_at("params", layer.path, "kernel")].dtype
@@ -41,7 +41,7 @@ def fold_linen(
         if layer.kind == "conv" and layer.obstacle is None
     }
     watched = _Watch(types)
-    jaxpr = intercepted_jaxpr(module, inputs, variables, watched.intercept)
+    jaxpr = linen_layers.intercepted_jaxpr(module, inputs, variables, watched.intercept)
     if watched.training and not watched.epsilons:
         raise ValueError(
             f"the sample calls {watched.training[0]!r} in training mode; BatchNorm is folded as it "

@@ -10,9 +10,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from falcon_jax.methods import ConvSpec
-from falcon_jax.methods.spec import PaddingLike, PerAxis
 from falcon_jax.ops import depthwise_conv
 from falcon_jax.ops.choice import DepthwiseForm
+from falcon_jax.ops.geometry import PaddingLike, PerAxis
 
 
 class DepthwiseConv(nnx.Module):

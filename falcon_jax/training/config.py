@@ -15,9 +15,7 @@ from falcon_jax.data.streamed import StreamSettings
 from falcon_jax.methods.fitting import check_solver
 from falcon_jax.models import MODELS
 from falcon_jax.names import unknown_field
-from falcon_jax.training.execution import ParallelSettings
-from falcon_jax.training.run import LogSettings
-from falcon_jax.training.settings import TrainSettings, defaults
+from falcon_jax.training.settings import LogSettings, ParallelSettings, TrainSettings, defaults
 from falcon_jax.training.variants import Variant, chosen_variants, rules_from
 
 _INTEGERS = 2**31  # steps and seeds are 32-bit on devices

@@ -19,31 +19,8 @@ from jaxtyping import PRNGKeyArray
 from falcon_jax.training.network import Network
 from falcon_jax.training.parallel import replicate, shard_batch
 from falcon_jax.training.replicas import AXIS, for_replicas
+from falcon_jax.training.settings import ParallelSettings
 from falcon_jax.training.step import Metrics, Preprocessing, TrainState, TrainStep, make_train_step
-
-PARALLEL = ("jit", "pmap")
-BATCHNORM = ("synchronised", "per_replica")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ParallelSettings:
-    """How the devices share a batch.
-
-    Attributes:
-        parallel: ``jit`` or ``pmap``.
-        batchnorm: ``synchronised``, over the whole batch; or ``per_replica`` (ghost), over the rows
-            of each device, whose running statistics are averaged.
-    """
-
-    parallel: str = "jit"
-    batchnorm: str = "synchronised"
-
-    def __post_init__(self):
-        for name, known in (("parallel", PARALLEL), ("batchnorm", BATCHNORM)):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(known)}, but is {getattr(self, name)!r}"
-                )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,32 +7,9 @@ from typing import Any
 from jax.sharding import Mesh
 
 from falcon_jax.data.dataset import Dataset
-from falcon_jax.training.execution import ParallelSettings
 from falcon_jax.training.interruption import Interruption
-from falcon_jax.training.settings import TrainSettings
+from falcon_jax.training.settings import LogSettings, ParallelSettings, TrainSettings
 from falcon_jax.training.step import Preprocessing
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LogSettings:
-    """What a run leaves behind and shows.
-
-    Attributes:
-        tensorboard: whether to write event files.
-        progress: whether to show progress.
-        profile_start_step: first step of the profiler's window.
-        profile_steps: length of the window; 0 for none. The trace goes to ``profile/``.
-    """
-
-    tensorboard: bool = True
-    progress: bool = True
-    profile_start_step: int = 10
-    profile_steps: int = 0
-
-    def __post_init__(self):
-        for name in ("profile_start_step", "profile_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more, but is {getattr(self, name)!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

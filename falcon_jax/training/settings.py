@@ -7,6 +7,8 @@ from typing import Any
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("step", "cosine", "constant")
 DTYPES = ("float32", "bfloat16")
+PARALLEL = ("jit", "pmap")
+BATCHNORM = ("synchronised", "per_replica")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,6 +80,49 @@ class TrainSettings:
             ("skip_nonfinite", self.skip_nonfinite >= 0, "0 or more"),
             ("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
         ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelSettings:
+    """How the devices share a batch.
+
+    Attributes:
+        parallel: ``jit`` or ``pmap``.
+        batchnorm: ``synchronised``, over the whole batch; or ``per_replica`` (ghost), over the rows
+            of each device, whose running statistics are averaged.
+    """
+
+    parallel: str = "jit"
+    batchnorm: str = "synchronised"
+
+    def __post_init__(self):
+        for name, known in (("parallel", PARALLEL), ("batchnorm", BATCHNORM)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(known)}, but is {getattr(self, name)!r}"
+                )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogSettings:
+    """What a run leaves behind and shows.
+
+    Attributes:
+        tensorboard: whether to write event files.
+        progress: whether to show progress.
+        profile_start_step: first step of the profiler's window.
+        profile_steps: length of the window; 0 for none. The trace goes to ``profile/``.
+    """
+
+    tensorboard: bool = True
+    progress: bool = True
+    profile_start_step: int = 10
+    profile_steps: int = 0
+
+    def __post_init__(self):
+        for name in ("profile_start_step", "profile_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, but is {getattr(self, name)!r}")
 
 
 def defaults() -> dict[str, Any]:

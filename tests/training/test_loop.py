@@ -11,7 +11,7 @@ from falcon_jax.training.checkpoints import Checkpoints
 from falcon_jax.training.loop import train
 from falcon_jax.training.metrics import MetricsLog
 from falcon_jax.training.network import Network
-from falcon_jax.training.run import LogSettings
+from falcon_jax.training.settings import LogSettings
 from tests.training.tiny import Tiny, tiny_dataset, tiny_run
 
 VARIED = Augmentation(crop_padding=1, flip=True)
