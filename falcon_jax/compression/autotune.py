@@ -8,7 +8,6 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from falcon_jax import ops
 from falcon_jax.compression.inputs import Inputs
 from falcon_jax.compression.inspection import Model, inspect_model
 from falcon_jax.compression.plan import Plan, PlanRow
@@ -16,6 +15,7 @@ from falcon_jax.compression.planning import make_plan
 from falcon_jax.compression.tracing import Call
 from falcon_jax.methods import ConvSpec, Method
 from falcon_jax.methods.base import flatten_batch
+from falcon_jax.ops import conv
 
 STANDARD = "standard"
 _HOPELESS = 3.0  # times the fastest, in the first run after compilation
@@ -127,7 +127,7 @@ def _standard(spec: ConvSpec) -> Callable[[Any, Array], Array]:
     def standard(kernel: Any, x: Array) -> Array:
         flat, _ = flatten_batch(x, spec)
         groups = spec.feature_group_count
-        return ops.conv(flat, kernel, **spec.geometry, feature_group_count=groups)
+        return conv(flat, kernel, **spec.geometry, feature_group_count=groups)
 
     return standard
 

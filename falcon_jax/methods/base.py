@@ -5,12 +5,15 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from flax.nnx.nn.dtypes import promote_dtype
+from flax.typing import Dtype
 from jax import lax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from falcon_jax.methods.spec import ConvSpec
@@ -276,6 +279,37 @@ def flatten_batch(
     spatial = spatial_shape(spec, x.shape)
     batch = x.shape[: x.ndim - len(spatial) - 1]
     return x.reshape(math.prod(batch), *spatial, x.shape[-1]), batch
+
+
+def apply_method(
+    method: Method,
+    spec: ConvSpec,
+    params: Mapping[str, ArrayLike],
+    bias: Float[ArrayLike, "n"] | None,
+    inputs: Float[ArrayLike, "*batch m"],
+    *,
+    dtype: Dtype | None,
+    precision: lax.PrecisionLike,
+) -> Float[Array, "*batch_out n"]:
+    """Convolve by a method and add the bias, promoting types as Flax's convolutions do.
+
+    Args:
+        method: how the convolution is carried out.
+        spec: its geometry.
+        params: the method's parameters.
+        bias: N entries, or None.
+        inputs: shape ``(..., *spatial, M)``.
+        dtype: of the computation; as inputs and parameters if None.
+        precision: of products on accelerators.
+
+    Returns:
+        Output of shape ``(..., *spatial_out, N)``.
+    """
+    names = tuple(params)
+    x, bias, *values = promote_dtype((inputs, bias, *params.values()), dtype=dtype)
+    promoted = {n: jnp.asarray(v) for n, v in zip(names, values, strict=True)}
+    y = method.apply(promoted, jnp.asarray(x), spec, precision=precision)
+    return y if bias is None else y + jnp.broadcast_to(bias, y.shape)
 
 
 def _supported(function: Callable[..., Params]) -> Callable[..., Params]:

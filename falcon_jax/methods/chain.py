@@ -12,7 +12,6 @@ from jax import lax
 from jax.nn import initializers
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from falcon_jax import ops
 from falcon_jax.fitting.energy import smallest_rank
 from falcon_jax.fitting.low_rank import best_low_rank
 from falcon_jax.methods.base import Cost, Method, Params, scale_outputs, standard_cost, unit_gain
@@ -21,6 +20,7 @@ from falcon_jax.methods.ranks import Energy
 from falcon_jax.methods.registry import get_method, method_from
 from falcon_jax.methods.spec import ConvSpec
 from falcon_jax.numeric import is_whole
+from falcon_jax.ops import conv, depthwise_conv, pointwise_conv
 
 HALF = Budget(2.0)
 ChainRank = int | Literal["full"] | Energy | Budget
@@ -217,12 +217,12 @@ class Chain(Method):
             if method is not None:
                 x = method.apply(_of_stage(params, stage.name), x, own, precision=precision)
             elif not stage.axes:
-                x = ops.pointwise_conv(x, params[stage.name], precision=precision)
+                x = pointwise_conv(x, params[stage.name], precision=precision)
             elif stage.depthwise:
                 kernel = params[stage.name].reshape(*own.kernel_size, own.out_features)
-                x = ops.depthwise_conv(x, kernel, **own.geometry)
+                x = depthwise_conv(x, kernel, **own.geometry)
             else:
-                x = ops.conv(x, params[stage.name], **own.geometry, precision=precision)
+                x = conv(x, params[stage.name], **own.geometry, precision=precision)
         return x
 
     def factors(self, spec: ConvSpec) -> tuple[str, ...]:

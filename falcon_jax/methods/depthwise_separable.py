@@ -10,7 +10,6 @@ from jax import lax
 from jax.nn import initializers
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from falcon_jax import ops
 from falcon_jax.fitting import best_terms
 from falcon_jax.gep import separable_kernel
 from falcon_jax.methods.base import (
@@ -23,6 +22,7 @@ from falcon_jax.methods.base import (
 from falcon_jax.methods.ranks import Rank, RankMethod
 from falcon_jax.methods.registry import register
 from falcon_jax.methods.spec import ConvSpec
+from falcon_jax.ops import depthwise_then_pointwise
 
 
 @register
@@ -95,7 +95,7 @@ class DepthwiseSeparable(RankMethod):
         precision: lax.PrecisionLike = None,
     ) -> Float[Array, "b *spatial_out n"]:
         """Convolve ``x`` of shape ``(b, *spatial, M)`` without adding a bias."""
-        return ops.depthwise_then_pointwise(
+        return depthwise_then_pointwise(
             x,
             params["depthwise"],
             params["pointwise"],

@@ -12,7 +12,6 @@ from jax import lax
 from jax.nn import initializers
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from falcon_jax import ops
 from falcon_jax.fitting import best_terms
 from falcon_jax.gep import falcon_kernel
 from falcon_jax.methods.base import (
@@ -25,6 +24,7 @@ from falcon_jax.methods.base import (
 from falcon_jax.methods.ranks import Rank, RankMethod
 from falcon_jax.methods.registry import register
 from falcon_jax.methods.spec import ConvSpec
+from falcon_jax.ops import conv, pointwise_then_depthwise
 from falcon_jax.ops.choice import falcon_form
 
 Impl = Literal["auto", "separable", "wide", "grouped", "gep"]
@@ -115,7 +115,7 @@ class Falcon(RankMethod):
         depthwise, pointwise = params["depthwise"], params["pointwise"]
         impl = _form(spec, x.shape, depthwise.shape[-2]) if self.impl == "auto" else self.impl
         if impl in ("separable", "wide"):
-            return ops.pointwise_then_depthwise(
+            return pointwise_then_depthwise(
                 x,
                 depthwise,
                 pointwise,
@@ -125,7 +125,7 @@ class Falcon(RankMethod):
                 wide=impl == "wide",
             )
         if impl == "gep":
-            return ops.conv(
+            return conv(
                 x,
                 falcon_kernel(depthwise, pointwise),
                 **spec.geometry,
@@ -143,7 +143,7 @@ class Falcon(RankMethod):
     ) -> Array:
         axes = len(spec.kernel_size)
         ones = (1,) * axes
-        z = ops.conv(
+        z = conv(
             x,
             pointwise.reshape(*ones, *pointwise.shape),
             strides=ones,
@@ -153,7 +153,7 @@ class Falcon(RankMethod):
             feature_group_count=spec.feature_group_count,
             precision=precision,
         )
-        return ops.conv(
+        return conv(
             z,
             depthwise[..., None, :],
             **spec.geometry,

@@ -12,13 +12,13 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from falcon_jax import ops
 from falcon_jax.fitting.filter_summary import gather_segments, neighbour_order, shared_means
 from falcon_jax.fitting.scale import largest_exponent
 from falcon_jax.methods.base import Cost, Method, Params, standard_cost
 from falcon_jax.methods.registry import register
 from falcon_jax.methods.spec import ConvSpec
 from falcon_jax.numeric import is_number
+from falcon_jax.ops import conv
 
 Step = Literal["even", "paper"]
 
@@ -72,7 +72,7 @@ class SummaryMethod(Method):
         precision: lax.PrecisionLike = None,
     ) -> Float[Array, "b *spatial_out n"]:
         """Convolve ``x`` of shape ``(b, *spatial, M)`` without adding a bias."""
-        return ops.conv(
+        return conv(
             x,
             self.kernel(params, spec),
             **spec.geometry,

@@ -5,13 +5,62 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 from flax import linen as nn
+from flax.typing import Dtype, Initializer
+from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
 from falcon_jax.methods import ConvSpec, Method
-from falcon_jax.nn.linen import method_conv
+from falcon_jax.methods.base import apply_method
 
 Replaced = Mapping[str, tuple[Method, ConvSpec]]
+
+
+def method_conv(
+    module: nn.Module,
+    method: Method,
+    spec: ConvSpec,
+    inputs: Float[ArrayLike, "*batch m"],
+    *,
+    dtype: Dtype | None,
+    param_dtype: Dtype,
+    precision: lax.PrecisionLike,
+    bias_init: Initializer,
+) -> Float[Array, "*batch_out n"]:
+    """Convolve by a method whose parameters are those of a Linen module.
+
+    To be called in a compact method of ``module``; the parameters get the names that the method
+    gives them, beside ``bias``.
+
+    Args:
+        module: holds the parameters.
+        method: how the convolution is carried out.
+        spec: its geometry.
+        inputs: shape ``(..., *spatial, M)``.
+        dtype: of the computation; as inputs and parameters if None.
+        param_dtype: of the parameters.
+        precision: of products on accelerators.
+        bias_init: makes the bias.
+
+    Returns:
+        Output of shape ``(..., *spatial_out, N)``.
+    """
+    method.require(spec)
+    method = method.for_layer(spec)
+    names = sorted(jax.eval_shape(lambda key: method.init(key, spec), jax.random.key(0)))
+    params = {
+        name: module.param(
+            name, lambda key, name=name: method.init(key, spec)[name].astype(param_dtype)
+        )
+        for name in names
+    }
+    bias = None
+    if spec.use_bias:
+        bias = module.param("bias", bias_init, (spec.out_features,), param_dtype)
+    return apply_method(method, spec, params, bias, inputs, dtype=dtype, precision=precision)
 
 
 @dataclasses.dataclass(frozen=True)

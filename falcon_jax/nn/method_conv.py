@@ -1,7 +1,6 @@
 """The one NNX module that every method can use, and how a method is applied in any framework."""
 
 import functools
-from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from falcon_jax.methods import ConvSpec, Method, Params
+from falcon_jax.methods.base import apply_method
 
 # What nnx.Conv has beside, as it is where nothing was asked for.
 _UNUSED = {
@@ -130,34 +130,3 @@ def _stack(method: Method, spec: ConvSpec, params: Params) -> int:
     """Return how many leading axes parameters have, of layers stacked for scan or vmap."""
     plain = jax.eval_shape(lambda key: method.init(key, spec), jax.random.key(0))
     return next((params[n].ndim - len(plain[n].shape) for n in params), 0)
-
-
-def apply_method(
-    method: Method,
-    spec: ConvSpec,
-    params: Mapping[str, ArrayLike],
-    bias: Float[ArrayLike, "n"] | None,
-    inputs: Float[ArrayLike, "*batch m"],
-    *,
-    dtype: Dtype | None,
-    precision: lax.PrecisionLike,
-) -> Float[Array, "*batch_out n"]:
-    """Convolve by a method and add the bias, promoting types as Flax's convolutions do.
-
-    Args:
-        method: how the convolution is carried out.
-        spec: its geometry.
-        params: the method's parameters.
-        bias: N entries, or None.
-        inputs: shape ``(..., *spatial, M)``.
-        dtype: of the computation; as inputs and parameters if None.
-        precision: of products on accelerators.
-
-    Returns:
-        Output of shape ``(..., *spatial_out, N)``.
-    """
-    names = tuple(params)
-    x, bias, *values = promote_dtype((inputs, bias, *params.values()), dtype=dtype)
-    promoted = {n: jnp.asarray(v) for n, v in zip(names, values, strict=True)}
-    y = method.apply(promoted, jnp.asarray(x), spec, precision=precision)
-    return y if bias is None else y + jnp.broadcast_to(bias, y.shape)
