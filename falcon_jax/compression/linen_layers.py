@@ -27,8 +27,7 @@ from falcon_jax.compression.tracing import (
     read_trace,
 )
 from falcon_jax.methods import ConvSpec, Method
-from falcon_jax.nn.linen import ConvLike
-from falcon_jax.nn.linen_compressed import CompressedModule
+from falcon_jax.nn.linen_compressed import CompressedModule, ConvLike
 
 Variables = Mapping[str, Any]
 

@@ -1,72 +1,11 @@
 """Linen modules that apply a compression method in place of a convolution."""
 
-from collections.abc import Sequence
-from typing import Any
-
-import jax.numpy as jnp
-from flax import linen as nn
-from flax.typing import Dtype, Initializer
-from jax import lax
-from jax.typing import ArrayLike
-from jaxtyping import Array, Float
-
-from falcon_jax.methods import CP, ConvSpec, DepthwiseSeparable, Falcon, Method, Tucker
+from falcon_jax.methods import CP, DepthwiseSeparable, Falcon, Method, Tucker
 from falcon_jax.methods.cp import TermRank
 from falcon_jax.methods.falcon import Impl
 from falcon_jax.methods.ranks import Rank
 from falcon_jax.methods.tucker import ChannelRanks
-from falcon_jax.nn.linen_compressed import method_conv
-from falcon_jax.ops.geometry import PaddingLike, PerAxis
-
-
-class ConvLike(nn.Module):
-    """Arguments of ``linen.Conv``; a subclass says which method carries the convolution out."""
-
-    features: int
-    kernel_size: int | Sequence[int]
-    rank: Any = 1
-    strides: PerAxis = 1
-    padding: PaddingLike = "SAME"
-    input_dilation: PerAxis = 1
-    kernel_dilation: PerAxis = 1
-    feature_group_count: int = 1
-    use_bias: bool = True
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    precision: lax.PrecisionLike = None
-    bias_init: Initializer = nn.initializers.zeros_init()
-
-    def method(self) -> Method:
-        """Return the method."""
-        raise TypeError(f"{type(self).__name__} names no method.")
-
-    def spec(self, in_features: int) -> ConvSpec:
-        """Return the geometry for inputs of so many channels."""
-        return ConvSpec(
-            kernel_size=self.kernel_size,
-            in_features=in_features,
-            out_features=self.features,
-            strides=self.strides,
-            padding=self.padding,
-            kernel_dilation=self.kernel_dilation,
-            input_dilation=self.input_dilation,
-            feature_group_count=self.feature_group_count,
-            use_bias=self.use_bias,
-        )
-
-    @nn.compact
-    def __call__(self, inputs: Float[ArrayLike, "*batch m"]) -> Float[Array, "*batch_out n"]:
-        """Convolve inputs of shape ``(..., *spatial, M)``, any number of batch axes."""
-        return method_conv(
-            self,
-            self.method(),
-            self.spec(jnp.shape(inputs)[-1]),
-            inputs,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=self.precision,
-            bias_init=self.bias_init,
-        )
+from falcon_jax.nn.linen_compressed import ConvLike
 
 
 class FalconConv(ConvLike):

@@ -2,10 +2,11 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype, Initializer
 from jax import lax
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float
 
 from falcon_jax.methods import ConvSpec, Method
 from falcon_jax.methods.base import apply_method
+from falcon_jax.ops.geometry import PaddingLike, PerAxis
 
 Replaced = Mapping[str, tuple[Method, ConvSpec]]
 
@@ -61,6 +63,56 @@ def method_conv(
     if spec.use_bias:
         bias = module.param("bias", bias_init, (spec.out_features,), param_dtype)
     return apply_method(method, spec, params, bias, inputs, dtype=dtype, precision=precision)
+
+
+class ConvLike(nn.Module):
+    """Arguments of ``linen.Conv``; a subclass says which method carries the convolution out."""
+
+    features: int
+    kernel_size: int | Sequence[int]
+    rank: Any = 1
+    strides: PerAxis = 1
+    padding: PaddingLike = "SAME"
+    input_dilation: PerAxis = 1
+    kernel_dilation: PerAxis = 1
+    feature_group_count: int = 1
+    use_bias: bool = True
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    precision: lax.PrecisionLike = None
+    bias_init: Initializer = nn.initializers.zeros_init()
+
+    def method(self) -> Method:
+        """Return the method."""
+        raise TypeError(f"{type(self).__name__} names no method.")
+
+    def spec(self, in_features: int) -> ConvSpec:
+        """Return the geometry for inputs of so many channels."""
+        return ConvSpec(
+            kernel_size=self.kernel_size,
+            in_features=in_features,
+            out_features=self.features,
+            strides=self.strides,
+            padding=self.padding,
+            kernel_dilation=self.kernel_dilation,
+            input_dilation=self.input_dilation,
+            feature_group_count=self.feature_group_count,
+            use_bias=self.use_bias,
+        )
+
+    @nn.compact
+    def __call__(self, inputs: Float[ArrayLike, "*batch m"]) -> Float[Array, "*batch_out n"]:
+        """Convolve inputs of shape ``(..., *spatial, M)``, any number of batch axes."""
+        return method_conv(
+            self,
+            self.method(),
+            self.spec(jnp.shape(inputs)[-1]),
+            inputs,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+            bias_init=self.bias_init,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
