@@ -11,7 +11,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 import falcon_jax as fj
-from falcon_jax.cli.main import main as cli
+from falcon_jax.cli import main as cli
 from falcon_jax.compression import open_compressed
 from falcon_jax.models import ResNet
 from falcon_jax.models import resnet as residual

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from falcon_jax.cli.main import main as cli
+from falcon_jax.cli import main as cli
 
 
 @pytest.fixture

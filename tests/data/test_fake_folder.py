@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from falcon_jax.cli.main import main as cli
+from falcon_jax.cli import main as cli
 from falcon_jax.data.fake import make_image_folder
 from falcon_jax.data.loading import load_dataset
 
