@@ -1,12 +1,12 @@
 """Whole models: rules, plans, and carrying them out."""
 
 from falcon_jax.compression.autotune import autotune as autotune
+from falcon_jax.compression.batchnorm import fold_batchnorm as fold_batchnorm
 from falcon_jax.compression.batchnorm import reestimate_batchnorm as reestimate_batchnorm
 from falcon_jax.compression.calibration import calibrate as calibrate
 from falcon_jax.compression.compress import compress as compress
 from falcon_jax.compression.compress import narrow as narrow
 from falcon_jax.compression.deployment import deploy as deploy
-from falcon_jax.compression.folding import fold_batchnorm as fold_batchnorm
 from falcon_jax.compression.plan import Plan as Plan
 from falcon_jax.compression.plan import PlanRow as PlanRow
 from falcon_jax.compression.plan import Rule as Rule

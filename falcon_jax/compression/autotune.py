@@ -9,7 +9,7 @@ import jax
 from jaxtyping import Array
 
 from falcon_jax.compression.plan import Plan, PlanRow, make_plan
-from falcon_jax.frameworks.inspection import Model, inspect_model
+from falcon_jax.frameworks.interface import Model, framework_of
 from falcon_jax.frameworks.layers import Inputs
 from falcon_jax.frameworks.tracing import Call
 from falcon_jax.methods.base import Method, flatten_batch
@@ -24,7 +24,6 @@ def autotune(
     model: Model,
     sample: Any,
     plan: Plan | None = None,
-    variables: Mapping[str, Any] | None = None,
     *,
     backward: bool = False,
     only_faster: bool = True,
@@ -37,10 +36,9 @@ def autotune(
     Where no form is faster than the standard convolution, the layer stays and the plan says so.
 
     Args:
-        model: the model before compression, NNX or Linen; it is not changed.
+        model: the model before compression, NNX or bound Linen; it is not changed.
         sample: example input of the batch size to tune for.
         plan: what is replaced; `make_plan` with its defaults if not given.
-        variables: of a Linen module.
         backward: whether to time forward and backward, for training.
         only_faster: whether layers stay whose every form is slower than the standard convolution;
             if not, they get their fastest form, and the plan remarks on it.
@@ -54,8 +52,9 @@ def autotune(
     """
     inputs = Inputs.of(sample)
     if plan is None:
-        plan = make_plan(model, None, inputs, variables)
-    layers = {layer.path: layer for layer in inspect_model(model, inputs.shapes, variables).layers}
+        plan = make_plan(model, None, inputs)
+    found = framework_of(model).find_layers(model, inputs.shapes)
+    layers = {layer.path: layer for layer in found}
     known: dict[Any, dict[Method | None, float]] = {}
     rows = []
     for row in plan.rows:

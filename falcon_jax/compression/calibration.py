@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from falcon_jax.compression.compress import check_plan
 from falcon_jax.compression.plan import Plan
-from falcon_jax.frameworks.inspection import Model, inspect_model
+from falcon_jax.frameworks.interface import Model, defined_layers
 from falcon_jax.frameworks.layers import Inputs
 from falcon_jax.frameworks.nnx import map_modules, named_modules, with_calls_wrapped
 from falcon_jax.nn.method_conv import MethodConv
@@ -60,7 +60,7 @@ def calibrate(
     """
     if not (isinstance(model, nnx.Module) and isinstance(compressed, nnx.Module)):
         raise ValueError(f"calibrate takes NNX models; got {type(model).__name__}.")
-    check_plan(plan, inspect_model(model, None, None).layers)
+    check_plan(plan, defined_layers(model, None))
     rows = {r.path: r for r in plan.replaced if r.method and r.method.fits_responses()}
     if not rows:
         raise ValueError(

@@ -2,90 +2,88 @@
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, overload
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
-from flax import nnx
-from flax.core import FrozenDict, freeze, unfreeze
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from falcon_jax.compression.plan import Plan, PlanRow
-from falcon_jax.frameworks.inspection import Model, inspect_model
+from falcon_jax.frameworks.interface import M, defined_layers, framework_of
 from falcon_jax.frameworks.layers import Layer
-from falcon_jax.frameworks.nnx import arrays, map_modules, with_arrays
 from falcon_jax.methods.base import Method, Params
 from falcon_jax.methods.fit import Solver, check_finite
-from falcon_jax.nn.compressed import CompressedModule, Definition
-from falcon_jax.nn.method_conv import conv_like, fit_stacked
+from falcon_jax.nn.method_conv import fit_stacked
 from falcon_jax.ops.geometry import ConvSpec
 from falcon_jax.wording import differences
 
 
-@overload
 def compress(
-    model: nnx.Module,
-    plan: Plan,
-    variables: None = None,
-    *,
-    solver: Solver | None = None,
-    key: PRNGKeyArray | None = None,
-) -> nnx.Module: ...
-@overload
-def compress(
-    model: nn.Module,
-    plan: Plan,
-    variables: Mapping[str, Any],
-    *,
-    solver: Solver | None = None,
-    key: PRNGKeyArray | None = None,
-) -> tuple[CompressedModule, Mapping[str, Any]]: ...
-def compress(
-    model: Model,
-    plan: Plan,
-    variables: Mapping[str, Any] | None = None,
-    *,
-    solver: Solver | None = None,
-    key: PRNGKeyArray | None = None,
-) -> nnx.Module | tuple[CompressedModule, Mapping[str, Any]]:
+    model: M, plan: Plan, *, solver: Solver | None = None, key: PRNGKeyArray | None = None
+) -> M:
     """Return a copy of a model with convolutions replaced as a plan says.
 
     Strides, padding, dilations, groups, bias, types and everything else of the model are taken
     over; kernels are fitted.
 
     Args:
-        model: the model that the plan was made for; it is not changed.
+        model: the model that the plan was made for, a Linen module bound to its variables
+            (``module.bind(variables)``); it is not changed.
         plan: what to do.
-        variables: of a Linen module; they are not changed.
         solver: how to fit; the plan's own if not given. ``random`` rebuilds the architecture
             without a fit, to load parameters into.
         key: where ``adamw`` and ``random`` start from; ``jax.random.key(0)`` if not given.
 
     Returns:
-        The compressed NNX model; or a Linen module that is used as the original, and its variables.
+        The compressed model, to be used as the original; a Linen module bound, so that
+        ``.unbind()`` gives module and variables.
 
     Raises:
-        ValueError: if the plan does not fit the model, saying where, or a kernel is not finite.
+        ValueError: if the plan does not fit the model, saying where, a kernel is not finite, or a
+            Linen module is not bound.
     """
-    if isinstance(model, nn.Module) and variables is None:
-        raise ValueError("the parameters of a Linen module are in its variables; give them, too.")
-    # An NNX model need not be traced again.
-    inputs = None if isinstance(model, nnx.Module) else plan.inputs
-    inspected = inspect_model(model, inputs, variables)
-    check_plan(plan, inspected.layers)
-    kernels = {r.path: k for r in plan.replaced if (k := inspected.kernels.get(r.path)) is not None}
-    if len(kernels) < len(plan.replaced):
+    framework: Any = framework_of(model)
+    framework.params(model)  # a Linen module without variables is told as such
+    check_plan(plan, defined_layers(model, plan.inputs))
+    rows = [row for row in plan.replaced if row.method is not None]
+    kernels = framework.kernels(model, [row.path for row in rows])
+    if any(isinstance(k, jax.ShapeDtypeStruct) for k in kernels.values()) or len(kernels) < len(
+        {row.path for row in rows}
+    ):
         raise ValueError("the model has shapes in place of kernels; give one that has arrays.")
+    kernels = {path: jnp.asarray(kernel) for path, kernel in kernels.items()}
     for path, kernel in kernels.items():
         check_finite(kernel, f"the kernel of {path!r}")
     key = jax.random.key(0) if key is None else key
     fitted = _fit_all(plan.replaced, kernels, plan.solver if solver is None else solver, key)
-    if isinstance(model, nnx.Module):
-        return replace_convs(model, plan, fitted)
-    assert variables is not None
-    return compressed_module(model, plan), _replace_params(variables, fitted)
+    return framework.replace_convs(model, _layers(plan, fitted))
+
+
+def compressed_blank(model: M, plan: Plan) -> M:
+    """Return what `compress` would make of a model, with zeros for fitted parameters.
+
+    Raises:
+        ValueError: if the plan does not fit the model.
+    """
+    framework: Any = framework_of(model)
+    check_plan(plan, defined_layers(model, plan.inputs))
+    kernels = framework.kernels(model, [row.path for row in plan.replaced])
+    return framework.replace_convs(
+        model, _layers(plan, {r.path: _blank(r, kernels[r.path]) for r in plan.replaced})
+    )
+
+
+def _layers(plan: Plan, params: Mapping[str, Params]) -> dict[str, tuple[Method, ConvSpec, Params]]:
+    return {
+        r.path: (r.method, r.spec, params[r.path]) for r in plan.replaced if r.method is not None
+    }
+
+
+def _blank(row: PlanRow, kernel: Any) -> Params:
+    method = row.method
+    assert method is not None
+    shapes = jax.eval_shape(lambda kernel: fit_stacked(kernel, method, row.spec), kernel)
+    return {name: jnp.zeros(like.shape, like.dtype) for name, like in shapes.items()}
 
 
 def check_plan(plan: Plan, layers: Sequence[Layer]) -> None:
@@ -111,57 +109,6 @@ def check_plan(plan: Plan, layers: Sequence[Layer]) -> None:
                 f"the plan replaces {row.path!r}, which cannot be replaced: {layer.obstacle}. "
                 "Make a plan for this model."
             )
-
-
-def compressed_module(module: nn.Module, plan: Plan) -> CompressedModule:
-    """Return the Linen module that a plan makes, without variables."""
-    layers = tuple((r.path, r.method, r.spec) for r in plan.replaced if r.method is not None)
-    base = _as_compressed(module)
-    return base.clone(layers=(*base.layers, *layers))
-
-
-def with_folded(module: nn.Module, folded: tuple[tuple[str, str], ...]) -> CompressedModule:
-    """Return a Linen module without BatchNorms whose work a convolution does, without variables.
-
-    Args:
-        module: any Linen module.
-        folded: paths of each BatchNorm and its convolution.
-    """
-    base = _as_compressed(module)
-    return base.clone(folded=(*base.folded, *folded))
-
-
-def _as_compressed(module: nn.Module) -> CompressedModule:
-    if isinstance(module, CompressedModule):
-        return module
-    return CompressedModule(original=Definition(module), layers=())
-
-
-def replace_convs(model: nnx.Module, plan: Plan, fitted: Mapping[str, Params]) -> nnx.Module:
-    """Return a copy of an NNX model whose convolutions have a method's parameters, by path."""
-    methods = {row.path: row.method for row in plan.replaced}
-
-    def replacement(path: str, module: nnx.Module) -> nnx.Module | None:
-        method = methods.get(path)
-        if method is None:
-            return None
-        assert isinstance(module, nnx.Conv)
-        return conv_like(module, method, fitted[path])
-
-    return map_modules(replacement, model)
-
-
-def _replace_params(
-    variables: Mapping[str, Any], fitted: Mapping[str, Params]
-) -> Mapping[str, Any]:
-    """Return variables whose convolutions have a method's parameters in place of a kernel."""
-    flat = flatten_dict(unfreeze(variables["params"]), keep_empty_nodes=True)
-    for path, params in fitted.items():
-        parts = tuple(path.split("/")) if path else ()
-        del flat[*parts, "kernel"]
-        flat |= {(*parts, name): value for name, value in params.items()}
-    new = dict(variables) | {"params": unflatten_dict(flat)}
-    return freeze(new) if isinstance(variables, FrozenDict) else new
 
 
 def _fit_all(
@@ -208,7 +155,7 @@ def _fit_together(
     )
 
 
-def narrow(model: nnx.Module, narrower: nnx.Module) -> nnx.Module:
+def narrow(model: M, narrower: M) -> M:
     """Return a copy of a narrower model whose weights are the leading channels of a trained one.
 
     ``new[i, j, ...] = old[i, j, ...]`` for every index that the narrower array has. Random number
@@ -228,7 +175,8 @@ def narrow(model: nnx.Module, narrower: nnx.Module) -> nnx.Module:
     Reference:
         FALCON, Section 3.4, the width multiplier.
     """
-    new, old = arrays(narrower), arrays(model)
+    framework: Any = framework_of(narrower)
+    new, old = framework.arrays(narrower), framework_of(model).arrays(model)
     if new.keys() != old.keys():
         raise ValueError(
             "the narrower model has other variables than the trained one:\n" + differences(old, new)
@@ -242,4 +190,4 @@ def narrow(model: nnx.Module, narrower: nnx.Module) -> nnx.Module:
                 f"{value.shape} of the trained one."
             )
         leading[name] = value[tuple(slice(size) for size in shape)]
-    return with_arrays(narrower, leading)
+    return framework.with_arrays(narrower, leading)

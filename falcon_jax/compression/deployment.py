@@ -1,28 +1,21 @@
 """`deploy`: a model as one fast function for inference."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
-from flax import nnx
 
-from falcon_jax.compression.folding import fold_batchnorm
-from falcon_jax.frameworks.inspection import Model
+from falcon_jax.compression.batchnorm import fold_batchnorm
+from falcon_jax.frameworks.interface import Model, framework_of
 from falcon_jax.frameworks.layers import Inputs
-from falcon_jax.frameworks.linen import applied
-from falcon_jax.frameworks.nnx import in_evaluation, map_modules
 from falcon_jax.frameworks.tracing import inner_jaxprs
-from falcon_jax.nn.method_conv import MethodConv
-from falcon_jax.ops.convolution import conv_on_small_maps
 
 
 def deploy(
     model: Model,
     sample: Any | None = None,
-    variables: Mapping[str, Any] | None = None,
     *,
     chunk: int | None = 32,
 ) -> Callable[..., Any]:
@@ -36,11 +29,11 @@ def deploy(
     keys, ``falcon_jax.Inputs(x, rngs={"noise": key})``: they are arguments like all other arrays.
 
     Args:
-        model: an NNX model, compressed or not, or a Linen module; it is not changed.
-        sample: what it is called with, arrays or shapes. An NNX model can do without; then its
-            BatchNorms are not folded. A Linen module in evaluation mode, such as
-            ``falcon_jax.Inputs(x, train=False)``; constants stay as they are in the sample.
-        variables: of a Linen module.
+        model: an NNX model, compressed or not, or a Linen module bound to its variables; it is not
+            changed.
+        sample: what it is called with, arrays or shapes. Without, BatchNorms are not folded. A
+            Linen module in evaluation mode, such as ``falcon_jax.Inputs(x, train=False)``;
+            constants stay as they are in the sample.
         chunk: examples that go through together; None for all. A model whose examples depend on
             each other must not be cut; one that draws random numbers or writes variables, or that
             has an output without batch axis, is not.
@@ -50,8 +43,9 @@ def deploy(
 
     Raises:
         ValueError: if ``chunk`` is not positive, the model cannot be called on the sample, or a
-            Linen module comes without sample or variables.
+            Linen module is not bound.
 
+    >>> from flax import nnx
     >>> layer = nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0))
     >>> deploy(layer, jnp.ones((1, 8, 8, 3)))(jnp.ones((2, 8, 8, 3))).shape
     (2, 8, 8, 4)
@@ -60,72 +54,20 @@ def deploy(
         raise ValueError(f"chunk is a number of examples, at least 1, or None; got {chunk}.")
     inputs = None if sample is None else Inputs.of(sample).shapes
     written: list[bool] = [False]
-    if isinstance(model, nn.Module):
-        call = _linen_call(model, inputs, variables)
-    else:
-        call = _nnx_call(model, inputs, written)
+    framework: Any = framework_of(model)
+    if inputs is not None:
+        model = fold_batchnorm(model, inputs)
+    inference = framework.inference(framework.with_built_kernels(model))
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        y, written[0] = inference.call(inference.state, *args, **kwargs)
+        return y
 
     def forward(*arrays: Any) -> Any:
         bound = Inputs(*arrays) if inputs is None else inputs.with_arrays(list(arrays))
         return bound.call(call)
 
     return jax.jit(forward if chunk is None else _in_chunks(forward, chunk, written))
-
-
-def _nnx_call(model: nnx.Module, inputs: Inputs | None, written: list[bool]) -> Callable[..., Any]:
-    """Return the model's call; it notes in ``written`` whether it wrote a variable."""
-    copy = in_evaluation(model)
-    if inputs is not None:
-        copy = fold_batchnorm(copy, inputs)
-    graphdef, state = nnx.split(map_modules(_with_built_kernel, copy))
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        merged = nnx.merge(graphdef, state, copy=True)
-        before = jax.tree.leaves(nnx.state(merged))
-        y = merged(*args, **kwargs)  # type: ignore[operator]
-        after = jax.tree.leaves(nnx.state(merged))
-        written[0] = any(a is not b for a, b in zip(before, after, strict=False))
-        return y
-
-    return call
-
-
-def _linen_call(
-    model: nn.Module, inputs: Inputs | None, variables: Mapping[str, Any] | None
-) -> Callable[..., Any]:
-    if inputs is None or variables is None:
-        raise ValueError("to deploy a Linen module, give sample and variables, too.")
-    folded, folded_variables = fold_batchnorm(model, inputs, variables)
-    return lambda *args, **kwargs: applied(folded, folded_variables, *args, **kwargs)
-
-
-def _with_built_kernel(path: str, module: nnx.Module) -> nnx.Module | None:
-    """Return the standard convolution for a layer whose method would build its kernel."""
-    if not isinstance(module, MethodConv) or not module.method.builds_kernel():
-        return None
-    spec, kernel = module.spec, module.kernel
-    if kernel.ndim > len(spec.kernel_shape):  # stacked
-        return None
-    conv = nnx.Conv(
-        spec.in_features,
-        spec.out_features,
-        spec.kernel_size,
-        spec.strides,
-        padding=spec.padding,
-        input_dilation=spec.input_dilation,
-        kernel_dilation=spec.kernel_dilation,
-        feature_group_count=spec.feature_group_count,
-        use_bias=module.bias is not None,
-        dtype=module.dtype,
-        precision=module.precision,  # type: ignore[arg-type]  # Flax knows fewer names
-        conv_general_dilated=conv_on_small_maps,
-        kernel_init=nnx.initializers.zeros_init(),
-        rngs=nnx.Rngs(0),
-    )
-    conv.kernel[...] = kernel
-    if module.bias is not None:
-        conv.bias = nnx.Param(module.bias[...])
-    return conv
 
 
 def _in_chunks(forward: Callable[..., Any], chunk: int, written: list[bool]) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from falcon_jax.frameworks.inspection import Model, inspect_model
+from falcon_jax.frameworks.interface import Model, framework_of
 from falcon_jax.frameworks.layers import Inputs, Layer
 from falcon_jax.methods.base import Cost, Method, Params
 from falcon_jax.methods.falcon import Falcon
@@ -287,7 +287,6 @@ def make_plan(
     model: Model,
     rules: Sequence[Rule] | None = None,
     sample: Any | None = None,
-    variables: Mapping[str, Any] | None = None,
     *,
     solver: Solver = "exact",
 ) -> Plan:
@@ -298,13 +297,14 @@ def make_plan(
     plan remarks on it.
 
     Args:
-        model: a trained NNX model, or a Linen module; it is not changed.
+        model: a trained NNX model, or a Linen module bound to its variables
+            (``module.bind(variables)``); it is not changed. Of a module that is not bound, the plan
+            has costs, but no errors.
         rules: what replaces what; the first rule that matches a layer decides, a layer that no rule
             matches stays.
         sample: example input with a leading batch axis, for mult-adds and the order of the layers;
             a tuple is spread over the model's arguments, `Inputs` has keyword arguments, too.
             Shapes suffice (``ShapeDtypeStruct``). A Linen module cannot do without.
-        variables: of a Linen module; without them, the plan shows no errors.
         solver: how `compress` fits kernels. The errors shown are those of the ``exact`` solver;
             with ``random``, which does not fit, there are none.
 
@@ -312,14 +312,15 @@ def make_plan(
         The plan.
 
     Raises:
-        ValueError: if the model has no convolution, a rule matches nothing, sample or variables do
+        ValueError: if the model has no convolution, a rule matches nothing, the sample does
             not fit the model, or a kernel is not finite.
     """
     check_solver(solver)
     inputs = None if sample is None else Inputs.of(sample).shapes
     batch = 1 if inputs is None else inputs.batch
-    inspected = inspect_model(model, inputs, variables)
-    convs = [(layer, layer.spec) for layer in inspected.layers if layer.spec is not None]
+    framework = framework_of(model)
+    layers = framework.find_layers(model, inputs)
+    convs = [(layer, layer.spec) for layer in layers if layer.spec is not None]
     if not convs:
         raise ValueError(
             f"{type(model).__name__} has no convolution: there is nothing to compress."
@@ -327,7 +328,13 @@ def make_plan(
     paths = [(layer.path, spec) for layer, spec in convs]
     if rules is not None:
         check_all_used(rules, paths)
-    kernels = inspected.kernels if solver != "random" else {}
+    kernels = {}
+    if solver != "random":
+        replaceable = [
+            layer.path for layer, _ in convs if layer.kind == "conv" and not layer.obstacle
+        ]
+        found = framework.kernels(model, replaceable)
+        kernels = {p: jnp.asarray(k) for p, k in found.items() if not _is_shape(k)}
     rows = []
     for index, (layer, spec) in enumerate(convs):
         if rules is None:
@@ -343,7 +350,7 @@ def make_plan(
             if method is not None and kernel is not None:
                 error = fit_error(kernel, method, spec)
         rows.append(_row(layer, spec, method, reason, batch, error))
-    rest = [layer for layer in inspected.layers if layer.spec is None]
+    rest = [layer for layer in layers if layer.spec is None]
     return Plan(
         rows=tuple(rows),
         rest=Cost(
@@ -353,6 +360,10 @@ def make_plan(
         solver=solver,
         inputs=inputs,
     )
+
+
+def _is_shape(array: Any) -> bool:
+    return isinstance(array, jax.ShapeDtypeStruct)
 
 
 def _for_layer(method: Method, spec: ConvSpec, kernel: Array | None, path: str) -> Method:

@@ -3,67 +3,45 @@
 import dataclasses
 import statistics
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import jax
-from flax import linen as nn
-from flax import nnx
 
-from falcon_jax.frameworks.inspection import Model, inspect_model
+from falcon_jax.frameworks.interface import Model, framework_of
 from falcon_jax.frameworks.layers import Inputs, Layer
-from falcon_jax.frameworks.linen import applied
 from falcon_jax.wording import aligned
 
 
-def measure_latency(
-    model: nnx.Module | nn.Module,
-    sample: Any,
-    variables: Mapping[str, Any] | None = None,
-    *,
-    repeats: int = 10,
-) -> float:
+def measure_latency(model: Model, sample: Any, *, repeats: int = 10) -> float:
     """Return the median time of a compiled forward pass.
 
     NNX models run in evaluation mode. Linen modules run as the sample says, for example
     ``Inputs(x, train=False)``.
 
     Args:
-        model: any NNX model or Linen module; it is not changed.
+        model: any NNX model, or a Linen module bound to its variables; it is not changed.
         sample: input with a leading batch axis; a tuple is spread over the arguments.
-        variables: of a Linen module.
         repeats: passes that are timed, after two that are not.
 
     Returns:
         Milliseconds for the whole batch.
 
     Raises:
-        ValueError: if a Linen module comes without variables.
+        ValueError: if a Linen module is not bound.
     """
     inputs = Inputs.of(sample)
-    if isinstance(model, nnx.Module):
-        model = nnx.clone(model)
-        model.eval()
-        graphdef, state = nnx.split(model)
+    inference = framework_of(model).inference(model)
 
-        def forward(state: Any, arrays: list[Any]) -> Any:
-            return inputs.with_arrays(arrays).call(nnx.merge(graphdef, state))  # type: ignore[arg-type]
-
-    else:
-        if variables is None:
-            raise ValueError("the latency of a Linen module needs its variables.")
-        module, state = model, variables
-
-        def forward(state: Any, arrays: list[Any]) -> Any:
-            return inputs.with_arrays(arrays).call(
-                lambda *args, **kwargs: applied(module, state, *args, **kwargs)
-            )
+    def forward(state: Any, arrays: list[Any]) -> Any:
+        return inputs.with_arrays(arrays).call(
+            lambda *args, **kwargs: inference.call(state, *args, **kwargs)[0]
+        )
 
     compiled = jax.jit(forward)
     times = []
     for _ in range(repeats + 2):
         start = time.perf_counter()
-        jax.block_until_ready(compiled(state, inputs.arrays))
+        jax.block_until_ready(compiled(inference.state, inputs.arrays))
         times.append(time.perf_counter() - start)
     return 1e3 * statistics.median(times[2:])
 
@@ -127,13 +105,7 @@ class Profile:
         return text
 
 
-def profile(
-    model: Model,
-    sample: Any,
-    variables: Mapping[str, Any] | None = None,
-    *,
-    latency: bool = False,
-) -> Profile:
+def profile(model: Model, sample: Any, *, latency: bool = False) -> Profile:
     """Count a model's parameters and mult-adds, and measure its latency if asked.
 
     Counted analytically, as the paper does: multiply-adds of convolutions and fully connected
@@ -142,21 +114,21 @@ def profile(
     under the module whose parameters take part, or else in a row of their own.
 
     Args:
-        model: any NNX model or Linen module; it is not changed.
+        model: any NNX model or Linen module; one that is not bound has shapes, which suffice to
+            count. It is not changed.
         sample: example input with a leading batch axis; a tuple is spread over the arguments,
             `Inputs` has keyword arguments, too.
-        variables: of a Linen module; needed for latency only.
         latency: whether to run the model on the sample and measure the time.
 
     Returns:
         The rows and totals.
 
     Raises:
-        ValueError: if sample or variables do not fit the model.
+        ValueError: if the sample does not fit the model.
     """
     inputs = Inputs.of(sample)
     batch = inputs.batch
-    layers = inspect_model(model, inputs, variables).layers
+    layers = framework_of(model).find_layers(model, inputs)
     rows = tuple(
         ProfileRow(
             path=layer.path,
@@ -171,7 +143,7 @@ def profile(
     adjust = [_paper_adjustment(layer, batch) for layer in layers if layer.method is not None]
     return Profile(
         rows=rows,
-        latency_ms=measure_latency(model, inputs, variables) if latency else None,
+        latency_ms=measure_latency(model, inputs) if latency else None,
         as_paper_counts=(
             sum(r.params for r in rows) + sum(a for a, _ in adjust),
             sum(r.mult_adds for r in rows) + sum(b for _, b in adjust),

@@ -1,23 +1,19 @@
 """Weights rounded to a grid of a few bits after training, and what they take up then."""
 
 import dataclasses
+import math
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, UInt8
 
-from falcon_jax.frameworks.inspection import Model, inspect_model
-from falcon_jax.frameworks.nnx import map_modules, named_modules, named_variables
+from falcon_jax.frameworks.interface import M, Model, framework_of
 from falcon_jax.methods.fit import check_finite
-from falcon_jax.nn.method_conv import MethodConv
 from falcon_jax.wording import aligned
-
-_KERNELS = (nnx.Conv, nnx.ConvTranspose, nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
 
 
 class QuantizedArray(NamedTuple):
@@ -123,9 +119,7 @@ def quantize_linear(values: Float[ArrayLike, "*shape"], *, bits: int = 8) -> Qua
     return QuantizedArray(jnp.clip(codes, 0, last).astype(jnp.uint8), minimum, scale)
 
 
-def quantize_weights(
-    model: Model, *, bits: int = 8, path: str = r".*"
-) -> tuple[nnx.Module, Quantization]:
+def quantize_weights(model: M, *, bits: int = 8, path: str = r".*") -> tuple[M, Quantization]:
     """Return a copy of a model with weights rounded to a grid of each tensor, and a report.
 
     ``effective_size = size * bits / 32 + 2``
@@ -136,7 +130,7 @@ def quantize_weights(
     the paper's counts, the report's leave out BatchNorm's running statistics.
 
     Args:
-        model: an NNX model; it is not changed.
+        model: an NNX model, or a Linen module bound to its variables; it is not changed.
         bits: of a code, 1 to 8.
         path: regular expression that must match the whole ``/``-joined path of such a tensor.
 
@@ -144,40 +138,29 @@ def quantize_weights(
         The copy and the report.
 
     Raises:
-        ValueError: if the model is not NNX, weights are not finite, or bits or path fit nothing.
+        ValueError: if a Linen module is not bound, weights are not finite, or bits or path fit
+            nothing.
 
     Reference:
         FSNet (Yang et al., 2019, arXiv 1902.03264), FSNet-WQ.
     """
-    if not isinstance(model, nnx.Module):
-        raise ValueError(
-            f"quantize_weights takes NNX models; got {type(model).__name__}. For a Linen module, "
-            "round the kernels in its variables: quantize_linear(kernel).values()."
-        )
+    framework: Any = framework_of(model)
     rounded, rows = {}, []
-    for name, variable in _chosen(model, path).items():
-        values = variable.get_value()
+    for name, values in _chosen(model, path).items():
         if isinstance(values, jax.ShapeDtypeStruct):
             raise ValueError("the model has shapes in place of weights; give one that has arrays.")
         check_finite(values, name)
         rounded[name] = quantize_linear(values, bits=bits).values().astype(values.dtype)
         size = values.size * bits / 32 + 2
         rows.append(QuantizationRow(path=name, size=values.size, effective_size=size))
-    copy = map_modules(lambda path, module: None, model)
-    for name, variable in named_variables(copy):
-        if name in rounded:
-            variable.set_value(rounded[name])
-    params = sum(layer.params for layer in inspect_model(model, None, None).layers)
-    return copy, Quantization(rows=tuple(rows), params=params)
+    params = sum(math.prod(array.shape) for array in framework.params(model).values())
+    return framework.with_params(model, rounded), Quantization(rows=tuple(rows), params=params)
 
 
-def _chosen(model: nnx.Module, pattern: str) -> dict[str, nnx.Variable]:
-    names = set()
-    for path, module in named_modules(model):
-        of_module = module.param_names if isinstance(module, MethodConv) else ("kernel",)
-        if isinstance(module, (MethodConv, *_KERNELS)):
-            names |= {f"{path}/{name}".lstrip("/") for name in of_module}
-    found = {name: v for name, v in named_variables(model) if name in names}
+def _chosen(model: Model, pattern: str) -> dict[str, Any]:
+    framework = framework_of(model)
+    arrays = framework.params(model)
+    found = {name: arrays[name] for name in framework.weight_names(model)}
     if not found:
         raise ValueError(f"{type(model).__name__} has no convolution or fully connected layer.")
     try:

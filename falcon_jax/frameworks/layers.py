@@ -219,6 +219,20 @@ class Layer:
         return examples * method.cost(self.spec, shape).mult_adds
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inference:
+    """A model's call in evaluation, as a pure function.
+
+    Attributes:
+        state: the model's arrays.
+        call: gets the state and the arguments; returns the output, and whether the model wrote to
+            its variables (which is forgotten).
+    """
+
+    state: Any
+    call: Callable[..., tuple[Any, bool]]
+
+
 def spec_or_sizes(make: Callable[[], ConvSpec], **sizes: Any) -> tuple[ConvSpec, str | None]:
     """Return the spec of a convolution; where there is none, that of its sizes, and the reason.
 

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -11,12 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import errors, traverse_util
 from flax import linen as nn
-from flax.core import DenyList
+from flax.core import DenyList, unfreeze
 from flax.linen.dtypes import promote_dtype
 from jax import lax
 from jaxtyping import Array
 
-from falcon_jax.frameworks.layers import Inputs, Layer, counted, spec_or_sizes, traced_jaxpr
+from falcon_jax.frameworks.layers import (
+    Inference,
+    Inputs,
+    Layer,
+    counted,
+    spec_or_sizes,
+    traced_jaxpr,
+)
 from falcon_jax.frameworks.tracing import (
     Trace,
     inside_layer,
@@ -24,8 +31,8 @@ from falcon_jax.frameworks.tracing import (
     mark_output,
     read_trace,
 )
-from falcon_jax.methods.base import Method
-from falcon_jax.nn.compressed import CompressedModule, ConvLike
+from falcon_jax.methods.base import Method, Params
+from falcon_jax.nn.compressed import CompressedModule, ConvLike, with_methods
 from falcon_jax.ops.geometry import ConvSpec
 from falcon_jax.wording import differences
 
@@ -65,23 +72,58 @@ def abstract_variables(module: nn.Module, inputs: Inputs) -> Variables:
     return variables
 
 
-def find_layers(
-    module: nn.Module, inputs: Inputs, variables: Variables | None = None
-) -> list[Layer]:
+def unbound(model: nn.Module) -> tuple[nn.Module, Variables]:
+    """Return the module and the variables of a bound one.
+
+    Raises:
+        ValueError: if it is not bound.
+    """
+    if model.scope is None:
+        raise ValueError(
+            f"{type(model).__name__} is a Linen module without variables; give "
+            "module.bind(variables), with all collections, such as 'params' and 'batch_stats'."
+        )
+    return model.unbind()
+
+
+def with_shapes(model: nn.Module, inputs: Inputs | None) -> nn.Module:
+    """Return a module bound to the shapes of the variables that it makes; a bound one as it is."""
+    if model.scope is not None:
+        return model
+    return model.bind(abstract_variables(model, required(model, inputs)))
+
+
+def required(model: nn.Module, inputs: Inputs | None) -> Inputs:
+    """Return inputs if there are any.
+
+    Raises:
+        ValueError: if not: a Linen module does nothing without.
+    """
+    if inputs is None:
+        raise ValueError(
+            f"{type(model).__name__} is a Linen module: its layers show themselves only when it "
+            "is called. Give sample, an example input; shapes suffice (jax.ShapeDtypeStruct)."
+        )
+    return inputs
+
+
+def find_layers(model: nn.Module, inputs: Inputs | None) -> list[Layer]:
     """Return the layers of a module, in the order of use.
 
     Args:
-        module: any Linen module.
+        model: any Linen module, bound or not; without variables, their shapes are found out.
         inputs: what it is called with.
-        variables: its variables, arrays or shapes; found out if not given.
 
     Returns:
         Convolutions of every kind, fully connected layers, and under kind ``other`` whatever else
         holds parameters. Modules used in several places appear once.
 
     Raises:
-        ValueError: if the variables are not the module's, or it cannot be called on the inputs.
+        ValueError: if there are no inputs, the variables are not the module's, or it cannot be
+            called on the inputs.
     """
+    inputs = required(model, inputs)
+    module, variables = (model, None) if model.scope is None else model.unbind()
     expected = abstract_variables(module, inputs)
     missing = "" if variables is None else _missing(module, expected, variables)
     variables = expected if variables is None else variables
@@ -204,8 +246,8 @@ def _missing(module: nn.Module, expected: Variables, variables: Any) -> str:
     bare = {name.removeprefix("params/") for name in wanted if name.startswith("params/")}
     if "params" not in variables and bare and bare <= set(_named({"params": variables}, below=1)):
         raise ValueError(
-            f"these are the parameters of {type(module).__name__} alone; give "
-            "variables={'params': params}, and with BatchNorm 'batch_stats', too."
+            f"these are the parameters of {type(module).__name__} alone; bind the module to "
+            "{'params': params}, and with BatchNorm to 'batch_stats', too."
         )
     checked = {n: a for n, a in wanted.items() if n.split("/", 1)[0] in ("params", "batch_stats")}
     alike = {n: _of_type(a, checked[n]) if n in checked else a for n, a in found.items()}
@@ -248,6 +290,114 @@ def named_params(variables: Variables) -> dict[str, Any]:
     """Return the parameters by ``/``-joined path."""
     params = nn.meta.unbox(variables.get("params", {}))
     return traverse_util.flatten_dict(dict(params), sep="/")
+
+
+def kernels(model: nn.Module, paths: Iterable[str]) -> dict[str, Any]:
+    """Return the kernels of some convolutions by path; none of a module that is not bound."""
+    if model.scope is None:
+        return {}
+    params = named_params(unbound(model)[1])
+    return {path: params[f"{path}/kernel".lstrip("/")] for path in paths}
+
+
+def methods_of(model: nn.Module) -> dict[str, Method]:
+    """Return the methods of compressed layers, by path."""
+    return {path: method for path, method, _ in getattr(model, "layers", ())}
+
+
+def replace_convs(
+    model: nn.Module, layers: Mapping[str, tuple[Method, ConvSpec, Params]]
+) -> nn.Module:
+    """Return a bound module whose convolutions are carried out by methods.
+
+    Args:
+        model: a bound module.
+        layers: method, spec and parameters, by path.
+    """
+    module, variables = unbound(model)
+    flat: Any = traverse_util.flatten_dict(unfreeze(variables["params"]), keep_empty_nodes=True)
+    for path, (_, _, params) in layers.items():
+        parts = tuple(path.split("/")) if path else ()
+        del flat[*parts, "kernel"]
+        flat |= {(*parts, name): value for name, value in params.items()}
+    new = dict(variables) | {"params": traverse_util.unflatten_dict(flat)}
+    small = with_methods(module, {path: (m, spec) for path, (m, spec, _) in layers.items()})
+    return small.bind(new)
+
+
+def with_built_kernels(model: nn.Module) -> nn.Module:
+    """Return a bound module with standard convolutions for methods that would build a kernel."""
+    module, variables = unbound(model)
+    flat: Any = traverse_util.flatten_dict(unfreeze(dict(variables)), keep_empty_nodes=True)
+    built = {}
+    for path, method, spec in getattr(module, "layers", ()):
+        owner = ("params", *path.split("/")) if path else ("params",)
+        params = {k[-1]: v for k, v in flat.items() if k[:-1] == owner and k[-1] != "bias"}
+        plain = jax.eval_shape(lambda key, m=method, s=spec: m.init(key, s), jax.random.key(0))
+        if not method.builds_kernel() or any(params[n].ndim > len(plain[n].shape) for n in plain):
+            continue
+        for name in params:
+            del flat[*owner, name]
+        flat[*owner, "kernel"] = method.kernel(params, spec)
+        built[path] = None
+    if not built:
+        return model
+    return with_methods(module, built).bind(traverse_util.unflatten_dict(flat))
+
+
+def arrays(model: nn.Module) -> dict[str, Any]:
+    """Return the variables of a bound module by path, the collection first."""
+    return _named(unbound(model)[1])
+
+
+def arrays_like(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:
+    """Return the variables of the collections that names speak of, and the parameters."""
+    collections = {name.split("/", 1)[0] for name in names} | {"params"}
+    return {n: array for n, array in arrays(model).items() if n.split("/", 1)[0] in collections}
+
+
+def with_arrays(model: nn.Module, named: Mapping[str, Any]) -> nn.Module:
+    """Return a module bound to other variables, by path as `arrays` has them."""
+    module, _ = unbound(model)
+    return module.bind(traverse_util.unflatten_dict(dict(named), sep="/"))
+
+
+def params(model: nn.Module) -> dict[str, Any]:
+    """Return the parameters of a bound module by path."""
+    return named_params(unbound(model)[1])
+
+
+def with_params(model: nn.Module, named: Mapping[str, Any]) -> nn.Module:
+    """Return a bound module with some parameters replaced, by path as `params` has them."""
+    module, variables = unbound(model)
+    flat: Any = traverse_util.flatten_dict(unfreeze(variables["params"]), keep_empty_nodes=True)
+    for name, value in named.items():
+        keys = tuple(name.split("/"))
+        boxed = isinstance(flat[keys], nn.meta.AxisMetadata)
+        flat[keys] = flat[keys].replace_boxed(value) if boxed else value
+    new = dict(variables) | {"params": traverse_util.unflatten_dict(flat)}
+    return module.bind(new)
+
+
+def weight_names(model: nn.Module) -> list[str]:
+    """Return the paths of kernels, and of all parameters of a convolution under a method."""
+    compressed = methods_of(model)
+
+    def is_weight(name: str) -> bool:
+        owner, _, last = name.rpartition("/")
+        return last == "kernel" or (owner in compressed and last != "bias")
+
+    return [name for name in params(model) if is_weight(name)]
+
+
+def inference(model: nn.Module) -> Inference:
+    """Return the call of a bound module as a pure function of its variables."""
+    module, variables = unbound(model)
+
+    def call(state: Any, *args: Any, **kwargs: Any) -> tuple[Any, bool]:
+        return applied(module, state, *args, **kwargs), False
+
+    return Inference(state=variables, call=call)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,9 +13,23 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array
 
-from falcon_jax.frameworks.layers import Inputs, Layer, counted, spec_or_sizes, traced_jaxpr
+from falcon_jax.frameworks.layers import (
+    Inference,
+    Inputs,
+    Layer,
+    counted,
+    spec_or_sizes,
+    traced_jaxpr,
+)
 from falcon_jax.frameworks.tracing import Trace, inside_layer, mark_kernel, mark_output, read_trace
-from falcon_jax.nn.method_conv import MethodConv, conv_obstacle, conv_spec
+from falcon_jax.methods.base import Method, Params
+from falcon_jax.nn.method_conv import (
+    MethodConv,
+    conv_like,
+    conv_obstacle,
+    conv_spec,
+    standard_conv,
+)
 from falcon_jax.ops.geometry import ConvSpec
 
 Visit = Callable[[str, nnx.Module], nnx.Module | None]
@@ -113,6 +127,16 @@ def with_arrays(model: nnx.Module, named: Mapping[str, Any]) -> nnx.Module:
 
     _map_arrays(replaced, new)
     return new
+
+
+def arrays_like(model: nnx.Module, names: Iterable[str]) -> dict[str, Any]:
+    """Return the arrays by path; whatever a saved model has, it has to have them all."""
+    return arrays(model)
+
+
+def with_shapes(model: nnx.Module, inputs: Inputs | None) -> nnx.Module:
+    """Return the model, which has its arrays or their shapes."""
+    return model
 
 
 def _map_arrays(function: Callable[[str, Any], Any], model: nnx.Module) -> None:
@@ -319,6 +343,7 @@ def _with_children(value: Any, children: Mapping[str, Any]) -> Any:
 
 
 _GENERAL = (nnx.LinearGeneral, nnx.Einsum)
+_KERNELS = (nnx.Conv, nnx.ConvTranspose, nnx.Linear, *_GENERAL)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -394,13 +419,86 @@ def find_layers(model: nnx.Module, inputs: Inputs | None = None) -> list[Layer]:
     return counted(layers, trace, sizes)
 
 
-def kernels(model: nnx.Module) -> dict[str, Any]:
-    """Return the kernels of the convolutions, or their shapes, by path."""
-    return {
-        path: module.kernel.get_value()
-        for path, module in named_modules(model)
-        if isinstance(module, nnx.Conv) and not isinstance(module, MethodConv)
-    }
+def kernels(model: nnx.Module, paths: Iterable[str]) -> dict[str, Any]:
+    """Return the kernels of some convolutions by path; those that are only shapes are left out."""
+    modules: dict[str, Any] = dict(named_modules(model))
+    found = {path: modules[path].kernel.get_value() for path in paths}
+    return {p: k for p, k in found.items() if not isinstance(k, jax.ShapeDtypeStruct)}
+
+
+def methods_of(model: nnx.Module) -> dict[str, Method]:
+    """Return the methods of compressed layers, by path."""
+    return {p: m.method for p, m in named_modules(model) if isinstance(m, MethodConv)}
+
+
+def replace_convs(
+    model: nnx.Module, layers: Mapping[str, tuple[Method, ConvSpec, Params]]
+) -> nnx.Module:
+    """Return a copy of a model whose convolutions are carried out by methods.
+
+    Args:
+        model: it is not changed.
+        layers: method, spec and parameters, by path.
+    """
+
+    def replacement(path: str, module: nnx.Module) -> nnx.Module | None:
+        if path not in layers:
+            return None
+        method, _, params = layers[path]
+        assert isinstance(module, nnx.Conv)
+        return conv_like(module, method, params)
+
+    return map_modules(replacement, model)
+
+
+def with_built_kernels(model: nnx.Module) -> nnx.Module:
+    """Return a copy with standard convolutions for methods that would build a kernel."""
+
+    def built(path: str, module: nnx.Module) -> nnx.Module | None:
+        if not isinstance(module, MethodConv) or not module.method.builds_kernel():
+            return None
+        return standard_conv(module)
+
+    return map_modules(built, model)
+
+
+def params(model: nnx.Module) -> dict[str, Any]:
+    """Return the parameters by path."""
+    return {p: v.get_value() for p, v in named_variables(model) if isinstance(v, nnx.Param)}
+
+
+def with_params(model: nnx.Module, named: Mapping[str, Any]) -> nnx.Module:
+    """Return a copy of a model with some parameters replaced, by path as `params` has them."""
+    new = clone(model)
+    for path, variable in named_variables(new):
+        if path in named:
+            variable.set_value(named[path])
+    return new
+
+
+def weight_names(model: nnx.Module) -> list[str]:
+    """Return the paths of kernels, and of all parameters of a convolution under a method."""
+    names: set[str] = set()
+    for path, module in named_modules(model):
+        if isinstance(module, MethodConv):
+            names |= {f"{path}/{name}".lstrip("/") for name in module.param_names}
+        elif isinstance(module, _KERNELS):
+            names.add(f"{path}/kernel".lstrip("/"))
+    return [path for path, _ in named_variables(model) if path in names]
+
+
+def inference(model: nnx.Module) -> Inference:
+    """Return the call of a model in evaluation mode as a pure function of its arrays."""
+    graphdef, state = nnx.split(in_evaluation(model))
+
+    def call(state: Any, *args: Any, **kwargs: Any) -> tuple[Any, bool]:
+        merged = nnx.merge(graphdef, state, copy=True)
+        before = jax.tree.leaves(nnx.state(merged))
+        y = merged(*args, **kwargs)  # type: ignore[operator]
+        after = jax.tree.leaves(nnx.state(merged))
+        return y, any(a is not b for a, b in zip(before, after, strict=False))
+
+    return Inference(state=state, call=call)
 
 
 def _describe(path: str, module: nnx.Module) -> Layer | None:

@@ -179,7 +179,9 @@ class CompressedModule(nn.Module):
             *args: its arguments.
             **kwargs: likewise.
         """
-        module = self.original.module.clone(parent=self.scope)
+        assert self.scope is not None
+        # Names are free again in every call, as those of a compact module are.
+        module = self.original.module.clone(parent=self.scope.rewound())
         with contextlib.ExitStack() as contexts:
             intercept = _replacing(self.replaced(), self.folded_convs())
             contexts.enter_context(nn.intercept_methods(intercept))
@@ -189,6 +191,42 @@ class CompressedModule(nn.Module):
                 layers = (self.layers, self.folded)
                 contexts.enter_context(set_xla_metadata(falcon_jax=str(hash(layers))))
             return getattr(module, name)(*args, **kwargs)
+
+
+def with_methods(
+    module: nn.Module, layers: Mapping[str, tuple[Method, ConvSpec] | None]
+) -> CompressedModule:
+    """Return a module with convolutions carried out by methods, without variables.
+
+    Args:
+        module: any Linen module, not bound.
+        layers: method and spec by path; None for a compressed layer that is a convolution again.
+    """
+    base = _as_compressed(module)
+    known = {path: (method, spec) for path, method, spec in base.layers} | dict(layers)
+    new = tuple((path, *both) for path, both in known.items() if both is not None)
+    return base.clone(layers=new)
+
+
+def with_folded(module: nn.Module, folded: Mapping[str, str]) -> CompressedModule:
+    """Return a module without BatchNorms whose work a convolution does, without variables.
+
+    Args:
+        module: any Linen module, not bound.
+        folded: path of the convolution by path of the BatchNorm.
+    """
+    base, biased = _as_compressed(module), set(folded.values())
+    layers = tuple(
+        (path, method, dataclasses.replace(spec, use_bias=True) if path in biased else spec)
+        for path, method, spec in base.layers
+    )
+    return base.clone(layers=layers, folded=(*base.folded, *folded.items()))
+
+
+def _as_compressed(module: nn.Module) -> CompressedModule:
+    if isinstance(module, CompressedModule):
+        return module
+    return CompressedModule(original=Definition(module), layers=())
 
 
 def _replacing(replaced: Replaced, folded: Mapping[str, str]) -> Callable[..., Any]:

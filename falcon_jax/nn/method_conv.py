@@ -319,3 +319,30 @@ def conv_like(conv: nnx.Conv, method: Method, params: Params) -> MethodConv:
         dtype=conv.dtype,
         precision=conv.precision,
     )
+
+
+def standard_conv(layer: MethodConv) -> nnx.Conv | None:
+    """Return the standard convolution with the kernel of a layer; None if it is stacked."""
+    spec, kernel = layer.spec, layer.kernel
+    if kernel.ndim > len(spec.kernel_shape):  # stacked
+        return None
+    conv = nnx.Conv(
+        spec.in_features,
+        spec.out_features,
+        spec.kernel_size,
+        spec.strides,
+        padding=spec.padding,
+        input_dilation=spec.input_dilation,
+        kernel_dilation=spec.kernel_dilation,
+        feature_group_count=spec.feature_group_count,
+        use_bias=layer.bias is not None,
+        dtype=layer.dtype,
+        precision=layer.precision,  # type: ignore[arg-type]  # Flax knows fewer names
+        conv_general_dilated=conv_on_small_maps,
+        kernel_init=nnx.initializers.zeros_init(),
+        rngs=nnx.Rngs(0),
+    )
+    conv.kernel[...] = kernel
+    if layer.bias is not None:
+        conv.bias = nnx.Param(layer.bias[...])
+    return conv

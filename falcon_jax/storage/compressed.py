@@ -12,19 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from flax import linen as nn
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import SingleDeviceSharding
 
-from falcon_jax.compression.compress import check_plan, compressed_module, replace_convs
-from falcon_jax.compression.plan import Plan, PlanRow
-from falcon_jax.frameworks.inspection import Model, inspect_model
-from falcon_jax.frameworks.linen import abstract_variables
-from falcon_jax.frameworks.nnx import arrays, with_arrays
-from falcon_jax.methods.base import Params
-from falcon_jax.nn.compressed import CompressedModule
-from falcon_jax.nn.method_conv import fit_stacked
+from falcon_jax.compression.compress import compressed_blank
+from falcon_jax.compression.plan import Plan
+from falcon_jax.frameworks.interface import Model, framework_of
 from falcon_jax.paths import user_path
 from falcon_jax.settings import is_whole
 from falcon_jax.storage.directories import (
@@ -49,7 +43,6 @@ def save_compressed(
     path: str | os.PathLike[str],
     model: Model,
     plan: Plan,
-    variables: Mapping[str, Any] | None = None,
     *,
     overwrite: bool = False,
     metadata: Mapping[str, Any] | None = None,
@@ -57,28 +50,27 @@ def save_compressed(
     """Save a compressed model with its plan.
 
     Everything of an NNX model but the state of random number generators is saved; of a Linen
-    module, its variables. The directory is there as a whole or, after an error, not at all.
+    module, bound, its variables. The directory is there as a whole or, after an error, not at all.
 
     Args:
         path: directory to make.
         model: what `compress` returned, trained further or not.
         plan: what it was compressed with.
-        variables: of a Linen module.
         overwrite: whether to replace a saved model that is there. At every moment the old or new
             one stands there as a whole, or is found by `load_compressed`; a directory with other
             files in it is not replaced.
         metadata: plain data of the caller's, JSON, kept in ``metadata.json``.
 
     Raises:
-        ValueError: if the model is not what the plan makes.
+        ValueError: if the model is not what the plan makes, or a Linen module is not bound.
         FileExistsError: if the directory is there, or holds other files than a saved model.
         OSError: if it cannot be written.
     """
     directory = _place(path)
     if standing(directory).exists():
         _check_replaceable(directory, overwrite)
-    _check_carried_out(model, plan, variables)
-    named = _arrays(model, variables)
+    named = {n: np.asarray(array) for n, array in framework_of(model).arrays(model).items()}
+    _check_carried_out(model, plan)
     data = {
         "version": _VERSION,
         "plan": plan.to_json(),
@@ -101,9 +93,7 @@ def save_compressed(
         write_manifest(unfinished)
 
 
-def load_compressed(
-    path: str | os.PathLike[str], build_model: Callable[[], Model]
-) -> nnx.Module | tuple[CompressedModule, Mapping[str, Any]]:
+def load_compressed(path: str | os.PathLike[str], build_model: Callable[[], Model]) -> Any:
     """Load what `save_compressed` saved.
 
     Args:
@@ -111,7 +101,7 @@ def load_compressed(
         build_model: makes the model as it was before compression; its weights do not matter.
 
     Returns:
-        The compressed NNX model; or the compressed Linen module and its variables.
+        The compressed model; a Linen module bound to its variables.
 
     Raises:
         FileNotFoundError: if there is no such directory.
@@ -141,7 +131,7 @@ class Saved:
         build_model: Callable[[], Model],
         *,
         traced: Callable[[], nnx.Module] | None = None,
-    ) -> nnx.Module | tuple[CompressedModule, Mapping[str, Any]]:
+    ) -> Any:
         """Load the model; see `load_compressed`.
 
         Args:
@@ -153,18 +143,9 @@ class Saved:
         saved = _saved_shapes(directory, data)
         if traced is not None:
             nnx.eval_shape(lambda: _blank(directory, traced(), plan, saved))
-        model = build_model()
-        if isinstance(model, nn.Module):
-            check_plan(plan, inspect_model(model, plan.inputs, None).layers)
-            module = compressed_module(model, plan)
-            assert plan.inputs is not None
-            expected = _named(abstract_variables(module, plan.inputs))
-            collections = {name.split("/", 1)[0] for name in saved} | {"params"}
-            expected = {n: a for n, a in expected.items() if n.split("/", 1)[0] in collections}
-            _check_same(directory, expected, saved)
-            return module, unflatten_dict(_read_arrays(directory, data, saved), sep="/")
-        compressed = _blank(directory, model, plan, saved)
-        return with_arrays(compressed, _read_arrays(directory, data, saved))
+        compressed: Any = _blank(directory, build_model(), plan, saved)
+        arrays = _read_arrays(directory, data, saved)
+        return framework_of(compressed).with_arrays(compressed, arrays)
 
 
 def open_compressed(path: str | os.PathLike[str]) -> Saved:
@@ -215,15 +196,11 @@ def _check_replaceable(directory: pathlib.Path, overwrite: bool) -> None:
         )
 
 
-def _blank(
-    directory: pathlib.Path, model: nnx.Module, plan: Plan, saved: Mapping[str, Any]
-) -> nnx.Module:
+def _blank(directory: pathlib.Path, model: Model, plan: Plan, saved: Mapping[str, Any]) -> Model:
     """Return the compressed model with blank parameters; it must fit what was saved."""
-    inspected = inspect_model(model, None, None)
-    check_plan(plan, inspected.layers)
-    blank = {row.path: _blank_params(row, inspected.kernels[row.path]) for row in plan.replaced}
-    compressed = replace_convs(model, plan, blank)
-    _check_same(directory, arrays(compressed), saved)
+    framework = framework_of(model)
+    compressed = compressed_blank(framework.with_shapes(model, plan.inputs), plan)
+    _check_same(directory, framework.arrays_like(compressed, saved), saved)
     return compressed
 
 
@@ -267,40 +244,14 @@ def _dtype(name: Any) -> np.dtype:
     return dtype
 
 
-def _blank_params(row: PlanRow, kernel: jax.Array) -> Params:
-    method = row.method
-    assert method is not None
-    shapes = jax.eval_shape(lambda kernel: fit_stacked(kernel, method, row.spec), kernel)
-    return {name: jnp.zeros(like.shape, like.dtype) for name, like in shapes.items()}
-
-
-def _check_carried_out(model: Model, plan: Plan, variables: Mapping[str, Any] | None) -> None:
-    if isinstance(model, nn.Module):
-        if variables is None:
-            raise ValueError("the parameters of a Linen module are in its variables; give them.")
-        done = {p: m for p, m, _ in getattr(model, "layers", ())}
-    else:
-        done = {layer.path: layer.method for layer in inspect_model(model, None, None).layers}
+def _check_carried_out(model: Model, plan: Plan) -> None:
+    done = framework_of(model).methods_of(model)
     for row in plan.replaced:
         if done.get(row.path) != row.method:
             raise ValueError(
                 f"the plan replaces {row.path!r} by {row.method}, but the model has not got it "
                 "there. Give the model that compress(model, plan) returned, and this plan."
             )
-
-
-def _arrays(model: Model, variables: Mapping[str, Any] | None) -> dict[str, np.ndarray]:
-    if isinstance(model, nnx.Module):
-        named = arrays(model)
-    else:
-        assert variables is not None
-        named = _named(variables)
-    return {name: np.asarray(array) for name, array in named.items()}
-
-
-def _named(variables: Mapping[str, Any]) -> dict[str, Any]:
-    flat: dict[Any, Any] = flatten_dict(dict(nn.meta.unbox(variables)), sep="/")
-    return flat
 
 
 def _nested(named: Mapping[str, Any]) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def test_linen_modules_and_plans_of_before():
 
     module = Module()
     variables = module.init(jax.random.key(0), jnp.zeros(X.shape))
-    plan = fj.autotune(module, X, None, variables, repeats=1, only_faster=False)
+    plan = fj.autotune(module.bind(variables), X, repeats=1, only_faster=False)
     assert plan.rows[1].impl in {"separable", "grouped", "gep"}
     data = json.loads(json.dumps(plan.to_json()))
     for row in data["rows"]:

@@ -7,7 +7,7 @@ from flax import nnx
 from jax import export
 
 import falcon_jax as fj
-from falcon_jax.compression.folding import FoldedBatchNorm
+from falcon_jax.frameworks.nnx_norms import FoldedBatchNorm
 from tests.compression.networks import arrays, randomised
 
 METHODS = [
@@ -83,16 +83,28 @@ class Linen(nn.Module):
         return nn.BatchNorm(use_running_average=not train)(x).mean(axis=(1, 2))
 
 
-def test_linen_modules_come_with_sample_and_variables():
+def test_linen_modules_come_bound():
     module, x = Linen(), images(5)
     variables = module.init(jax.random.key(0), x, train=False)
-    function = fj.deploy(module, fj.Inputs(x, train=False), variables, chunk=2)
+    function = fj.deploy(module.bind(variables), fj.Inputs(x, train=False), chunk=2)
     expected = module.apply(variables, x, train=False)
     np.testing.assert_allclose(function(x), expected, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="give sample and variables"):
+    with pytest.raises(ValueError, match=r"module\.bind\(variables\)"):
         fj.deploy(module)
 
 
 def test_a_chunk_of_nothing_is_refused():
     with pytest.raises(ValueError, match="at least 1, or None; got 0"):
         fj.deploy(Mean(), chunk=0)
+
+
+def test_kernels_of_linen_modules_are_built_once():
+    module, x = Linen(), images(5)
+    model = module.bind(module.init(jax.random.key(0), x, train=False))
+    sample = fj.Inputs(x, train=False)
+    rules = [fj.Rule(method=fj.FilterSummary(ratio=2.0))]
+    small = fj.compress(model, fj.make_plan(model, rules, sample))
+    function = fj.deploy(small, sample)
+    np.testing.assert_allclose(function(x), small(x, train=False), rtol=1e-5, atol=1e-5)
+    assert "gather" not in str(jax.make_jaxpr(function)(x))
+    assert "gather" in str(jax.make_jaxpr(lambda x: small(x, train=False))(x))

@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 
 import falcon_jax as fj
-from falcon_jax.compression.folding import FoldedBatchNorm
+from falcon_jax.frameworks.nnx_norms import FoldedBatchNorm
 from tests.compression.networks import Nested, Small, arrays, conv, images, randomised
 
 

@@ -64,10 +64,10 @@ def test_at_full_rank_every_convolution_is_reproduced(case):
     variables = {"params": {"kernel": layer.kernel[...]}}
     if layer.bias is not None:
         variables["params"]["bias"] = layer.bias[...]
-    linen_plan = fj.make_plan(module, [fj.Rule(method=method)], x, variables)
+    linen_plan = fj.make_plan(module.bind(variables), [fj.Rule(method=method)], x)
     assert (linen_plan.before, linen_plan.after) == (plan.before, plan.after)
-    compressed = fj.compress(module, linen_plan, variables)
-    np.testing.assert_allclose(compressed[0].apply(compressed[1], x), expected, **close)
+    compressed = fj.compress(module.bind(variables), linen_plan)
+    np.testing.assert_allclose(compressed(x), expected, **close)
 
 
 def test_rank_by_energy_is_the_smallest_that_reaches_it():

@@ -25,7 +25,7 @@ def norms_in(variables):
 def fold(name):
     module = NETWORKS[name]()
     variables = drawn(module)
-    return module, variables, *fj.fold_batchnorm(module, inputs(), variables)
+    return module, variables, *fj.fold_batchnorm(module.bind(variables), inputs()).unbind()
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -50,21 +50,21 @@ def test_init_makes_the_folded_variables(name):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_folded_then_compressed_then_stored(name, tmp_path):
     module, variables, folded, new = fold(name)
-    plan = fj.make_plan(folded, [fj.Rule(method=fj.Falcon(rank="full"))], inputs(), new)
+    plan = fj.make_plan(folded.bind(new), [fj.Rule(method=fj.Falcon(rank="full"))], inputs())
     assert plan.replaced
-    small, compressed = fj.compress(folded, plan, new)
+    small, compressed = fj.compress(folded.bind(new), plan).unbind()
     expected = module.apply(variables, X, train=False)
     close = {"atol": 1e-4 * float(np.abs(expected).max())}
     np.testing.assert_allclose(small.apply(compressed, X, train=False), expected, **close)
-    counted = fj.profile(small, inputs(), compressed)
+    counted = fj.profile(small.bind(compressed), inputs())
     assert (counted.params, counted.mult_adds) == (plan.after.params, plan.after.mult_adds)
     assert counted.params == sum(leaf.size for leaf in jax.tree.leaves(compressed["params"]))
-    fj.save_compressed(tmp_path / "model", small, plan, compressed)
+    fj.save_compressed(tmp_path / "model", small.bind(compressed), plan)
 
     def build():
-        return fj.fold_batchnorm(NETWORKS[name](), inputs(), drawn(NETWORKS[name](), seed=1))[0]
+        return fj.fold_batchnorm(NETWORKS[name]().bind(drawn(NETWORKS[name](), seed=1)), inputs())
 
-    loaded, found = fj.load_compressed(tmp_path / "model", build)
+    loaded, found = fj.load_compressed(tmp_path / "model", build).unbind()
     np.testing.assert_array_equal(
         loaded.apply(found, X, train=False), small.apply(compressed, X, train=False)
     )
@@ -73,11 +73,12 @@ def test_folded_then_compressed_then_stored(name, tmp_path):
 def test_a_bias_of_a_folded_convolution_is_counted():
     module = Block()
     variables = drawn(module)
-    folded, new = fj.fold_batchnorm(module, inputs(), variables)
-    counted = fj.profile(folded, inputs(), new)
+    folded, new = fj.fold_batchnorm(module.bind(variables), inputs()).unbind()
+    counted = fj.profile(folded.bind(new), inputs())
     assert counted.params == 9 * 3 * 4 + 4
     assert counted.mult_adds == 64 * (9 * 3 * 4 + 4)
-    assert isinstance(fj.fold_batchnorm(module, inputs(), freeze(variables))[1], type(freeze({})))
+    frozen = fj.fold_batchnorm(module.bind(freeze(variables)), inputs()).unbind()[1]
+    assert jax.tree.map(jnp.shape, frozen) == jax.tree.map(jnp.shape, new)
 
 
 class Awkward(nn.Module):
@@ -97,7 +98,7 @@ class Awkward(nn.Module):
 
 def test_what_cannot_be_folded_stays():
     variables = drawn(Awkward())
-    folded, new = fj.fold_batchnorm(Awkward(), inputs(), variables)
+    folded, new = fj.fold_batchnorm(Awkward().bind(variables), inputs()).unbind()
     assert norms_in(new) == ["branch", "masked", "weighed"]
     expected = Awkward().apply(variables, X, train=False)
     found = folded.apply(new, X, train=False)
@@ -117,7 +118,7 @@ class OwnStatistics(nn.Module):
 
 def test_batch_statistics_and_types_stay():
     module, variables = OwnStatistics(), drawn(OwnStatistics())
-    folded, new = fj.fold_batchnorm(module, inputs(), variables)
+    folded, new = fj.fold_batchnorm(module.bind(variables), inputs()).unbind()
     assert norms_in(new) == ["mixed", "own"]
     expected, _ = module.apply(variables, X, train=False, mutable=["batch_stats"])
     found, _ = folded.apply(new, X, train=False, mutable=["batch_stats"])
@@ -130,8 +131,24 @@ def test_batch_statistics_and_types_stay():
 def test_bad_input_is_told():
     variables = drawn(Compact())
     with pytest.raises(ValueError, match=r"'Block_0/BatchNorm_0' in training mode.*train=False"):
-        fj.fold_batchnorm(Compact(), inputs(train=True), variables)
-    with pytest.raises(ValueError, match="are in its variables; give them"):
+        fj.fold_batchnorm(Compact().bind(variables), inputs(train=True))
+    with pytest.raises(ValueError, match=r"give module\.bind\(variables\)"):
         fj.fold_batchnorm(Compact(), inputs())
     with pytest.raises(ValueError, match="Compact cannot be called on the sample"):
-        fj.fold_batchnorm(Compact(), fj.Inputs(X[..., :2], train=False), variables)
+        fj.fold_batchnorm(Compact().bind(variables), fj.Inputs(X[..., :2], train=False))
+
+
+@pytest.mark.parametrize("method", [fj.Falcon(rank=2), fj.DepthwiseSeparable(), fj.Tucker(rank=2)])
+@pytest.mark.parametrize("name", ["compact", "lifted"])
+def test_batchnorms_after_compressed_convolutions_are_folded(name, method):
+    module = NETWORKS[name]()
+    model = module.bind(drawn(module))
+    small = fj.compress(model, fj.make_plan(model, [fj.Rule(method=method)], inputs()))
+    folded, new = fj.fold_batchnorm(small, inputs()).unbind()
+    expected = small(X, train=False)
+    close = {"atol": 1e-4 * float(np.abs(expected).max())}
+    np.testing.assert_allclose(folded.apply(new, X, train=False), expected, **close)
+    assert folded.folded
+    compressed = {path for path, _, _ in folded.layers}
+    assert {conv for _, conv in folded.folded} & compressed
+    assert not any(norm in "/".join(k) for k in flatten_dict(new) for norm, _ in folded.folded)

@@ -163,8 +163,23 @@ def test_a_pattern_chooses_tensors():
         fj.quantize_weights(model, path="(")
 
 
+def test_linen_modules_come_and_go_bound():
+    module, x = linen.Sequential([linen.Conv(4, (3, 3)), linen.Dense(3)]), jnp.ones((1, 5, 5, 2))
+    model = module.bind(module.init(jax.random.key(0), x))
+    small = fj.compress(model, fj.make_plan(model, [fj.Rule(method=fj.Falcon())], x))
+    quantized, report = fj.quantize_weights(small, bits=6)
+    names = {"layers_0/pointwise", "layers_0/depthwise", "layers_1/kernel"}
+    assert {row.path for row in report.rows} == names
+    assert report.params == 8 + 36 + 4 + 12 + 3
+    before, after = (m.unbind()[1]["params"] for m in (small, quantized))
+    for layer, name in (("layers_0", "depthwise"), ("layers_1", "kernel")):
+        nearest = on_grid(np.array(before[layer][name]), 6)[1]
+        np.testing.assert_allclose(after[layer][name], nearest, atol=1e-6)
+    np.testing.assert_array_equal(after["layers_0"]["bias"], before["layers_0"]["bias"])
+
+
 def test_models_that_cannot_be_quantised():
-    with pytest.raises(ValueError, match=r"takes NNX models; got Dense\. For a Linen module"):
+    with pytest.raises(ValueError, match=r"give module\.bind\(variables\)"):
         fj.quantize_weights(linen.Dense(3))
     with pytest.raises(ValueError, match="BatchNorm has no convolution or fully connected"):
         fj.quantize_weights(nnx.BatchNorm(3, rngs=nnx.Rngs(0)))

@@ -68,9 +68,9 @@ def test_only_kernels_that_are_their_variables_can_be_replaced():
 def test_what_is_left_alone_gives_the_same_outputs():
     module = Computed()
     variables = init(module)
-    plan = fj.make_plan(module, [fj.Rule(method=fj.Falcon(rank="full"))], X, variables)
+    plan = fj.make_plan(module.bind(variables), [fj.Rule(method=fj.Falcon(rank="full"))], X)
     assert {row.path for row in plan.replaced} == {"plain", "on_axis_0"}
-    small, compressed = fj.compress(module, plan, variables)
+    small, compressed = fj.compress(module.bind(variables), plan).unbind()
     expected = module.apply(variables, X)
     np.testing.assert_allclose(small.apply(compressed, X), expected, atol=1e-4)
 
@@ -88,7 +88,7 @@ def test_mutable_collections_as_the_switch_for_training():
     variables = init(module)
     variables["batch_stats"]["BatchNorm_0"]["mean"] = jnp.arange(4.0)
     expected = module.apply(variables, X)
-    folded, new = fj.fold_batchnorm(module, X, variables)
+    folded, new = fj.fold_batchnorm(module.bind(variables), X).unbind()
     assert "batch_stats" not in new
     np.testing.assert_allclose(folded.apply(new, X), expected, atol=1e-5)
     assert [row.spec.padding for row in fj.make_plan(module, None, X).rows] == ["VALID", "SAME"]
@@ -121,13 +121,13 @@ class Heads(nn.Module):
 
 def test_variables_of_another_precision_and_of_unreached_heads():
     half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), init(Heads(), method="pretrain"))
-    plan = fj.make_plan(Heads(), RULES, X, half)
+    plan = fj.make_plan(Heads().bind(half), RULES, X)
     assert len(plan.replaced) == 2
     assert plan.before.params == sum(leaf.size for leaf in jax.tree.leaves(half))
-    small, compressed = fj.compress(Heads(), plan, half)
+    small, compressed = fj.compress(Heads().bind(half), plan).unbind()
     assert {leaf.dtype for leaf in jax.tree.leaves(compressed)} == {jnp.dtype(jnp.bfloat16)}
     assert small.apply(compressed, X).shape == (2, 6, 6, 4)
-    rows = {row.path: row for row in fj.profile(Heads(), X, half).rows}
+    rows = {row.path: row for row in fj.profile(Heads().bind(half), X).rows}
     assert rows["head"].remark == "not used by the sample's call"
 
 
@@ -140,16 +140,16 @@ def test_what_are_no_variables_is_told():
     ]:
         with pytest.raises(ValueError, match=said):
             check_are_variables(Heads(), given)
-    with pytest.raises(ValueError, match=r"of Heads alone; give variables={'params': params}"):
-        fj.make_plan(Heads(), None, X, params)
+    with pytest.raises(ValueError, match=r"of Heads alone; bind the module to {'params': params}"):
+        fj.make_plan(Heads().bind(params), None, X)
     lacking = {"params": {"a": {**params["a"], "bias": np.ones(5)}}}
     with pytest.raises(ValueError, match="not the variables of this Heads") as caught:
-        fj.make_plan(Heads(), None, X, lacking)
+        fj.make_plan(Heads().bind(lacking), None, X)
     assert "params/b/kernel is missing" in str(caught.value)
     assert "params/a/bias has shape (5,) instead of (4,)" in str(caught.value)
     only = {"params": init(ByMutable())["params"]}
     with pytest.raises(ValueError, match="batch_stats/BatchNorm_0/mean is missing"):
-        fj.make_plan(ByMutable(), None, X, only)
+        fj.make_plan(ByMutable().bind(only), None, X)
     with pytest.raises(ValueError, match=r"is named 'block/conv'.*'block_conv'"):
         reasons(Slashed())
 
@@ -180,11 +180,11 @@ class Noisy(nn.Module):
 
 def test_noise_is_an_argument_if_the_sample_has_its_key():
     variables = init(Noisy())
-    keyed = fj.deploy(Noisy(), fj.Inputs(X, rngs={"noise": jax.random.key(1)}), variables)
+    keyed = fj.deploy(Noisy().bind(variables), fj.Inputs(X, rngs={"noise": jax.random.key(1)}))
     key = jax.random.key(7)
     expected = Noisy().apply(variables, X, rngs={"noise": key})
     np.testing.assert_allclose(keyed(X, key), expected, atol=1e-5)
-    fixed = fj.deploy(Noisy(), X, variables)
+    fixed = fj.deploy(Noisy().bind(variables), X)
     np.testing.assert_array_equal(fixed(X), fixed(X))
 
 

@@ -253,7 +253,7 @@ def test_whole_models_of_both_frameworks(method, tmp_path):
     fj.save_compressed(tmp_path / "model", small, plan)
     loaded = fj.load_compressed(tmp_path / "model", lambda: nnx.clone(model))
     np.testing.assert_array_equal(loaded(x), small(x))
-    linen_plan = fj.make_plan(module, rules, x, variables)
+    linen_plan = fj.make_plan(module.bind(variables), rules, x)
     assert linen_plan.after == plan.after
-    compressed, params = fj.compress(module, linen_plan, variables)
+    compressed, params = fj.compress(module.bind(variables), linen_plan).unbind()
     np.testing.assert_allclose(compressed.apply(params, x), small(x), atol=1e-4)

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from falcon_jax.solvers import best_low_rank
-from falcon_jax.solvers import low_rank as leading_terms
+from falcon_jax.solvers import best_low_rank, leading_terms
 
 
 def side_by_side(a, *, rank):

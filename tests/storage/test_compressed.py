@@ -50,10 +50,10 @@ def test_nnx_there_and_back(network, tmp_path):
 def test_linen_there_and_back(name, tmp_path):
     module = NETWORKS[name]()
     variables = drawn(module)
-    plan = fj.make_plan(module, RULES, inputs(), variables)
-    small, compressed = fj.compress(module, plan, variables)
-    fj.save_compressed(tmp_path / "model", small, plan, compressed)
-    loaded, found = fj.load_compressed(tmp_path / "model", NETWORKS[name])
+    plan = fj.make_plan(module.bind(variables), RULES, inputs())
+    small, compressed = fj.compress(module.bind(variables), plan).unbind()
+    fj.save_compressed(tmp_path / "model", small.bind(compressed), plan)
+    loaded, found = fj.load_compressed(tmp_path / "model", NETWORKS[name]).unbind()
     jax.tree.map(np.testing.assert_array_equal, found, compressed)
     x = inputs().args[0]
     np.testing.assert_array_equal(
@@ -94,14 +94,10 @@ def test_what_differs_from_the_builder_is_said(saved):
 
 def test_what_differs_from_the_linen_builder_is_said(tmp_path):
     variables = drawn(Compact())
-    plan = fj.make_plan(Compact(), RULES, inputs(), variables)
-    fj.save_compressed(tmp_path / "model", *_swapped(fj.compress(Compact(), plan, variables), plan))
+    plan = fj.make_plan(Compact().bind(variables), RULES, inputs())
+    fj.save_compressed(tmp_path / "model", fj.compress(Compact().bind(variables), plan), plan)
     with pytest.raises(ValueError, match="the model has no such convolution"):
         fj.load_compressed(tmp_path / "model", NETWORKS["setup"])
-
-
-def _swapped(pair, plan):
-    return pair[0], plan, pair[1]
 
 
 def test_only_what_the_plan_makes_is_saved(saved, tmp_path):
@@ -110,11 +106,11 @@ def test_only_what_the_plan_makes_is_saved(saved, tmp_path):
         fj.save_compressed(tmp_path / "model", Small(nnx.Rngs(0)), plan)
     module = Compact()
     variables = drawn(module)
-    linen_plan = fj.make_plan(module, RULES, inputs(), variables)
-    with pytest.raises(ValueError, match="are in its variables"):
+    linen_plan = fj.make_plan(module.bind(variables), RULES, inputs())
+    with pytest.raises(ValueError, match=r"give module\.bind\(variables\)"):
         fj.save_compressed(tmp_path / "model", module, linen_plan)
     with pytest.raises(ValueError, match="the model has not got it there"):
-        fj.save_compressed(tmp_path / "model", module, linen_plan, variables)
+        fj.save_compressed(tmp_path / "model", module.bind(variables), linen_plan)
     assert not (tmp_path / "model").exists()
 
 
