@@ -25,8 +25,8 @@ test-all: $(VENV)/.installed-test lint
 	$(PYTEST) falcon_jax tests
 
 # What the oldest Python is tried on: something of every room.
-SMOKE := test_dependencies.py test_gep.py test_manifest.py convert/test_checkpoints.py \
-	data/test_idx.py methods/test_base.py methods/test_spec.py training/test_step.py
+SMOKE := test_dependencies.py test_gep.py storage/test_manifest.py convert/test_checkpoints.py \
+	data/test_idx.py methods/test_base.py ops/test_geometry.py training/test_step.py
 
 test-smoke: $(VENV)/.installed-test
 	$(PYTEST) -m "not slow" $(addprefix tests/,$(SMOKE))

@@ -17,10 +17,19 @@ from ml_collections import config_flags
 
 from falcon_jax.paths import user_path
 from falcon_jax.training.config import Experiment, check_config, check_override
-from falcon_jax.training.distributed import MODES, Peers, launched, start_distributed
+from falcon_jax.training.devices import MODES, Peers, launched, start_distributed
 from falcon_jax.training.experiment import run_experiment
-from falcon_jax.training.interruption import BAD_INPUT, STOPPED, Interruption, Stopped
-from falcon_jax.training.supervision import LOST, joined, leave, watch, watched
+from falcon_jax.training.interruption import (
+    BAD_INPUT,
+    LOST,
+    STOPPED,
+    Interruption,
+    Stopped,
+    joined,
+    leave,
+    watch,
+    watched,
+)
 from falcon_jax.wording import reason, shown
 
 BAD_NUMBERS = 4

@@ -22,10 +22,15 @@ from typing import Any
 from ml_collections import ConfigDict
 
 import train
-from falcon_jax.report.formats import format_millions, format_milliseconds
 from falcon_jax.report.machine import describe_machine
 from falcon_jax.report.plots import plot_tradeoff
-from falcon_jax.report.table import Column, format_table, write_csv
+from falcon_jax.report.table import (
+    Column,
+    format_millions,
+    format_milliseconds,
+    format_table,
+    write_csv,
+)
 from falcon_jax.training.config import check_config
 from falcon_jax.training.experiment import run_experiment
 

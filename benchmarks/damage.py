@@ -21,15 +21,15 @@ import jax
 import numpy as np
 from flax import nnx
 
-from falcon_jax.manifest import array_digest, check_manifest, write_manifest
 from falcon_jax.models import vgg8_cifar, vgg19_cifar
 from falcon_jax.report.machine import describe_machine
 from falcon_jax.report.table import Column, format_table, write_json
+from falcon_jax.storage.directories import array_digest, check_manifest, write_manifest
 from falcon_jax.training.checkpoints import Checkpoints
+from falcon_jax.training.devices import data_mesh, replicate
 from falcon_jax.training.network import Network
 from falcon_jax.training.optimizers import make_optimizer
-from falcon_jax.training.parallel import data_mesh, replicate
-from falcon_jax.training.settings import TrainSettings
+from falcon_jax.training.run import TrainSettings
 from falcon_jax.training.step import TrainState, init_state
 
 

@@ -23,11 +23,10 @@ from PIL import Image
 
 from falcon_jax.data.batching import train_batches
 from falcon_jax.data.dataset import AnySplit
-from falcon_jax.data.fake_folder import make_image_folder
+from falcon_jax.data.fake import make_image_folder
 from falcon_jax.data.loading import load_dataset
-from falcon_jax.report.formats import format_ratio
 from falcon_jax.report.machine import describe_machine
-from falcon_jax.report.table import Column, format_table, write_json
+from falcon_jax.report.table import Column, format_ratio, format_table, write_json
 
 IMAGE_SIZE = 224
 BASELINE = "PIL in a loop"

@@ -22,8 +22,7 @@ import falcon_jax as fj
 from benchmarks.layer_calls import LAYERS, Layer
 from benchmarks.timing import geometric_mean, settings_of_run, synchronised, take_turns
 from falcon_jax.ops.choice import depthwise_form, falcon_form
-from falcon_jax.report.formats import format_ratio
-from falcon_jax.report.table import Column, format_table, write_json
+from falcon_jax.report.table import Column, format_ratio, format_table, write_json
 
 FEW_CHANNELS = (Layer("few channels", 32, 3), Layer("few channels", 32, 16))
 TINY = tuple(Layer("tiny", size, 512) for size in (1, 2, 3, 4))

@@ -16,8 +16,7 @@ from typing import Any
 
 from benchmarks.layer_calls import LAYERS, jax_calls, torch_calls
 from benchmarks.timing import geometric_mean, settings_of_run, take_turns
-from falcon_jax.report.formats import format_ratio
-from falcon_jax.report.table import Column, format_table, write_json
+from falcon_jax.report.table import Column, format_ratio, format_table, write_json
 
 RATIOS = {
     "tuned / ours": ("tuned", "ours"),

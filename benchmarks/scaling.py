@@ -86,11 +86,11 @@ def _work(devices: int, parallel: str) -> dict[str, Any]:
 
     from falcon_jax.data import load_dataset, train_batches
     from falcon_jax.models import vgg8_cifar
+    from falcon_jax.training.devices import data_mesh, replicate
     from falcon_jax.training.execution import ParallelSettings, make_execution
     from falcon_jax.training.network import Network
     from falcon_jax.training.optimizers import make_optimizer
-    from falcon_jax.training.parallel import data_mesh, replicate
-    from falcon_jax.training.settings import TrainSettings
+    from falcon_jax.training.run import TrainSettings
     from falcon_jax.training.step import Preprocessing, init_state
 
     if jax.device_count() != devices:

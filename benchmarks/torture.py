@@ -24,7 +24,7 @@ from typing import Any
 import train
 from falcon_jax.report.machine import describe_machine
 from falcon_jax.report.table import Column, format_table, write_json
-from falcon_jax.training import watch
+from falcon_jax.training import monitoring as watch
 
 CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "torture.py"
 TIMED = ("latency_ms", "images_per_s")  # what no two runs have in common

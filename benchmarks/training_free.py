@@ -20,14 +20,12 @@ from ml_collections import ConfigDict
 
 import falcon_jax as fj
 import train
-from falcon_jax.report.formats import format_millions, format_percent
 from falcon_jax.report.machine import describe_machine
 from falcon_jax.report.plots import plot_tradeoff
-from falcon_jax.report.table import Column, format_table, write_csv
+from falcon_jax.report.table import Column, format_millions, format_percent, format_table, write_csv
 from falcon_jax.training.config import check_config
-from falcon_jax.training.experiment import begin, trained_model
+from falcon_jax.training.experiment import Setting, begin, trained_model
 from falcon_jax.training.network import Network
-from falcon_jax.training.setting import Setting
 
 COLUMNS = (
     Column(name="method", header="Method"),

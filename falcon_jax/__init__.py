@@ -26,7 +26,6 @@ from falcon_jax.compression import quantize_linear as quantize_linear
 from falcon_jax.compression import quantize_weights as quantize_weights
 from falcon_jax.compression import reestimate_batchnorm as reestimate_batchnorm
 from falcon_jax.compression import save_compressed as save_compressed
-from falcon_jax.fitting import AdamWSettings as AdamWSettings
 from falcon_jax.gep import falcon_kernel as falcon_kernel
 from falcon_jax.gep import gep as gep
 from falcon_jax.gep import separable_kernel as separable_kernel
@@ -51,8 +50,8 @@ from falcon_jax.methods import method_names as method_names
 from falcon_jax.methods import relative_error as relative_error
 from falcon_jax.methods import standard_cost as standard_cost
 from falcon_jax.nn import linen as linen
-from falcon_jax.nn.batch_norm import BatchNorm as BatchNorm
-from falcon_jax.nn.depthwise import DepthwiseConv as DepthwiseConv
+from falcon_jax.nn.layers import BatchNorm as BatchNorm
+from falcon_jax.nn.layers import DepthwiseConv as DepthwiseConv
 from falcon_jax.nn.method_conv import MethodConv as MethodConv
 from falcon_jax.nn.nnx import CPConv as CPConv
 from falcon_jax.nn.nnx import DepthwiseSeparableConv as DepthwiseSeparableConv
@@ -60,3 +59,4 @@ from falcon_jax.nn.nnx import FalconConv as FalconConv
 from falcon_jax.nn.nnx import TuckerConv as TuckerConv
 from falcon_jax.ops import depthwise_conv as depthwise_conv
 from falcon_jax.ops import separable_conv as separable_conv
+from falcon_jax.solvers import AdamWSettings as AdamWSettings

@@ -1,6 +1,9 @@
-"""Words that come from elsewhere, fit to be shown: one line, not long, no terminal escapes."""
+"""Words of messages: fit to be shown in a line, lists cut short, lines of cells aligned."""
+
+from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 _LONGEST = 1000  # characters of a message
@@ -39,3 +42,77 @@ def reason(error: BaseException, longest: int = 300) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return shown(f"{error.strerror}: {os.fsdecode(error.filename)}", longest)
     return shown(error, longest) or type(error).__name__
+
+
+_LISTED = 3
+
+
+def some_of(names: Iterable[str]) -> str:
+    """Returns the first three of some names and the number of the others.
+
+    >>> some_of("abcde"), some_of("abc")
+    ('a, b, c and 2 more', 'a, b, c')
+
+    Args:
+        names: the names.
+
+    Returns:
+        the text.
+    """
+    names = list(names)
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more
+
+
+def aligned(lines: Sequence[Sequence[str]], *, right: Sequence[int]) -> str:
+    """Return one line of text for each line of cells, two spaces between columns.
+
+    Args:
+        lines: equally many cells in each.
+        right: the columns whose cells stand to the right; all others to the left.
+
+    >>> print(aligned([("layer", "params"), ("conv", "9")], right=[1]))
+    layer  params
+    conv        9
+    """
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+_MOST_LINES = 20
+
+
+def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """Return what is missing, unexpected, misshapen or of another type, a line each.
+
+    Args:
+        expected: arrays, or shapes and types, by name.
+        found: likewise.
+
+    Returns:
+        The lines, indented; empty if there is no difference.
+
+    >>> import jax.numpy as jnp
+    >>> print(differences({"a": jnp.ones(2), "b": jnp.ones(3)}, {"a": jnp.ones(4)}))
+      b is missing
+      a has shape (4,) instead of (2,)
+    """
+    lines = [f"{name} is missing" for name in expected if name not in found]
+    lines += [f"{name} is not expected" for name in found if name not in expected]
+    for name in expected:
+        if name not in found:
+            continue
+        if tuple(found[name].shape) != tuple(expected[name].shape):
+            shapes = tuple(found[name].shape), tuple(expected[name].shape)
+            lines.append(f"{name} has shape {shapes[0]} instead of {shapes[1]}")
+        elif found[name].dtype != expected[name].dtype:
+            lines.append(f"{name} is {found[name].dtype} instead of {expected[name].dtype}")
+    if len(lines) > _MOST_LINES:
+        lines = [*lines[:_MOST_LINES], f"and {len(lines) - _MOST_LINES} more"]
+    return "\n".join(f"  {line}" for line in lines)

@@ -11,13 +11,13 @@ from flax import nnx
 
 import falcon_jax as fj
 import train
-from falcon_jax.cli import main
+from falcon_jax.cli.main import main
 from falcon_jax.convert import load_torch
 from falcon_jax.data import load_dataset
 from falcon_jax.data.tfds import tfds_directory
-from falcon_jax.models.stored import is_stored, load_stored
 from falcon_jax.paths import user_path
 from falcon_jax.report.table import write_json
+from falcon_jax.storage.models import is_stored, load_stored
 from falcon_jax.training.checkpoints import Checkpoints
 
 

@@ -8,14 +8,13 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from falcon_jax.compression.inputs import Inputs
-from falcon_jax.compression.inspection import Model, inspect_model
-from falcon_jax.compression.plan import Plan, PlanRow
-from falcon_jax.compression.planning import make_plan
-from falcon_jax.compression.tracing import Call
-from falcon_jax.methods import ConvSpec, Method
-from falcon_jax.methods.base import flatten_batch
-from falcon_jax.ops import conv
+from falcon_jax.compression.plan import Plan, PlanRow, make_plan
+from falcon_jax.frameworks.inspection import Model, inspect_model
+from falcon_jax.frameworks.layers import Inputs
+from falcon_jax.frameworks.tracing import Call
+from falcon_jax.methods.base import Method, flatten_batch
+from falcon_jax.ops.convolution import conv
+from falcon_jax.ops.geometry import ConvSpec
 
 STANDARD = "standard"
 _HOPELESS = 3.0  # times the fastest, in the first run after compilation

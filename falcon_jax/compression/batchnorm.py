@@ -14,10 +14,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 from jaxtyping import Array, Float
 
-from falcon_jax.compression.inputs import Inputs
-from falcon_jax.compression.inspection import Model
-from falcon_jax.compression.linen_layers import applied
-from falcon_jax.compression.nnx_tree import (
+from falcon_jax.frameworks.inspection import Model
+from falcon_jax.frameworks.layers import Inputs
+from falcon_jax.frameworks.linen import applied
+from falcon_jax.frameworks.nnx import (
     arrays,
     in_evaluation,
     map_modules,
@@ -25,7 +25,7 @@ from falcon_jax.compression.nnx_tree import (
     named_variables,
     with_arrays,
 )
-from falcon_jax.methods.fitting import check_finite
+from falcon_jax.methods.fit import check_finite
 
 # Points seen so far, their mean and their variance, for every feature.
 Moments = tuple[Float[Array, "*shape"], Float[Array, "*shape"], Float[Array, "*shape"]]

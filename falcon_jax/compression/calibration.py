@@ -11,11 +11,10 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from falcon_jax.compression.compress import check_plan
-from falcon_jax.compression.inputs import Inputs
-from falcon_jax.compression.inspection import Model, inspect_model
-from falcon_jax.compression.nnx_layers import with_calls_wrapped
-from falcon_jax.compression.nnx_tree import map_modules, named_modules
 from falcon_jax.compression.plan import Plan
+from falcon_jax.frameworks.inspection import Model, inspect_model
+from falcon_jax.frameworks.layers import Inputs
+from falcon_jax.frameworks.nnx import map_modules, named_modules, with_calls_wrapped
 from falcon_jax.nn.method_conv import MethodConv
 
 # A layer's calls: input and output of each.

@@ -12,15 +12,16 @@ from flax.core import FrozenDict, freeze, unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from falcon_jax.compression.inspection import Model, inspect_model
-from falcon_jax.compression.layers import Layer
-from falcon_jax.compression.nnx_tree import map_modules
 from falcon_jax.compression.plan import Plan, PlanRow
-from falcon_jax.methods import ConvSpec, Method, Params, Solver
-from falcon_jax.methods.fitting import check_finite
-from falcon_jax.nn.conv_like import conv_like
-from falcon_jax.nn.linen_compressed import CompressedModule, Definition
-from falcon_jax.nn.trained import fit_stacked
+from falcon_jax.frameworks.inspection import Model, inspect_model
+from falcon_jax.frameworks.layers import Layer
+from falcon_jax.frameworks.nnx import arrays, map_modules, with_arrays
+from falcon_jax.methods.base import Method, Params
+from falcon_jax.methods.fit import Solver, check_finite
+from falcon_jax.nn.compressed import CompressedModule, Definition
+from falcon_jax.nn.method_conv import conv_like, fit_stacked
+from falcon_jax.ops.geometry import ConvSpec
+from falcon_jax.wording import differences
 
 
 @overload
@@ -205,3 +206,40 @@ def _fit_together(
     return jax.vmap(lambda kernel, key: fit_stacked(kernel, method, spec, "adamw", key))(
         kernels, keys
     )
+
+
+def narrow(model: nnx.Module, narrower: nnx.Module) -> nnx.Module:
+    """Return a copy of a narrower model whose weights are the leading channels of a trained one.
+
+    ``new[i, j, ...] = old[i, j, ...]`` for every index that the narrower array has. Random number
+    generators keep the narrower model's state.
+
+    Args:
+        model: the trained model.
+        narrower: a model of the same structure with arrays at most as large; its values do not
+            matter, and it is not changed.
+
+    Returns:
+        The copy.
+
+    Raises:
+        ValueError: if the two have other variables, or an array of the narrower is larger.
+
+    Reference:
+        FALCON, Section 3.4, the width multiplier.
+    """
+    new, old = arrays(narrower), arrays(model)
+    if new.keys() != old.keys():
+        raise ValueError(
+            "the narrower model has other variables than the trained one:\n" + differences(old, new)
+        )
+    leading = {}
+    for name, array in new.items():
+        value, shape = old[name], array.shape
+        if len(shape) != value.ndim or any(a > b for a, b in zip(shape, value.shape, strict=True)):
+            raise ValueError(
+                f"{name} has shape {shape} in the narrower model, which does not fit into "
+                f"{value.shape} of the trained one."
+            )
+        leading[name] = value[tuple(slice(size) for size in shape)]
+    return with_arrays(narrower, leading)

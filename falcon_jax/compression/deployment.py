@@ -10,13 +10,13 @@ from flax import linen as nn
 from flax import nnx
 
 from falcon_jax.compression.folding import fold_batchnorm
-from falcon_jax.compression.inputs import Inputs
-from falcon_jax.compression.inspection import Model
-from falcon_jax.compression.linen_layers import applied
-from falcon_jax.compression.nnx_tree import in_evaluation, map_modules
-from falcon_jax.compression.tracing import inner_jaxprs
+from falcon_jax.frameworks.inspection import Model
+from falcon_jax.frameworks.layers import Inputs
+from falcon_jax.frameworks.linen import applied
+from falcon_jax.frameworks.nnx import in_evaluation, map_modules
+from falcon_jax.frameworks.tracing import inner_jaxprs
 from falcon_jax.nn.method_conv import MethodConv
-from falcon_jax.ops import conv_on_small_maps
+from falcon_jax.ops.convolution import conv_on_small_maps
 
 
 def deploy(

@@ -2,32 +2,149 @@
 
 import collections
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, overload
 
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import nnx
-from jaxtyping import Array
+from flax.core import FrozenDict, freeze, unfreeze
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
-from falcon_jax.compression import nnx_layers
-from falcon_jax.compression.batchnorm_pairs import conv_of_norm, gain_and_bias, mark_call
-from falcon_jax.compression.inputs import Inputs
-from falcon_jax.compression.inspection import Model
-from falcon_jax.compression.layers import Layer
-from falcon_jax.compression.linen_folding import fold_linen
-from falcon_jax.compression.nnx_layers import ModuleCall, jaxpr_through
-from falcon_jax.compression.nnx_tree import (
+from falcon_jax.compression.compress import with_folded
+from falcon_jax.frameworks import linen as linen_layers
+from falcon_jax.frameworks import nnx as nnx_layers
+from falcon_jax.frameworks.inspection import Model
+from falcon_jax.frameworks.layers import Inputs, Layer
+from falcon_jax.frameworks.nnx import (
+    ModuleCall,
     held_variables,
     in_evaluation,
+    jaxpr_through,
     map_modules,
     named_modules,
 )
-from falcon_jax.methods import Params
-from falcon_jax.methods.base import scale_outputs
-from falcon_jax.nn.batch_norm import BatchNorm
-from falcon_jax.nn.linen_compressed import CompressedModule, check_folded_call
+from falcon_jax.frameworks.tracing import inner_jaxprs
+from falcon_jax.methods.base import Params, scale_outputs
+from falcon_jax.nn.compressed import CompressedModule, check_folded_call
+from falcon_jax.nn.layers import BatchNorm
 from falcon_jax.nn.method_conv import MethodConv
+
+_BEFORE, _AFTER = "falcon_jax before ", "falcon_jax after "
+
+
+def mark_call(path: str, layer: Callable[[Array], Array], x: Array) -> Array:
+    """Call a convolution or a BatchNorm, its input and output under names that tell of it."""
+    y = layer(checkpoint_name(x, _BEFORE + path))
+    return checkpoint_name(y, _AFTER + path)
+
+
+def conv_of_norm(jaxpr: Any, types: Mapping[str, DTypeLike]) -> Mapping[str, str]:
+    """Return, by path of every BatchNorm that can be folded, the path of its convolution.
+
+    Its input is the convolution's output, nothing else uses that, both are used once, and types
+    stay: it gives what it takes, and the kernel's type holds as much.
+
+    Args:
+        jaxpr: of a forward pass in which convolutions and BatchNorms are called by `mark_call`.
+        types: of the kernels, by path of the convolutions; all others are BatchNorms.
+    """
+    uses = collections.Counter(_marks(jaxpr))
+    types_given = dict(_types_given(jaxpr))
+    return {
+        second: first
+        for second, first in _followed(jaxpr)
+        if second not in types
+        and first in types
+        and uses[_BEFORE + second] == uses[_BEFORE + first] == 1
+        and types_given[first] == types_given[second]
+        and jnp.promote_types(types[first], types_given[first]) == types[first]
+    }
+
+
+def folded_arrays(
+    kernel: Float[Array, "*stack_kernel_shape"],
+    bias: Float[Array, "*stack n"] | None,
+    *,
+    mean: Float[Array, "*stack n"],
+    var: Float[Array, "*stack n"],
+    scale: Float[Array, "*stack n"] | None,
+    offset: Float[Array, "*stack n"] | None,
+    epsilon: float,
+) -> tuple[Float[Array, "*stack_kernel_shape"], Float[Array, "*stack n"]]:
+    """Return kernel and bias of the convolution that does a BatchNorm's work, too.
+
+    ``K' = K g / sqrt(v + eps)``, ``b' = (b - m) g / sqrt(v + eps) + beta``
+
+    Args:
+        kernel: of the convolution, with leading axes if layers are stacked.
+        bias: of the convolution, or None.
+        mean: m, the BatchNorm's.
+        var: v.
+        scale: g, or None.
+        offset: beta, or None.
+        epsilon: eps.
+    """
+    gain, new = gain_and_bias(bias, mean=mean, var=var, scale=scale, offset=offset, epsilon=epsilon)
+    scaled = scale_outputs(kernel, gain)
+    return scaled.astype(kernel.dtype), new.astype(kernel.dtype)
+
+
+def gain_and_bias(
+    bias: Float[Array, "*stack n"] | None,
+    *,
+    mean: Float[Array, "*stack n"],
+    var: Float[Array, "*stack n"],
+    scale: Float[Array, "*stack n"] | None,
+    offset: Float[Array, "*stack n"] | None,
+    epsilon: float,
+) -> tuple[Float[Array, "*stack n"], Float[Array, "*stack n"]]:
+    """Return what a BatchNorm multiplies each output by, and the bias; see `folded_arrays`."""
+    gain = lax.rsqrt(var + epsilon)
+    if scale is not None:
+        gain = gain * scale
+    new = (-mean if bias is None else bias - mean) * gain
+    return gain, new if offset is None else new + offset
+
+
+def _followed(jaxpr: Any) -> Iterator[tuple[str, str]]:
+    """Yield the paths of two layers where the one alone uses what the other gives."""
+    given = [eqn for eqn in jaxpr.eqns if _mark(eqn).startswith(_AFTER)]
+    made = {eqn.outvars[0]: _mark(eqn)[len(_AFTER) :] for eqn in given}
+    operands = [v for e in jaxpr.eqns for v in e.invars] + list(jaxpr.outvars)
+    uses = collections.Counter(id(v) for v in operands)
+    for eqn in jaxpr.eqns:
+        x = eqn.invars[0] if eqn.invars else None
+        if _mark(eqn).startswith(_BEFORE) and uses[id(x)] == 1:
+            first = next((path for var, path in made.items() if var is x), None)
+            if first is not None:
+                yield _mark(eqn)[len(_BEFORE) :], first
+        for sub in inner_jaxprs(tuple(eqn.params.values())):
+            yield from _followed(sub)
+
+
+def _marks(jaxpr: Any) -> Iterator[str]:
+    for eqn in jaxpr.eqns:
+        yield _mark(eqn)
+        for sub in inner_jaxprs(tuple(eqn.params.values())):
+            yield from _marks(sub)
+
+
+def _types_given(jaxpr: Any) -> Iterator[tuple[str, Any]]:
+    """Yield path and output type of every layer."""
+    for eqn in jaxpr.eqns:
+        if _mark(eqn).startswith(_AFTER):
+            yield _mark(eqn)[len(_AFTER) :], eqn.outvars[0].aval.dtype
+        for sub in inner_jaxprs(tuple(eqn.params.values())):
+            yield from _types_given(sub)
+
+
+def _mark(eqn: Any) -> str:
+    return str(eqn.params.get("name", ""))
 
 
 class FoldedBatchNorm(nnx.Module):
@@ -185,3 +302,112 @@ def _put(conv: nnx.Conv, params: Params, bias: Array) -> None:
         conv.spec = dataclasses.replace(conv.spec, use_bias=True)
     else:
         conv.use_bias = True
+
+
+Flat = dict[tuple[str, ...], Any]
+
+
+def fold_linen(
+    module: nn.Module, inputs: Inputs, variables: Mapping[str, Any]
+) -> tuple[CompressedModule, Mapping[str, Any]]:
+    """Return a module without the BatchNorms that a convolution can do the work of.
+
+    Args:
+        module: any Linen module.
+        inputs: what it is called with, in evaluation mode.
+        variables: its variables.
+
+    Returns:
+        The module, and its variables.
+
+    Raises:
+        ValueError: if the module cannot be called on the inputs, or they are for training.
+    """
+    layers = linen_layers.find_layers(module, inputs, variables)
+    flat: Flat = flatten_dict(unfreeze(nn.meta.unbox(variables)))  # type: ignore[arg-type]
+    types = {
+        layer.path: flat[_at("params", layer.path, "kernel")].dtype
+        for layer in layers
+        if layer.kind == "conv" and layer.obstacle is None
+    }
+    watched = _Watch(types)
+    jaxpr = linen_layers.intercepted_jaxpr(module, inputs, variables, watched.intercept)
+    if watched.training and not watched.epsilons:
+        raise ValueError(
+            f"the sample calls {watched.training[0]!r} in training mode; BatchNorm is folded as it "
+            "is in evaluation, so give a sample such as falcon_jax.Inputs(x, train=False)."
+        )
+    pairs = conv_of_norm(jaxpr, types)
+    folded = tuple(
+        (norm, conv)
+        for norm, conv in pairs.items()
+        if _fold(flat, norm, conv, epsilon=watched.epsilons[norm])
+    )
+    new = unflatten_dict(flat)
+    return (
+        with_folded(module, folded),
+        freeze(new) if isinstance(variables, FrozenDict) else new,
+    )
+
+
+class _Watch:
+    """Marks the calls of some convolutions, and of every BatchNorm that is in evaluation mode."""
+
+    def __init__(self, convs: Container[str]):
+        self._convs = convs
+        self.epsilons: dict[str, float] = {}
+        self.training: list[str] = []
+
+    def intercept(
+        self,
+        next_fun: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: nn.module.InterceptorContext,
+    ) -> Any:
+        module = context.module
+        path = "/".join(module.path)
+        if context.method_name != "__call__" or not args:
+            return next_fun(*args, **kwargs)
+        if type(module) is nn.BatchNorm and module.axis == -1:
+            if not _linen_by_running_average(module, *args, **kwargs):
+                self.training.append(path)
+                return next_fun(*args, **kwargs)
+            self.epsilons[path] = module.epsilon
+        elif type(module) is not nn.Conv or path not in self._convs:
+            return next_fun(*args, **kwargs)
+        x, *rest = args
+        return mark_call(path, lambda x: next_fun(x, *rest, **kwargs), x)
+
+
+def _linen_by_running_average(
+    norm: nn.BatchNorm, x: Any, use_running_average: bool | None = None, **rest: Any
+) -> bool:
+    return bool(norm.use_running_average if use_running_average is None else use_running_average)
+
+
+def _at(collection: str, path: str, name: str) -> tuple[str, ...]:
+    return (collection, *path.split("/"), name) if path else (collection, name)
+
+
+def _fold(flat: Flat, norm: str, conv: str, *, epsilon: float) -> bool:
+    """Put a BatchNorm's variables into a convolution's, unless they are stacked otherwise."""
+    kernel, mean = flat[_at("params", conv, "kernel")], flat[_at("batch_stats", norm, "mean")]
+    stack = mean.shape[:-1]
+    if kernel.shape[: len(stack)] != stack or kernel.shape[-1] != mean.shape[-1]:
+        return False
+    bias = flat.get(_at("params", conv, "bias"))
+    scale = flat.pop(_at("params", norm, "scale"), None)
+    offset = flat.pop(_at("params", norm, "bias"), None)
+    new_kernel, new_bias = folded_arrays(
+        jnp.asarray(kernel),
+        None if bias is None else jnp.asarray(bias),
+        mean=jnp.asarray(flat.pop(_at("batch_stats", norm, "mean"))),
+        var=jnp.asarray(flat.pop(_at("batch_stats", norm, "var"))),
+        scale=None if scale is None else jnp.asarray(scale),
+        offset=None if offset is None else jnp.asarray(offset),
+        epsilon=epsilon,
+    )
+    flat[_at("params", conv, "kernel")] = new_kernel
+    flat[_at("params", conv, "bias")] = new_bias
+    return True

@@ -11,11 +11,11 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, UInt8
 
-from falcon_jax.compression.alignment import aligned
-from falcon_jax.compression.inspection import Model, inspect_model
-from falcon_jax.compression.nnx_tree import map_modules, named_modules, named_variables
-from falcon_jax.methods.fitting import check_finite
+from falcon_jax.frameworks.inspection import Model, inspect_model
+from falcon_jax.frameworks.nnx import map_modules, named_modules, named_variables
+from falcon_jax.methods.fit import check_finite
 from falcon_jax.nn.method_conv import MethodConv
+from falcon_jax.wording import aligned
 
 _KERNELS = (nnx.Conv, nnx.ConvTranspose, nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
 

@@ -6,11 +6,11 @@ import pathlib
 
 from flax import nnx
 
-from falcon_jax.convert.families import Head
+from falcon_jax.convert.families import Head, torchvision
 from falcon_jax.convert.torch_file import load_torch
-from falcon_jax.convert.torchvision import torchvision
-from falcon_jax.methods import Method
-from falcon_jax.models.stored import (
+from falcon_jax.methods.base import Method
+from falcon_jax.paths import user_path
+from falcon_jax.storage.models import (
     Description,
     ImagePreprocessing,
     Stored,
@@ -18,7 +18,6 @@ from falcon_jax.models.stored import (
     save_stored,
     uncompressed,
 )
-from falcon_jax.paths import user_path
 
 # Of torchvision's IMAGENET1K_V1 weights.
 IMAGENET = ImagePreprocessing(

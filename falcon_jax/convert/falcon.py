@@ -10,11 +10,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from falcon_jax.convert.families import Family, with_weights
-from falcon_jax.methods import Falcon
-from falcon_jax.models import VGG, CifarResNet, method_unit, standard_unit
-from falcon_jax.models.units import UnitFactory
-from falcon_jax.models.vgg import VGG16_STAGES, VGG19_STAGES
-from falcon_jax.ops import max_pool_2x2
+from falcon_jax.methods.falcon import Falcon
+from falcon_jax.models.resnet import CifarResNet
+from falcon_jax.models.units import UnitFactory, method_unit, standard_unit
+from falcon_jax.models.vgg import VGG, VGG16_STAGES, VGG19_STAGES
+from falcon_jax.ops.convolution import max_pool_2x2
 
 _TERM = r"(.+)\.pw(\d*)\.weight"
 # Blocks by stage, and convolutions by stage, by their sum.

@@ -1,4 +1,4 @@
-"""Image data sets: splits in memory or streamed, held-out splits, channel statistics."""
+"""Image data sets: what sources take and give, splits in memory or streamed, held-out splits."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Float64, Int, Int32, Int64, UInt8
 
-from falcon_jax.data.rows import Rows
-from falcon_jax.data.streamed import StreamedSplit
+from falcon_jax.data.streamed import Rows, StreamedSplit, StreamSettings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -274,3 +273,73 @@ def shuffled(n: int, *entropy: int) -> Int64[np.ndarray, " n"]:
     if min(entropy) < 0:
         raise ValueError(f"a seed or epoch must be 0 or more, but got {entropy}")
     return np.argsort(np.random.PCG64(list(entropy)).random_raw(n), kind="stable")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """What a source may need to know; each source reads what concerns it.
+
+    Args:
+        name: name of the data set within the source, or "".
+        data_dir: directory of the files, or "" for the source's own default.
+        image_size: height and width of images that are made or streamed.
+        seed: seed of images that are made rather than read.
+        shorter_side: of streamed images, as StreamSettings has it.
+        workers: likewise.
+        skip_broken: likewise.
+        interpolation: likewise.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    name: str = ""
+    data_dir: str = ""
+    image_size: int = 32
+    seed: int = 0
+    shorter_side: int = 0
+    workers: int = 0
+    skip_broken: bool = False
+    interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        _ = self.stream
+        if self.seed < 0:
+            raise ValueError(f"the seed must be 0 or more, but is {self.seed}")
+
+    @property
+    def stream(self) -> StreamSettings:
+        """How images are streamed."""
+        return StreamSettings(
+            image_size=self.image_size,
+            shorter_side=self.shorter_side,
+            workers=self.workers,
+            skip_broken=self.skip_broken,
+            interpolation=self.interpolation,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class SourceSplits:
+    """What a source gives: all splits in memory, before resizing, or all streamed.
+
+    Args:
+        name: what to call the data set in logs and reports.
+        num_classes: number of classes.
+        train: training split.
+        test: test split.
+        validation: the data set's own validation split, or None if it has none.
+
+    Raises:
+        ValueError: if image shapes differ between splits, or a label is out of range.
+    """
+
+    name: str
+    num_classes: int
+    train: AnySplit
+    test: AnySplit
+    validation: AnySplit | None = None
+
+    def __post_init__(self) -> None:
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        check_splits(self.name, self.num_classes, splits)

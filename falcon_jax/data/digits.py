@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from falcon_jax.data.dataset import Split, stratified_split
-from falcon_jax.data.source import SourceOptions, SourceSplits
+from falcon_jax.data.dataset import SourceOptions, SourceSplits, Split, stratified_split
 
 _TEST_FRACTION = 0.2
 _TEST_SEED = 1797  # fixed, so that every run is scored on the same images

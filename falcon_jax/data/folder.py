@@ -14,11 +14,11 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Shaped
 
+from falcon_jax.data.dataset import SourceOptions, SourceSplits
 from falcon_jax.data.decoding import header_problem
-from falcon_jax.data.messages import some_of
-from falcon_jax.data.source import SourceOptions, SourceSplits
 from falcon_jax.data.streamed import StreamedSplit, leave_out_broken
 from falcon_jax.paths import user_path
+from falcon_jax.wording import some_of
 
 _CHECKING_THREADS = 16
 

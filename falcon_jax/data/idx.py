@@ -19,10 +19,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from falcon_jax.data.dataset import Split
-from falcon_jax.data.messages import some_of
-from falcon_jax.data.source import SourceOptions, SourceSplits
+from falcon_jax.data.dataset import SourceOptions, SourceSplits, Split
 from falcon_jax.paths import user_path
+from falcon_jax.wording import some_of
 
 FASHION_MNIST_DIRECTORY = "/usr/share/datasets/fashion-mnist"
 

@@ -8,20 +8,21 @@ from falcon_jax.data.augmentation import Augmentation
 from falcon_jax.data.dataset import (
     AnySplit,
     Dataset,
+    SourceOptions,
+    SourceSplits,
     Split,
     channel_statistics,
     hold_out,
     stratified_split,
 )
+from falcon_jax.data.decoding import resize_images
 from falcon_jax.data.digits import load_digits
 from falcon_jax.data.fake import load_fake
 from falcon_jax.data.folder import load_folder
 from falcon_jax.data.idx import load_idx
-from falcon_jax.data.resizing import resize_images
-from falcon_jax.data.source import SourceOptions, SourceSplits
 from falcon_jax.data.streamed import StreamedSplit
 from falcon_jax.data.tfds import load_tfds
-from falcon_jax.names import no_such
+from falcon_jax.settings import no_such
 
 SOURCES: Mapping[str, Callable[[SourceOptions], SourceSplits]] = {
     "digits": load_digits,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int, Int32
+from jaxtyping import Bool, Int, Int32, UInt8
 from PIL import Image
 
 from falcon_jax.data.decoding import (
@@ -18,9 +18,25 @@ from falcon_jax.data.decoding import (
     evaluation_image,
     training_image,
 )
-from falcon_jax.data.messages import some_of
-from falcon_jax.data.rows import Rows
-from falcon_jax.wording import reason
+from falcon_jax.wording import reason, some_of
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Rows:
+    """Some images of a split.
+
+    Args:
+        images: images, 0 to 255, (rows, h, w, c).
+        index: position of each in the split, (rows,).
+        readable: whether it is an image of the split, and not zeros for one that cannot be read.
+        unreadable: position in the split, and the reason, of each image that could not be read.
+    """
+
+    images: UInt8[np.ndarray, "rows h w c"]
+    index: Int32[np.ndarray, "rows"]
+    readable: Bool[np.ndarray, "rows"]
+    unreadable: dict[int, str] = dataclasses.field(default_factory=dict)
+
 
 CENTRE_SHARE = 0.875  # of the shorter side, that the centre crop of an evaluation image covers
 CHANNELS = 3

@@ -1,23 +1,251 @@
-"""TensorFlow Datasets prepared as array_record, read without TensorFlow and without the net."""
+"""TensorFlow Datasets as array_record files: prepared, checked, and read without TensorFlow."""
 
 from __future__ import annotations
 
+import difflib
+import http.client
+import importlib.util
+import io
 import json
 import os
 import re
+import tempfile
+import threading
+import urllib.error
+import urllib.request
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
+from jaxtyping import Int32
 
-from falcon_jax.data.dataset import AnySplit, Split
-from falcon_jax.data.decoding import eight_bits
-from falcon_jax.data.messages import some_of
-from falcon_jax.data.source import SourceOptions, SourceSplits
-from falcon_jax.data.tfds_opening import check_records, open_builder
-from falcon_jax.data.tfds_records import stream_split
+from falcon_jax.data.dataset import AnySplit, SourceOptions, SourceSplits, Split
+from falcon_jax.data.decoding import eight_bits, header_problem
+from falcon_jax.data.streamed import StreamedSplit, StreamSettings, leave_out_broken
 from falcon_jax.paths import user_path
-from falcon_jax.wording import reason
+from falcon_jax.wording import reason, some_of
+
+
+def import_tfds() -> ModuleType:
+    """Imports tensorflow_datasets.
+
+    Returns:
+        the package.
+
+    Raises:
+        ImportError: if it, or something it needs, is not installed.
+    """
+    try:
+        import tensorflow_datasets
+    except ImportError as error:
+        raise ImportError(
+            f'the source "tfds" needs tensorflow-datasets ({error}): '
+            'pip install "falcon-jax[train]"'
+        ) from error
+    return tensorflow_datasets
+
+
+def open_builder(directory: Path) -> Any:
+    """Opens a prepared data set.
+
+    Args:
+        directory: the directory of the prepared data set.
+
+    Returns:
+        the builder of TFDS.
+
+    Raises:
+        ImportError: if tensorflow-datasets is not installed.
+        ValueError: if the metadata cannot be read.
+    """
+    tfds = import_tfds()
+    try:
+        # From the directory and not by name: looked up by name, an unprepared data set goes to
+        # the net.
+        return tfds.builder_from_directory(directory)
+    except Exception as error:  # protobuf's ParseError, JSONDecodeError, KeyError and others
+        raise ValueError(
+            f"{directory}: dataset_info.json or features.json is damaged: {reason(error)}"
+        ) from error
+
+
+def check_records(builder: Any, split: str, directory: Path) -> None:
+    """Raise unless the files of a split hold as many records as the metadata says, and any.
+
+    Args:
+        builder: of the data set.
+        split: name of the split.
+        directory: the directory of the prepared data set.
+
+    Raises:
+        ValueError: if a file cannot be read, or holds more or fewer records.
+    """
+    from array_record.python import (
+        array_record_module,  # pyright: ignore[reportAttributeAccessIssue] - it is in C++
+    )
+
+    info = builder.info.splits[split]
+    if not info.num_examples:
+        raise ValueError(f"{directory}: split {split} is empty")
+    for path, expected in zip(info.filepaths, info.shard_lengths, strict=True):
+        try:
+            reader = array_record_module.ArrayRecordReader(str(path))
+            found = reader.num_records()
+            reader.close()
+        except Exception as error:  # RuntimeError and others, from C++
+            raise ValueError(f"{path} is missing or damaged: {reason(error)}") from error
+        if found != expected:
+            raise ValueError(
+                f"{path} holds {found} records, but dataset_info.json says {expected}; one of the "
+                "two is damaged"
+            )
+
+
+_THREADS = 16
+_AT_ONCE = 64  # records a thread asks for
+
+
+class TfdsRecords:
+    """The images of one split of a prepared data set, opened when the first is read.
+
+    Args:
+        directory: the directory of the prepared data set.
+        split: name of the split.
+    """
+
+    def __init__(self, directory: Path, split: str):
+        self.directory, self.split = directory, split
+        self._source: Any = None
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"directory": self.directory, "split": self.split}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["directory"], state["split"])
+
+    @property
+    def source(self) -> Any:
+        """The data source of TFDS, with images left encoded."""
+        with self._lock:
+            if self._source is None:
+                tfds = import_tfds()
+                self._source = open_builder(self.directory).as_data_source(
+                    split=self.split, decoders={"image": tfds.decode.SkipDecoding()}
+                )
+        return self._source
+
+    def read(self, position: int) -> bytes:
+        """Returns the content of an image file."""
+        return self.source[position]["image"]
+
+    def name(self, position: int) -> str:
+        """Returns what to call an image in messages."""
+        return f"{self.directory}: image {position} of split {self.split}"
+
+
+def stream_split(
+    directory: Path, split: str, num_classes: int, settings: StreamSettings
+) -> StreamedSplit:
+    """Reads every record of a split once: its label, and whether it begins as an image does.
+
+    The labels are kept beside the data, if its directory can be written, and read from there as
+    long as the data is the same.
+
+    Args:
+        directory: the directory of the prepared data set.
+        split: name of the split.
+        num_classes: number of classes.
+        settings: how images are read.
+
+    Returns:
+        the split.
+
+    Raises:
+        ValueError: if a record cannot be read or has a label out of range, or images are broken
+            and are not to be left out.
+    """
+    records = TfdsRecords(directory, split)
+    state = _state(directory, split)
+    kept = directory / f"labels-{split}.npz"
+    labels, problems = _kept_labels(kept, state), {}
+    if labels is None:
+        labels, problems = _scan(records)
+        if not problems:
+            _keep_labels(kept, state, labels)
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(wrong):
+        raise ValueError(
+            f"{records.name(int(wrong[0]))} has label {labels[wrong[0]]}, but with {num_classes} "
+            f"classes labels run from 0 to {num_classes - 1}"
+        )
+    whole = StreamedSplit(
+        records=records, positions=np.arange(len(labels)), labels=labels, settings=settings
+    )
+    return leave_out_broken(whole, problems, f"{directory}, split {split},")
+
+
+def _scan(records: TfdsRecords) -> tuple[Int32[np.ndarray, "n"], dict[int, str]]:
+    count = len(records.source)
+    labels = np.zeros(count, np.int32)
+
+    def scan(start: int) -> dict[int, str]:
+        positions = range(start, min(start + _AT_ONCE, count))
+        problems = {}
+        for position, (image, label) in zip(positions, _read(records, positions), strict=True):
+            labels[position] = label
+            problem = header_problem(image)
+            if problem is not None:
+                problems[position] = problem
+        return problems
+
+    with ThreadPoolExecutor(_THREADS) as threads:
+        found = list(threads.map(scan, range(0, count, _AT_ONCE)))
+    return labels, {i: problem for problems in found for i, problem in problems.items()}
+
+
+def _read(records: TfdsRecords, positions: range) -> list[tuple[bytes, int]]:
+    try:
+        found = records.source.__getitems__(list(positions))
+        return [(bytes(record["image"]), int(record["label"])) for record in found]
+    except Exception as error:  # RuntimeError, protobuf's DecodeError, and others
+        raise ValueError(
+            f"{records.name(positions.start)}, or one soon after, cannot be read: {reason(error)}"
+        ) from error
+
+
+def _state(directory: Path, split: str) -> str:
+    """What the data looks like from outside: it changes when the files do."""
+    files = sorted(directory.glob(f"*-{split}.array_record*"))
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return json.dumps(stats)
+
+
+def _kept_labels(path: Path, state: str) -> Int32[np.ndarray, "n"] | None:
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as kept:
+            labels = kept["labels"]
+            if str(kept["state"]) == state and labels.ndim == 1 and labels.dtype == np.int32:
+                return labels
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        pass  # not there, or damaged: the records tell
+    return None
+
+
+def _keep_labels(path: Path, state: str, labels: Int32[np.ndarray, "n"]) -> None:
+    content = io.BytesIO()
+    np.savez(content, labels=labels, state=np.array(state))
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".labels-", delete=False) as file:
+            file.write(content.getvalue())
+        os.replace(file.name, path)
+    except OSError:
+        pass  # a directory that cannot be written: read the records again next time
+
 
 _NAME = re.compile(r"(?P<path>\w+(/[\w.-]+)?)(:(?P<version>\d+\.\d+\.\d+))?")
 _WITHOUT_TEST_LABELS = "imagenet2012"
@@ -185,3 +413,89 @@ def _read_split(builder: Any, split: str, directory: Path) -> Split:
             f"{directory}: image {index} of split {split} cannot be read: {reason(error)}"
         ) from error
     return Split(images=images, labels=labels)
+
+
+_PROBE_SECONDS = 10
+
+
+def prepare(name: str, data_dir: str = "") -> Path:
+    """Downloads a TFDS data set and writes it as array_record files, unless that has been done.
+
+    What is missing is said before anything long is tried: TFDS itself retries an unreachable
+    server for minutes.
+
+    Args:
+        name: name as TFDS has it, for example "cifar10".
+        data_dir: directory of all prepared data sets, or "" for TFDS's default. Archives that
+            were fetched by other means are looked for in its folder downloads/manual.
+
+    Returns:
+        the directory of the prepared data set.
+
+    Raises:
+        ValueError: if TFDS does not know the name, or has prepared it in another format.
+        ImportError: if tensorflow-datasets, or TensorFlow for unpacking downloads, is missing.
+        OSError: if the servers cannot be reached, or preparing fails.
+    """
+    try:
+        return prepared_directory(name, data_dir)
+    except FileNotFoundError:
+        pass
+    tfds = import_tfds()
+    root = tfds_directory(data_dir)
+    builder = _find_builder(tfds, name, root)
+    if builder.url_infos and importlib.util.find_spec("tensorflow") is None:
+        raise ImportError(
+            f"preparing {name} needs TensorFlow, which TFDS unpacks downloads with (training does "
+            "not need it): pip install tensorflow-cpu"
+        )
+    _require_archives(builder, name, root / "downloads")
+    try:
+        builder.download_and_prepare()
+    except Exception as error:  # TFDS raises anything: requests', its own, AssertionError
+        raise OSError(f"preparing {name} in {root} failed: {reason(error)}") from error
+    return Path(builder.data_path)
+
+
+def _find_builder(tfds: ModuleType, name: str, root: Path) -> Any:
+    try:
+        return tfds.builder(name, data_dir=root, file_format="array_record")
+    except tfds.core.DatasetNotFoundError as error:
+        near = difflib.get_close_matches(
+            name, tfds.list_builders(with_community_datasets=False), n=3
+        )
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"TFDS has no data set {name!r}{hint}") from error
+
+
+def _require_archives(builder: Any, name: str, downloads: Path) -> None:
+    from tensorflow_datasets.core.download import resource
+
+    archives = {
+        url: info.filename
+        for url, info in (builder.url_infos or {}).items()
+        if url.startswith(("http://", "https://"))
+        and not (downloads / "manual" / str(info.filename)).is_file()
+        and not (downloads / resource.get_dl_fname(url, info.checksum)).is_file()
+    }
+    by_host = {urlsplit(url).netloc: url for url in archives}
+    reasons = [_unreachable(url) for url in by_host.values()]
+    # Some data sets list servers that the chosen variant does not need: one answer will do.
+    if reasons and all(reasons):
+        raise OSError(
+            f"preparing {name} needs {some_of(sorted(archives.values()))} from "
+            f"{some_of(by_host)}, which cannot be reached ({reasons[0]}); put the files into "
+            f"{downloads / 'manual'}, or prepare where the internet can be reached and copy the "
+            "prepared directory"
+        )
+
+
+def _unreachable(url: str) -> str | None:
+    request = urllib.request.Request(url, method="HEAD")
+    try:
+        with urllib.request.urlopen(request, timeout=_PROBE_SECONDS):
+            return None
+    except (urllib.error.HTTPError, http.client.HTTPException):
+        return None  # an answer, if only to say that HEAD is not liked
+    except OSError as error:
+        return str(getattr(error, "reason", error))

@@ -16,7 +16,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from falcon_jax.methods.spec import ConvSpec
+from falcon_jax.ops.geometry import ConvSpec
 
 Params = dict[str, Array]
 

@@ -12,15 +12,16 @@ from jax import lax
 from jax.nn import initializers
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from falcon_jax.fitting.energy import smallest_rank
-from falcon_jax.fitting.low_rank import best_low_rank
 from falcon_jax.methods.base import Cost, Method, Params, scale_outputs, standard_cost, unit_gain
-from falcon_jax.methods.channel_ranks import Budget
-from falcon_jax.methods.ranks import Energy
+from falcon_jax.methods.ranks import Budget, Energy
 from falcon_jax.methods.registry import get_method, method_from
-from falcon_jax.methods.spec import ConvSpec
-from falcon_jax.numeric import is_whole
-from falcon_jax.ops import conv, depthwise_conv, pointwise_conv
+from falcon_jax.ops.convolution import conv
+from falcon_jax.ops.depthwise import depthwise_conv
+from falcon_jax.ops.geometry import ConvSpec
+from falcon_jax.ops.separable import pointwise_conv
+from falcon_jax.settings import is_whole
+from falcon_jax.solvers.low_rank import best_low_rank
+from falcon_jax.solvers.rank_selection import smallest_rank
 
 HALF = Budget(2.0)
 ChainRank = int | Literal["full"] | Energy | Budget

@@ -6,11 +6,11 @@ from typing import ClassVar
 
 from jaxtyping import Array, Float
 
-from falcon_jax.fitting.responses import positive_part_regression, reduced_rank_regression
 from falcon_jax.methods.base import Params
 from falcon_jax.methods.chain import HALF, ChainRank, Inner, LowRankChain, Stage
 from falcon_jax.methods.registry import register
-from falcon_jax.methods.spec import ConvSpec
+from falcon_jax.ops.geometry import ConvSpec
+from falcon_jax.solvers.responses import positive_part_regression, reduced_rank_regression
 
 
 @register

@@ -7,12 +7,12 @@ from typing import ClassVar
 
 from jaxtyping import Array, Float
 
-from falcon_jax.fitting.cp import cp_als
 from falcon_jax.methods.chain import Chain, Stage
-from falcon_jax.methods.channel_ranks import Budget, Named, estimated_ranks
+from falcon_jax.methods.ranks import Budget, Named, estimated_ranks
 from falcon_jax.methods.registry import register
-from falcon_jax.methods.spec import ConvSpec
-from falcon_jax.numeric import is_whole
+from falcon_jax.ops.geometry import ConvSpec
+from falcon_jax.settings import is_whole
+from falcon_jax.solvers.decompositions import cp_als
 
 TermRank = Named | Budget | int
 

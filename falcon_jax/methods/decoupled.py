@@ -7,14 +7,14 @@ from typing import ClassVar, Literal, get_args
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from falcon_jax.fitting.energy import mean_kept_energy, smallest_rank
 from falcon_jax.methods.base import Cost, Method, Params
 from falcon_jax.methods.depthwise_separable import DepthwiseSeparable
 from falcon_jax.methods.falcon import Falcon
 from falcon_jax.methods.ranks import RankMethod
 from falcon_jax.methods.registry import register
-from falcon_jax.methods.spec import ConvSpec
-from falcon_jax.numeric import is_number
+from falcon_jax.ops.geometry import ConvSpec
+from falcon_jax.settings import is_number
+from falcon_jax.solvers.rank_selection import mean_kept_energy, smallest_rank
 
 Order = Literal["pw-dw", "dw-pw"]
 

@@ -10,7 +10,6 @@ from jax import lax
 from jax.nn import initializers
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from falcon_jax.fitting import best_terms
 from falcon_jax.gep import separable_kernel
 from falcon_jax.methods.base import (
     Cost,
@@ -21,8 +20,9 @@ from falcon_jax.methods.base import (
 )
 from falcon_jax.methods.ranks import Rank, RankMethod
 from falcon_jax.methods.registry import register
-from falcon_jax.methods.spec import ConvSpec
-from falcon_jax.ops import depthwise_then_pointwise
+from falcon_jax.ops.geometry import ConvSpec
+from falcon_jax.ops.separable import depthwise_then_pointwise
+from falcon_jax.solvers.low_rank import best_terms
 
 
 @register

@@ -12,7 +12,6 @@ from jax import lax
 from jax.nn import initializers
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from falcon_jax.fitting import best_terms
 from falcon_jax.gep import falcon_kernel
 from falcon_jax.methods.base import (
     Cost,
@@ -23,9 +22,11 @@ from falcon_jax.methods.base import (
 )
 from falcon_jax.methods.ranks import Rank, RankMethod
 from falcon_jax.methods.registry import register
-from falcon_jax.methods.spec import ConvSpec
-from falcon_jax.ops import conv, pointwise_then_depthwise
 from falcon_jax.ops.choice import falcon_form
+from falcon_jax.ops.convolution import conv
+from falcon_jax.ops.geometry import ConvSpec
+from falcon_jax.ops.separable import pointwise_then_depthwise
+from falcon_jax.solvers.low_rank import best_terms
 
 Impl = Literal["auto", "separable", "wide", "grouped", "gep"]
 

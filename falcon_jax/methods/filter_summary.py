@@ -12,13 +12,13 @@ from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from falcon_jax.fitting.filter_summary import gather_segments, neighbour_order, shared_means
-from falcon_jax.fitting.scale import largest_exponent
 from falcon_jax.methods.base import Cost, Method, Params, standard_cost
 from falcon_jax.methods.registry import register
-from falcon_jax.methods.spec import ConvSpec
-from falcon_jax.numeric import is_number
-from falcon_jax.ops import conv
+from falcon_jax.ops.convolution import conv
+from falcon_jax.ops.geometry import ConvSpec
+from falcon_jax.settings import is_number
+from falcon_jax.solvers.filter_summary import gather_segments, neighbour_order, shared_means
+from falcon_jax.solvers.scale import largest_exponent
 
 Step = Literal["even", "paper"]
 

@@ -6,9 +6,8 @@ from importlib import metadata
 from typing import Any, TypeVar
 
 from falcon_jax.methods.base import Method
-from falcon_jax.methods.channel_ranks import Budget
-from falcon_jax.methods.ranks import Energy
-from falcon_jax.names import no_such
+from falcon_jax.methods.ranks import Budget, Energy
+from falcon_jax.settings import no_such
 
 # Other packages name their method classes under this group of entry points.
 ENTRY_POINTS = "falcon_jax.methods"

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from falcon_jax.methods.chain import HALF, ChainRank, Inner, LowRankChain, Stage
 from falcon_jax.methods.registry import register
-from falcon_jax.methods.spec import ConvSpec
+from falcon_jax.ops.geometry import ConvSpec
 
 
 @register

@@ -8,12 +8,12 @@ from typing import ClassVar, Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from falcon_jax.fitting.low_rank import best_low_rank
 from falcon_jax.methods.chain import HALF, Chain, Stage
-from falcon_jax.methods.channel_ranks import Budget
+from falcon_jax.methods.ranks import Budget
 from falcon_jax.methods.registry import register
-from falcon_jax.methods.spec import ConvSpec
-from falcon_jax.numeric import is_whole
+from falcon_jax.ops.geometry import ConvSpec
+from falcon_jax.settings import is_whole
+from falcon_jax.solvers.low_rank import best_low_rank
 
 
 @register

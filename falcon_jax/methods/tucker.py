@@ -6,12 +6,12 @@ from typing import ClassVar, Literal
 
 from jaxtyping import Array, Float
 
-from falcon_jax.fitting.tucker import tucker2
 from falcon_jax.methods.chain import Chain, Stage
-from falcon_jax.methods.channel_ranks import Budget, Named, estimated_ranks, too_large
+from falcon_jax.methods.ranks import Budget, Named, estimated_ranks, too_large
 from falcon_jax.methods.registry import register
-from falcon_jax.methods.spec import ConvSpec
-from falcon_jax.numeric import is_whole
+from falcon_jax.ops.geometry import ConvSpec
+from falcon_jax.settings import is_whole
+from falcon_jax.solvers.decompositions import tucker2
 
 ChannelRanks = Named | Literal["full"] | Budget | int | Sequence[int]
 

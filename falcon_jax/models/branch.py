@@ -5,9 +5,8 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
-from falcon_jax.methods import Method
-from falcon_jax.models.channels import channel_shuffle
-from falcon_jax.models.units import UnitFactory, method_unit, unbiased_unit
+from falcon_jax.methods.base import Method
+from falcon_jax.models.units import UnitFactory, channel_shuffle, method_unit, unbiased_unit
 
 
 class BranchUnit(nnx.Module):

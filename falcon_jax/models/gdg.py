@@ -6,10 +6,15 @@ from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
-from falcon_jax.models.channels import channel_shuffle
-from falcon_jax.models.convolutions import PAD_ONE, depthwise_3x3, pointwise
-from falcon_jax.models.units import ConvUnit, UnitFactory
-from falcon_jax.numeric import is_whole
+from falcon_jax.models.units import (
+    PAD_ONE,
+    ConvUnit,
+    UnitFactory,
+    channel_shuffle,
+    depthwise_3x3,
+    pointwise,
+)
+from falcon_jax.settings import is_whole
 
 _BOTTLENECK = 4
 

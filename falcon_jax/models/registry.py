@@ -1,4 +1,4 @@
-"""Models by name, for configs and the command line."""
+"""Models and conv units by name, for configs and the command line."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -7,26 +7,74 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array
 
-from falcon_jax.models.resnet import resnet18_cifar, resnet34_cifar
-from falcon_jax.models.resnet_cifar import (
+from falcon_jax.models.branch import branch_unit
+from falcon_jax.models.gdg import gdg_unit
+from falcon_jax.models.pdp import pdp_split_unit, pdp_unit
+from falcon_jax.models.resnet import (
+    resnet18,
+    resnet18_cifar,
     resnet20_cifar,
+    resnet34,
+    resnet34_cifar,
+    resnet50,
     resnet56_cifar,
+    resnet101,
     resnet110_cifar,
+    resnet152,
     resnet164_cifar,
 )
-from falcon_jax.models.resnet_imagenet import resnet18, resnet34, resnet50, resnet101, resnet152
-from falcon_jax.models.vgg import vgg8_cifar, vgg16_cifar, vgg19_cifar
-from falcon_jax.models.vgg_imagenet import (
+from falcon_jax.models.units import UnitFactory
+from falcon_jax.models.vgg import (
+    vgg8_cifar,
     vgg11,
     vgg11_bn,
     vgg13,
     vgg13_bn,
     vgg16,
     vgg16_bn,
+    vgg16_cifar,
     vgg19,
     vgg19_bn,
+    vgg19_cifar,
 )
-from falcon_jax.names import no_such
+from falcon_jax.settings import no_such
+
+_UNITS: Mapping[str, Callable[..., UnitFactory]] = MappingProxyType(
+    {
+        "branch": lambda: branch_unit(),
+        "gdg": lambda *, groups=2: gdg_unit(groups),
+        "pdp": lambda *, expansion=0.5: pdp_unit(expansion),
+        "pdp_split": lambda: pdp_split_unit,
+    }
+)
+UNIT_NAMES = tuple(_UNITS)
+_OPTIONS = MappingProxyType({"gdg": ("groups",), "pdp": ("expansion",)})
+
+
+def get_unit(name: str, /, **options: Any) -> UnitFactory:
+    """Return the factory of a conv unit by its name.
+
+    Args:
+        name: ``branch`` (StConv-branch), ``gdg``, ``pdp`` or ``pdp_split``.
+        **options: ``groups`` of ``gdg``, ``expansion`` of ``pdp``.
+
+    Returns:
+        The factory, for the ``unit`` of a model.
+
+    Raises:
+        ValueError: if there is no such unit, or it has no such option.
+    """
+    if not isinstance(name, str) or name not in _UNITS:
+        raise ValueError(no_such("unit", name, _UNITS))
+    known = _OPTIONS.get(name, ())
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        listed = ", ".join(known) or "none"
+        raise ValueError(
+            f"unit {name!r} has no option {', '.join(unknown)}; its options: {listed}."
+        )
+    return _UNITS[name](**options)
+
 
 MODELS: Mapping[str, Callable[..., nnx.Module]] = MappingProxyType(
     {

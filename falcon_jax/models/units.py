@@ -1,21 +1,173 @@
-"""Conv units: what the models put where a paper says "convolution, BatchNorm, ReLU".
-
-A model takes a unit factory, so that one description serves the standard network and every way to
-replace its convolutions.
-"""
+"""Conv units: what the models put where a paper says "convolution, BatchNorm, ReLU"."""
 
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
-from falcon_jax.methods import ConvSpec, Method
-from falcon_jax.models.convolutions import PAD_ONE, conv_3x3
-from falcon_jax.nn.batch_norm import BatchNorm
-from falcon_jax.nn.conv_like import method_conv
+from falcon_jax.methods.base import Method
+from falcon_jax.nn.layers import BatchNorm
+from falcon_jax.nn.method_conv import method_conv
+from falcon_jax.ops.convolution import conv_on_small_maps
+from falcon_jax.ops.depthwise import depthwise_conv
+from falcon_jax.ops.geometry import ConvSpec
+from falcon_jax.ops.separable import pointwise_conv
+
+
+def channel_shuffle(x: Float[Array, "*batch c"], groups: int) -> Float[Array, "*batch c"]:
+    """Deal channels out so that those of every group end up in all groups.
+
+    ``y[..., i g + j] = x[..., j C / g + i]``
+
+    Args:
+        x: input with C channels last.
+        groups: number g of groups that the channels lie in; it divides C.
+
+    Returns:
+        Output of the same shape.
+
+    Raises:
+        ValueError: if the groups do not divide the channels.
+
+    Reference:
+        ShuffleNet (Zhang et al., 2018), Section 3.1.
+
+    >>> channel_shuffle(jnp.arange(6.0), 2)
+    Array([0., 3., 1., 4., 2., 5.], dtype=float32)
+    """
+    channels = x.shape[-1]
+    if groups < 1 or channels % groups:
+        raise ValueError(f"{groups} groups do not divide {channels} channels.")
+    grouped = x.reshape(*x.shape[:-1], groups, channels // groups)
+    return jnp.swapaxes(grouped, -1, -2).reshape(x.shape)
+
+
+def scaled(features: int, width: float | int) -> int:
+    """Return the channels that a width multiplier leaves, rounded down.
+
+    ``int(width * features)``
+
+    Args:
+        features: channels at width 1.
+        width: the multiplier alpha.
+
+    Returns:
+        At least 1.
+
+    Raises:
+        ValueError: if the multiplier is not positive or no channel is left.
+
+    Reference:
+        MobileNet (Howard et al., 2017), Section 3.3.
+
+    >>> scaled(64, 1.75)
+    112
+    """
+    if not width > 0 or int(width * features) < 1:
+        raise ValueError(
+            f"width={width!r} leaves no channel of {features}; give a number of at least "
+            f"1 / {features}."
+        )
+    return int(width * features)
+
+
+PAD_ONE = ((1, 1), (1, 1))
+
+
+def conv_3x3(
+    in_features: int,
+    out_features: int,
+    strides: int,
+    *,
+    use_bias: bool,
+    dtype: Dtype | None,
+    rngs: nnx.Rngs,
+) -> nnx.Conv:
+    """Return a standard 3x3 convolution, padded by one."""
+    return nnx.Conv(
+        in_features,
+        out_features,
+        (3, 3),
+        strides,
+        padding=PAD_ONE,
+        use_bias=use_bias,
+        dtype=dtype,
+        conv_general_dilated=conv_on_small_maps,
+        kernel_init=nnx.initializers.he_uniform(),
+        rngs=rngs,
+    )
+
+
+def depthwise_3x3(
+    features: int, strides: int, *, use_bias: bool, dtype: Dtype | None, rngs: nnx.Rngs
+) -> nnx.Conv:
+    """Return a 3x3 convolution with a kernel of its own for every channel, padded by one."""
+    return nnx.Conv(
+        features,
+        features,
+        (3, 3),
+        strides,
+        padding=PAD_ONE,
+        feature_group_count=features,
+        use_bias=use_bias,
+        dtype=dtype,
+        conv_general_dilated=_depthwise,
+        kernel_init=nnx.initializers.he_uniform(),
+        rngs=rngs,
+    )
+
+
+def pointwise(
+    in_features: int,
+    out_features: int,
+    *,
+    groups: int = 1,
+    use_bias: bool,
+    dtype: Dtype | None,
+    rngs: nnx.Rngs,
+) -> nnx.Conv:
+    """Return a 1x1 convolution, one for each group of channels."""
+    return nnx.Conv(
+        in_features,
+        out_features,
+        (1, 1),
+        padding="VALID",
+        feature_group_count=groups,
+        use_bias=use_bias,
+        dtype=dtype,
+        conv_general_dilated=_pointwise,
+        kernel_init=nnx.initializers.he_uniform(),
+        rngs=rngs,
+    )
+
+
+def _depthwise(
+    lhs: Float[Array, "b h w c"],
+    rhs: Float[Array, "d1 d2 1 c"],
+    window_strides: tuple[int, ...],
+    padding: Any,
+    **options: Any,
+) -> Float[Array, "b h_out w_out c"]:
+    pairs = tuple(map(tuple, padding))
+    return depthwise_conv(lhs, jnp.squeeze(rhs, 2), strides=tuple(window_strides), padding=pairs)
+
+
+def _pointwise(
+    lhs: Float[Array, "b h w m"],
+    rhs: Float[Array, "1 1 m_group n"],
+    window_strides: tuple[int, ...],
+    padding: Any,
+    *,
+    feature_group_count: int,
+    precision: Any,
+    **options: Any,
+) -> Float[Array, "b h w n"]:
+    kernel = rhs.reshape(rhs.shape[2:])
+    return pointwise_conv(lhs, kernel, feature_group_count=feature_group_count, precision=precision)
 
 
 @runtime_checkable

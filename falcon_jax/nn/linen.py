@@ -1,11 +1,12 @@
 """Linen modules that apply a compression method in place of a convolution."""
 
-from falcon_jax.methods import CP, DepthwiseSeparable, Falcon, Method, Tucker
-from falcon_jax.methods.cp import TermRank
-from falcon_jax.methods.falcon import Impl
+from falcon_jax.methods.base import Method
+from falcon_jax.methods.cp import CP, TermRank
+from falcon_jax.methods.depthwise_separable import DepthwiseSeparable
+from falcon_jax.methods.falcon import Falcon, Impl
 from falcon_jax.methods.ranks import Rank
-from falcon_jax.methods.tucker import ChannelRanks
-from falcon_jax.nn.linen_compressed import ConvLike
+from falcon_jax.methods.tucker import ChannelRanks, Tucker
+from falcon_jax.nn.compressed import ConvLike
 
 
 class FalconConv(ConvLike):

@@ -1,6 +1,8 @@
-"""The one NNX module that every method can use, and how a method is applied in any framework."""
+"""The one NNX module that every method can use, and how a trained convolution becomes one."""
 
 import functools
+from collections.abc import Sequence
+from typing import Any, ClassVar, TypedDict, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +11,76 @@ from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype, Initializer
 from jax import lax
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 
-from falcon_jax.methods import ConvSpec, Method, Params
-from falcon_jax.methods.base import apply_method
+from falcon_jax.methods.base import Method, Params, apply_method
+from falcon_jax.methods.fit import Solver, check_finite, fit
+from falcon_jax.ops.convolution import conv_on_small_maps
+from falcon_jax.ops.geometry import ConvSpec, PaddingLike, PerAxis
+
+
+def conv_spec(conv: nnx.Conv) -> ConvSpec:
+    """Return the spec of an NNX convolution."""
+    return ConvSpec(
+        kernel_size=conv.kernel_size,
+        in_features=conv.in_features,
+        out_features=conv.out_features,
+        strides=conv.strides,
+        padding=conv.padding,  # type: ignore[arg-type]
+        kernel_dilation=conv.kernel_dilation,
+        input_dilation=conv.input_dilation,
+        feature_group_count=conv.feature_group_count,
+        use_bias=conv.bias is not None,
+    )
+
+
+def conv_obstacle(conv: nnx.Conv) -> str | None:
+    """Return why a convolution must stay whatever the method, or None."""
+    if conv.mask is not None:
+        return "masked kernel"
+    if conv.conv_general_dilated not in (lax.conv_general_dilated, conv_on_small_maps):
+        return "own convolution function"
+    if conv.promote_dtype is not promote_dtype:
+        return "own type promotion"
+    if conv.preferred_element_type is not None:
+        return "preferred_element_type is set"
+    return None
+
+
+def for_trained(
+    method: Method, kernel: Float[Array, "*stacked_kernel_shape"], spec: ConvSpec
+) -> Method:
+    """Return the method as a layer needs it, one for all layers of a stack."""
+    return method.for_layer(spec, kernel.reshape(-1, *spec.kernel_shape))
+
+
+def fit_stacked(
+    kernel: Float[Array, "*stacked_kernel_shape"],
+    method: Method,
+    spec: ConvSpec,
+    solver: Solver = "exact",
+    key: PRNGKeyArray | None = None,
+) -> Params:
+    """Fit a kernel that may have leading axes; the parameters get the same leading axes.
+
+    Args:
+        kernel: shape ``(*stack, *spec.kernel_shape)``.
+        method: what to fit.
+        spec: the convolution.
+        solver: as in `fit`.
+        key: as in `fit`; every layer of a stack starts from a key of its own.
+
+    Returns:
+        Parameters of shape ``(*stack, ...)``.
+    """
+    stack = kernel.shape[: kernel.ndim - len(spec.kernel_shape)]
+    if not stack:
+        return fit(kernel, method, solver, spec=spec, key=key)
+    flat = kernel.reshape(-1, *spec.kernel_shape)
+    keys = jax.random.split(jax.random.key(0) if key is None else key, flat.shape[0])
+    params = jax.vmap(lambda k, s: fit(k, method, solver, spec=spec, key=s))(flat, keys)
+    return {name: value.reshape(*stack, *value.shape[1:]) for name, value in params.items()}
+
 
 # What nnx.Conv has beside, as it is where nothing was asked for.
 _UNUSED = {
@@ -130,3 +198,124 @@ def _stack(method: Method, spec: ConvSpec, params: Params) -> int:
     """Return how many leading axes parameters have, of layers stacked for scan or vmap."""
     plain = jax.eval_shape(lambda key: method.init(key, spec), jax.random.key(0))
     return next((params[n].ndim - len(plain[n].shape) for n in params), 0)
+
+
+class ConvOptions(TypedDict, total=False):
+    """Keyword arguments that the modules below share with ``nnx.Conv`` and `MethodConv`."""
+
+    padding: PaddingLike
+    input_dilation: PerAxis
+    kernel_dilation: PerAxis
+    feature_group_count: int
+    use_bias: bool
+    params: Params | None
+    bias: Array | None
+    dtype: Dtype | None
+    param_dtype: Dtype
+    precision: lax.PrecisionLike
+    bias_init: Initializer
+    rngs: nnx.Rngs | None
+
+
+_NAMED_LAYERS: dict[type[Method], type["ConvLike"]] = {}
+_GEOMETRY = ("padding", "input_dilation", "kernel_dilation", "feature_group_count", "use_bias")
+
+
+class ConvLike(MethodConv):
+    """A `MethodConv` made with the arguments of ``nnx.Conv``; a subclass names its method."""
+
+    method_class: ClassVar[type[Method]]
+
+    def __init__(
+        self,
+        method: Method,
+        in_features: int,
+        out_features: int,
+        kernel_size: int | Sequence[int],
+        strides: PerAxis,
+        conv: ConvOptions,
+    ):
+        options: dict[str, Any] = dict(conv)
+        geometry = {name: options.pop(name) for name in _GEOMETRY if name in options}
+        spec = ConvSpec(
+            in_features=in_features,
+            out_features=out_features,
+            kernel_size=kernel_size,
+            strides=strides,
+            **geometry,
+        )
+        super().__init__(method, spec, **options)
+
+
+L = TypeVar("L", bound=type[ConvLike])
+
+
+def named_layer(cls: L) -> L:
+    """Make a class the one that `method_conv` returns for its method. Use as a decorator."""
+    _NAMED_LAYERS[cls.method_class] = cls
+    return cls
+
+
+def method_conv(method: Method, spec: ConvSpec, **options: Any) -> MethodConv:
+    """Return the module for a method: `FalconConv` for `Falcon`, `MethodConv` where none is named.
+
+    Args:
+        method: how the convolution is carried out.
+        spec: its geometry.
+        **options: ``params``, ``bias``, ``dtype`` and the rest, as in `MethodConv`.
+
+    Returns:
+        The module.
+    """
+    layer: Any = _NAMED_LAYERS.get(type(method))
+    if layer is None:
+        return MethodConv(method, spec, **options)
+    geometry = {name: getattr(spec, name) for name in _GEOMETRY}
+    sizes = (spec.in_features, spec.out_features, spec.kernel_size, spec.strides)
+    return layer(*sizes, **method.options(), **geometry, **options)
+
+
+def fit_conv(
+    conv: nnx.Conv,
+    method: Method,
+    *,
+    solver: Solver = "exact",
+    key: PRNGKeyArray | None = None,
+) -> MethodConv:
+    """Return the layer that replaces a trained convolution.
+
+    Bias, ``dtype`` and ``precision`` are taken over. A kernel with leading axes (of layers stacked
+    for ``nnx.scan`` or ``nnx.vmap``) gives parameters with the same leading axes.
+
+    Args:
+        conv: the trained convolution; it is not changed.
+        method: what replaces it.
+        solver: as in `fit`.
+        key: as in `fit`.
+
+    Returns:
+        A `FalconConv` for `Falcon`, and so on.
+
+    Raises:
+        ValueError: if the convolution cannot be replaced, with the reason.
+    """
+    spec = conv_spec(conv)
+    obstacle = conv_obstacle(conv) or method.supports(spec)
+    if obstacle is not None:
+        raise ValueError(f"{method} cannot replace {spec}: {obstacle}.")
+    kernel = conv.kernel[...]
+    check_finite(kernel, "the kernel")
+    method = for_trained(method, kernel, spec)
+    return conv_like(conv, method, fit_stacked(kernel, method, spec, solver, key))
+
+
+def conv_like(conv: nnx.Conv, method: Method, params: Params) -> MethodConv:
+    """Return the layer with given parameters and all else as in ``conv``."""
+    return method_conv(
+        method,
+        conv_spec(conv),
+        params=params,
+        bias=None if conv.bias is None else jnp.array(conv.bias[...]),
+        dtype=conv.dtype,
+        precision=conv.precision,
+    )

@@ -5,12 +5,12 @@ from typing import Unpack
 
 from flax import nnx
 
-from falcon_jax.methods import CP, DepthwiseSeparable, Falcon, Tucker
-from falcon_jax.methods.cp import TermRank
-from falcon_jax.methods.falcon import Impl
+from falcon_jax.methods.cp import CP, TermRank
+from falcon_jax.methods.depthwise_separable import DepthwiseSeparable
+from falcon_jax.methods.falcon import Falcon, Impl
 from falcon_jax.methods.ranks import Rank
-from falcon_jax.methods.tucker import ChannelRanks
-from falcon_jax.nn.conv_like import ConvLike, ConvOptions, fit_conv, named_layer
+from falcon_jax.methods.tucker import ChannelRanks, Tucker
+from falcon_jax.nn.method_conv import ConvLike, ConvOptions, fit_conv, named_layer
 from falcon_jax.ops.geometry import PerAxis
 
 

@@ -1,21 +1,18 @@
-"""Depthwise convolution in several forms, with its own backward pass.
-
-A grouped ``lax`` convolution is 4 to 20 times slower on CPUs, forward and backward, than a sum of
-shifted slices; see `falcon_jax.ops.shifted` and `falcon_jax.ops.per_pixel`.
-"""
+"""Depthwise convolution in several forms, with its own backward pass."""
 
 import functools
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from falcon_jax.names import no_such
-from falcon_jax.ops.accumulation import add_up
 from falcon_jax.ops.choice import DEPTHWISE_FORMS, DepthwiseForm, depthwise_form
 from falcon_jax.ops.convolution import conv
 from falcon_jax.ops.geometry import (
@@ -25,13 +22,189 @@ from falcon_jax.ops.geometry import (
     canonical_padding,
     dilated,
     output_sizes,
+    pad,
     pad_boundary,
     padding_pairs,
     per_axis,
+    tap_slices,
 )
-from falcon_jax.ops.linear import Arrays, linear_call
-from falcon_jax.ops.per_pixel import kernel_gradient_per_pixel, sum_per_pixel
-from falcon_jax.ops.shifted import kernel_gradient, padded_input, sum_of_taps
+from falcon_jax.ops.linear import Arrays, accumulator, add_up, linear_call
+from falcon_jax.settings import no_such
+
+Pairing = tuple[int, int, int]  # (tap, input pixel, output pixel), all counted in row-major order
+
+
+def pairings(
+    geometry: Geometry, spatial: Sequence[int], kernel_size: Sequence[int]
+) -> tuple[Pairing, ...]:
+    """Return which tap carries which input pixel to which output pixel.
+
+    Args:
+        geometry: strides, padding, input dilation and kernel dilation.
+        spatial: sizes of the input's spatial axes.
+        kernel_size: taps per axis.
+    """
+    strides, pairs, input_dilation, kernel_dilation = geometry
+    outputs = output_sizes(geometry, spatial, kernel_size)
+    per_axis = []
+    for n, out, k, s, (low, _), di, dk in zip(
+        spatial, outputs, kernel_size, strides, pairs, input_dilation, kernel_dilation, strict=True
+    ):
+        found = []
+        for o, tap in itertools.product(range(out), range(k)):
+            point, hole = divmod(o * s + tap * dk - low, di)
+            if not hole and 0 <= point < n:
+                found.append((tap, point, o))
+        per_axis.append(found)
+    return tuple(
+        (
+            _flat([a[0] for a in axes], kernel_size),
+            _flat([a[1] for a in axes], spatial),
+            _flat([a[2] for a in axes], outputs),
+        )
+        for axes in itertools.product(*per_axis)
+    )
+
+
+def sum_per_pixel(
+    geometry: Geometry, x: Float[Array, "b *spatial c"], kernel: Float[Array, "*kernel_size c"]
+) -> Float[Array, "b *spatial_out c"]:
+    """Return the depthwise convolution, every output pixel a sum of its own.
+
+    Args:
+        geometry: strides, padding, input dilation and kernel dilation.
+        x: input.
+        kernel: one row a tap.
+    """
+    dtype = accumulator(x, kernel)
+    kernel_size, spatial = kernel.shape[:-1], x.shape[1:-1]
+    outputs = output_sizes(geometry, spatial, kernel_size)
+    pixels = _pixels(x.astype(dtype))
+    rows = kernel.reshape(math.prod(kernel.shape[:-1]), 1, kernel.shape[-1]).astype(dtype)
+    terms: list[list[Array]] = [[] for _ in range(math.prod(outputs))]
+    for tap, point, out in pairings(geometry, spatial, kernel_size):
+        terms[out].append(pixels[point] * rows[tap])
+    zero = jnp.zeros((x.shape[0], x.shape[-1]), dtype)
+    y = jnp.stack([add_up(t) if t else zero for t in terms] or [zero], axis=1)[:, : len(terms)]
+    return y.reshape(x.shape[0], *outputs, x.shape[-1]).astype(jnp.result_type(x, kernel))
+
+
+def kernel_gradient_per_pixel(
+    geometry: Geometry,
+    x: Float[Array, "b *spatial c"],
+    dy: Float[Array, "b *spatial_out c"],
+    kernel_size: tuple[int, ...],
+) -> Float[Array, "*kernel_size c"]:
+    """Return ``dK[tap, c]``, the sum over batch and pixels of what the tap multiplied times dy."""
+    dtype = accumulator(x, dy)
+    inputs, outputs = _pixels(x.astype(dtype)), _pixels(dy.astype(dtype))
+    terms: list[list[Array]] = [[] for _ in range(math.prod(kernel_size))]
+    for tap, point, out in pairings(geometry, x.shape[1:-1], kernel_size):
+        terms[tap].append(inputs[point] * outputs[out])
+    zero = jnp.zeros((x.shape[0], x.shape[-1]), dtype)
+    stacked = lax.optimization_barrier(jnp.stack([add_up(t) if t else zero for t in terms], axis=1))
+    return stacked.sum(axis=0).reshape(*kernel_size, dy.shape[-1])
+
+
+def _pixels(x: Array) -> list[Array]:
+    flat = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), x.shape[-1])
+    return [lax.index_in_dim(flat, i, 1, keepdims=False) for i in range(flat.shape[1])]
+
+
+def _flat(index: Sequence[int], sizes: Sequence[int]) -> int:
+    flat = 0
+    for i, n in zip(index, sizes, strict=True):
+        flat = flat * n + i
+    return flat
+
+
+_SMALL_MAP = 14 * 14  # points
+_ELEMENTS = {True: 2**23, False: 2**18}  # of small and of other maps, in a pass of kernel_gradient
+_MOST_PRODUCTS = 9 * 128  # written out in one loop: a row of 128 points for nine taps
+
+
+def padded_input(
+    geometry: Geometry, x: Float[Array, "b *spatial c"]
+) -> Float[Array, "b *padded c"]:
+    """Return the padded input, laid out in memory.
+
+    Without the barrier XLA reads the middle tap from the unpadded input and keeps both alive: one
+    more large buffer, and up to twice the time on CPUs.
+    """
+    return lax.optimization_barrier(pad(geometry, x))
+
+
+def sum_of_taps(
+    geometry: Geometry, padded: Float[Array, "b *padded c"], kernel: Float[Array, "*kernel_size c"]
+) -> Float[Array, "b *spatial_out c"]:
+    """Return ``sum over taps of the padded input, shifted, times the tap's row of the kernel``."""
+    dtype = accumulator(padded, kernel)
+    taps = math.prod(kernel.shape[:-1])
+    rows = kernel.reshape(taps, *(1,) * (padded.ndim - 1), kernel.shape[-1]).astype(dtype)
+    points = tap_slices(geometry, padded, kernel.shape[:-1])
+    terms = (p.astype(dtype) * row for p, row in zip(points, rows, strict=True))
+    return add_up(terms).astype(jnp.result_type(padded, kernel))
+
+
+def kernel_gradient(
+    geometry: Geometry,
+    padded: Float[Array, "b *padded c"],
+    dy: Float[Array, "b *spatial_out c"],
+    kernel_size: tuple[int, ...],
+) -> Float[Array, "*kernel_size c"]:
+    """Return ``dK[tap, c] = sum over batch and points of x shifted by the tap times dy``.
+
+    In chunks of the batch that fit the cache, since every tap reads both arrays anew; chunks of
+    small maps are larger, or there is too little to do in each.
+    """
+    per_image = max(math.prod(padded.shape[1:]), math.prod(dy.shape[1:]), 1)
+    batch = dy.shape[0]
+    elements = _ELEMENTS[math.prod(dy.shape[1:-1]) <= _SMALL_MAP]
+    chunk = _largest_divisor(batch, at_most=max(elements // per_image, 2))
+    if chunk == batch:
+        return _chunk_gradient(geometry, padded, dy, kernel_size)
+    chunks = (
+        padded.reshape(-1, chunk, *padded.shape[1:]),
+        dy.reshape(-1, chunk, *dy.shape[1:]),
+    )
+
+    def add(total: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
+        return total + _chunk_gradient(geometry, *pair, kernel_size), None
+
+    zero = jnp.zeros((*kernel_size, dy.shape[-1]), accumulator(padded, dy))
+    return lax.scan(add, zero, chunks)[0]
+
+
+def _chunk_gradient(
+    geometry: Geometry, padded: Array, dy: Array, kernel_size: tuple[int, ...]
+) -> Array:
+    """Sum the products along a row while they are made, the rest in one wide column sum.
+
+    A row that is summed in parts takes two to three times as long. Slices are taken before they are
+    multiplied, or XLA writes the whole product to memory; the barrier keeps it from fusing the two
+    sums, which is several times slower on CPUs.
+    """
+    dtype = accumulator(padded, dy)
+    axis = dy.ndim - 2
+    at_most = max(_MOST_PRODUCTS // math.prod(kernel_size), 1)
+    unrolled = _largest_divisor(dy.shape[axis], at_most=at_most)
+
+    def every(points: Array, start: int) -> Array:
+        return lax.slice_in_dim(points, start, None, unrolled, axis).astype(dtype)
+
+    parts = [every(dy, start) for start in range(unrolled)]
+    sums = [
+        add_up(every(points, start) * part for start, part in enumerate(parts))
+        for points in tap_slices(geometry, padded, kernel_size)
+    ]
+    stacked = lax.optimization_barrier(jnp.stack(sums))
+    rows = math.prod(stacked.shape[1:-1])
+    columns = stacked.reshape(len(sums), rows, dy.shape[-1]).sum(axis=1)
+    return columns.reshape(*kernel_size, dy.shape[-1])
+
+
+def _largest_divisor(n: int, *, at_most: int) -> int:
+    return next(d for d in range(max(min(n, at_most), 1), 0, -1) if n % d == 0)
 
 
 def depthwise_conv(

@@ -1,13 +1,7 @@
-"""Linear functions with a transpose of their own, under every transformation of JAX.
-
-``jax.custom_vjp`` gives a fast backward pass, but no forward mode. Here the tangent of a
-``jax.custom_jvp`` is a call of a linear function, whose transpose (the backward pass) is given.
-``jax.custom_derivatives.linear_call`` means the same, but can neither be vmapped nor differentiated
-by its residuals.
-"""
+"""Linear functions with a transpose of their own, and sums of many terms."""
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +10,18 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
+
+
+def accumulator(*arrays: Array) -> jnp.dtype:
+    """Return the type that products are summed in: half-precision terms in float32."""
+    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+
+
+def add_up(terms: Iterable[Array]) -> Array:
+    """Return the sum of at least one term."""
+    first, *rest = terms
+    return functools.reduce(jnp.add, rest, first)
+
 
 Arrays = tuple[Array, ...]
 # Of settings, residuals and linear inputs.

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from falcon_jax.ops.accumulation import accumulator
-from falcon_jax.ops.linear import linear_call
+from falcon_jax.ops.linear import accumulator, linear_call
 
 Normalized = tuple[Array, Array, Array]
 Types = tuple[Any, Any, Any, Any]  # of y, x, scale and bias

@@ -8,18 +8,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from falcon_jax.manifest import read_json
-from falcon_jax.numeric import is_number, is_whole
-from falcon_jax.paths import user_path
-from falcon_jax.report.formats import (
+from falcon_jax.paths import user_path, write_whole
+from falcon_jax.report.plots import plot_tradeoff
+from falcon_jax.report.table import (
+    Column,
+    Row,
     format_millions,
     format_milliseconds,
     format_percent,
     format_ratio,
+    format_table,
+    write_csv,
+    write_json,
 )
-from falcon_jax.report.plots import plot_tradeoff
-from falcon_jax.report.table import Column, Row, format_table, write_csv, write_json
-from falcon_jax.report.writing import write_whole
+from falcon_jax.settings import is_number, is_whole
+from falcon_jax.storage.directories import read_json
 from falcon_jax.wording import shown
 
 COLUMNS = (

@@ -2,30 +2,101 @@
 
 import contextlib
 import dataclasses
+import itertools
 import os
-from collections.abc import Mapping
+import pathlib
+import re
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from falcon_jax.data.messages import some_of
-from falcon_jax.manifest import array_digest, data_digest
 from falcon_jax.paths import user_path
-from falcon_jax.training.checkpoint_files import (
-    DAMAGED,
-    damaged_steps,
-    seal,
-    set_aside,
-    set_damaged_aside,
-    wait_for_all,
+from falcon_jax.storage.directories import (
+    MANIFEST,
+    array_digest,
+    check_manifest,
+    data_digest,
+    write_manifest,
 )
 from falcon_jax.training.interruption import Stopped
 from falcon_jax.training.network import Arrays
 from falcon_jax.training.step import TrainState
-from falcon_jax.wording import reason
+from falcon_jax.wording import reason, shown, some_of
+
+DAMAGED = "damaged"
+
+
+def set_damaged_aside(directory: pathlib.Path) -> None:
+    """Move checkpoints whose files are not what was saved out of the way, naming them.
+
+    A checkpoint has a manifest unless the run was killed right after saving it. One without is
+    left to `Checkpoints`, which verifies its arrays.
+
+    Args:
+        directory: has a folder for every checkpoint, named by its step.
+    """
+    if jax.process_index() == 0:
+        for folder in step_folders(directory):
+            if (folder / MANIFEST).exists():
+                try:
+                    check_manifest(folder)
+                except (ValueError, OSError) as error:
+                    set_aside(folder, shown(error))
+    wait_for_all(f"checked {directory}")
+
+
+def step_folders(directory: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yield the folders of checkpoints, the newest first."""
+    folders = directory.iterdir() if directory.is_dir() else ()
+    named = [f for f in folders if f.is_dir() and re.fullmatch(r"\d+", f.name)]
+    yield from sorted(named, key=lambda folder: int(folder.name), reverse=True)
+
+
+def set_aside(folder: pathlib.Path, reason: str) -> None:
+    """Move a damaged checkpoint out of the way and say so.
+
+    Args:
+        folder: of the checkpoint.
+        reason: what is wrong with it.
+    """
+    aside = folder.parent.parent / DAMAGED
+    aside.mkdir(parents=True, exist_ok=True)
+    # One of the same step may be there from an earlier time; nothing is deleted.
+    more = (f"{folder.name}.{number}" for number in itertools.count(2))
+    names = itertools.chain([folder.name], more)
+    place = next(aside / name for name in names if not (aside / name).exists())
+    folder.rename(place)
+    print(
+        f"checkpoint {folder} is damaged and not used ({reason.rstrip('.')}); it is now {place}",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def damaged_steps(directory: pathlib.Path) -> set[int]:
+    """Return the steps of the checkpoints that were moved out of the way, now or before."""
+    aside = directory.parent / DAMAGED
+    names = [path.name for path in aside.iterdir()] if aside.is_dir() else []
+    return {int(name.split(".")[0]) for name in names if re.fullmatch(r"\d+(\.\d+)?", name)}
+
+
+def seal(folder: pathlib.Path) -> None:
+    """Write the manifest of a checkpoint that was committed; one that is gone needs none."""
+    if jax.process_index() == 0 and folder.is_dir() and not (folder / MANIFEST).exists():
+        write_manifest(folder)
+
+
+def wait_for_all(name: str) -> None:
+    """Wait until every process of the run is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
 
 _NO_SCORE = -1.0  # below every share and every epoch's number
 

@@ -11,18 +11,14 @@ import numpy as np
 
 from falcon_jax.data.batching import steps_per_epoch, train_batches
 from falcon_jax.training.checkpoints import BestModel, Checkpoints
-from falcon_jax.training.evaluation import evaluate
-from falcon_jax.training.execution import Execution, make_execution
+from falcon_jax.training.devices import check_divides, process_shard, replicate
+from falcon_jax.training.execution import Execution, evaluate, make_execution
 from falcon_jax.training.interruption import Stopped
-from falcon_jax.training.metrics import MetricsLog
+from falcon_jax.training.monitoring import EpochSums, MetricsLog, ProfilerWindow, Progress, Watch
 from falcon_jax.training.network import Arrays, Network
 from falcon_jax.training.optimizers import make_optimizer
-from falcon_jax.training.parallel import check_divides, process_shard, replicate
-from falcon_jax.training.profiler import ProfilerWindow
-from falcon_jax.training.progress import Progress
 from falcon_jax.training.run import Run
 from falcon_jax.training.step import TrainState, init_state, make_eval_step
-from falcon_jax.training.watch import EpochSums, Watch
 
 
 def train(run: Run, network: Network, params: Arrays, statistics: Arrays) -> BestModel:

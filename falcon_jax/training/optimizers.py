@@ -5,7 +5,7 @@ import functools
 import jax.numpy as jnp
 import optax
 
-from falcon_jax.training.settings import TrainSettings
+from falcon_jax.training.run import TrainSettings
 
 
 def make_schedule(settings: TrainSettings, steps_per_epoch: int) -> optax.Schedule:

@@ -12,8 +12,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from falcon_jax.data.augmentation import Augmentation, Part, augment, normalize
+from falcon_jax.training.devices import AXIS, mean_over_replicas, own_rows
 from falcon_jax.training.network import Arrays, Network
-from falcon_jax.training.replicas import AXIS, mean_over_replicas, own_rows
 
 Batch = Mapping[str, Array]
 Metrics = dict[str, Array]

@@ -8,8 +8,8 @@ from flax import nnx
 import falcon_jax as fj
 from tests.compression.linen_networks import Compact
 from tests.compression.networks import Scanned, arrays, conv, images
-from tests.fitting.test_responses import least_squares
 from tests.nn.weights import draw
+from tests.solvers.test_responses import least_squares
 
 EVERYWHERE = 64  # as many positions as an 8 x 8 response has
 

@@ -2,7 +2,7 @@ import pytest
 from flax import nnx
 
 import falcon_jax as fj
-from falcon_jax.compression.rules import first_match
+from falcon_jax.compression.plan import first_match
 from tests.compression.networks import Nested
 
 SPEC = fj.ConvSpec(kernel_size=(3, 3), in_features=4, out_features=8)

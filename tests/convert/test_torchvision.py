@@ -9,7 +9,7 @@ from flax import nnx
 
 import falcon_jax as fj
 from falcon_jax.models import MODELS, ResNet, model_shapes
-from falcon_jax.models.residual import BasicBlock
+from falcon_jax.models.resnet import BasicBlock
 from tests.convert.conftest import assert_close
 
 ARCHS = [name for name in MODELS if not name.endswith("_cifar")]

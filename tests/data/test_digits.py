@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from sklearn import datasets
 
+from falcon_jax.data.dataset import SourceOptions
 from falcon_jax.data.digits import load_digits
-from falcon_jax.data.source import SourceOptions
 
 
 def test_digits_are_scikit_learns():

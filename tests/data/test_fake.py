@@ -1,7 +1,7 @@
 import numpy as np
 
+from falcon_jax.data.dataset import SourceOptions
 from falcon_jax.data.fake import load_fake, make_fake
-from falcon_jax.data.source import SourceOptions
 
 
 def test_same_seed_same_images():

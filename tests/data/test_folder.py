@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from falcon_jax.data.fake_folder import make_image_folder
+from falcon_jax.data.fake import make_image_folder
 from falcon_jax.data.loading import load_dataset
 from falcon_jax.data.streamed import StreamedSplit
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from falcon_jax.data.dataset import SourceOptions
 from falcon_jax.data.idx import FASHION_MNIST_DIRECTORY, load_idx, read_idx
-from falcon_jax.data.source import SourceOptions
 
 IMAGES = {"train": "train-images-idx3-ubyte", "test": "t10k-images-idx3-ubyte"}
 LABELS = {"train": "train-labels-idx1-ubyte", "test": "t10k-labels-idx1-ubyte"}

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 
 from falcon_jax.data import loading
-from falcon_jax.data.dataset import Split
+from falcon_jax.data.dataset import SourceSplits, Split
 from falcon_jax.data.fake import make_fake
 from falcon_jax.data.loading import load_dataset
-from falcon_jax.data.source import SourceSplits
 
 
 def test_digits_ready_for_training():

@@ -4,7 +4,7 @@ import time
 import pytest
 import tensorflow_datasets as tfds
 
-from falcon_jax.data.prepare import prepare
+from falcon_jax.data.tfds import prepare
 from tests.data import tiny_tfds
 
 

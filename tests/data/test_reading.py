@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from falcon_jax.data.batching import eval_batches, train_batches
-from falcon_jax.data.fake_folder import make_image_folder
+from falcon_jax.data.fake import make_image_folder
 from falcon_jax.data.loading import load_dataset
 
 

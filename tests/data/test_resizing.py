@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from falcon_jax.data.resizing import resize_images
+from falcon_jax.data.decoding import resize_images
 
 
 def random_images(n, h, w, c, seed=0):

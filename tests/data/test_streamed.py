@@ -6,7 +6,7 @@ from PIL import Image
 
 from falcon_jax.data.batching import eval_batches, train_batches
 from falcon_jax.data.dataset import Split
-from falcon_jax.data.fake_folder import make_image_folder
+from falcon_jax.data.fake import make_image_folder
 from falcon_jax.data.loading import load_dataset
 from falcon_jax.data.streamed import StreamedSplit, StreamSettings
 

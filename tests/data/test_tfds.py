@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from falcon_jax.data.source import SourceOptions
+from falcon_jax.data.dataset import SourceOptions
 from falcon_jax.data.tfds import load_tfds, prepare_command, prepared_directory, tfds_directory
 from tests.data import tiny_tfds
 

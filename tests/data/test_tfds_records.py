@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from falcon_jax.data import tfds_records
+from falcon_jax.data import tfds as tfds_records
 from falcon_jax.data.loading import load_dataset
 from falcon_jax.data.streamed import StreamedSplit
 from tests.data import tiny_tfds

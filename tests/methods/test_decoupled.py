@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import falcon_jax as fj
-from falcon_jax.fitting.energy import mean_kept_energy
+from falcon_jax.solvers.rank_selection import mean_kept_energy
 from tests.nn.weights import draw
 
 SPEC = fj.ConvSpec(kernel_size=(3, 3), in_features=6, out_features=8, use_bias=False)

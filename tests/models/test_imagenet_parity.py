@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from falcon_jax.models import MODELS, model_shapes
-from falcon_jax.models.vgg_imagenet import adaptive_average_pool
+from falcon_jax.models.vgg import adaptive_average_pool
 
 torch = pytest.importorskip("torch")
 

@@ -8,7 +8,7 @@ from flax import nnx
 
 import falcon_jax as fj
 from falcon_jax.models import branch_unit, channel_shuffle, gdg_unit, pdp_split_unit, pdp_unit
-from falcon_jax.models.convolutions import depthwise_3x3, pointwise
+from falcon_jax.models.units import depthwise_3x3, pointwise
 
 torch = pytest.importorskip("torch")
 

@@ -1,6 +1,6 @@
 import pytest
 
-from falcon_jax.report.formats import (
+from falcon_jax.report.table import (
     format_millions,
     format_milliseconds,
     format_percent,

@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from falcon_jax.report.labels import Box, overlaps, place_labels
+from falcon_jax.report.plots import Box, overlaps, place_labels
 
 AREA = Box(0.0, 0.0, 400.0, 300.0)
 

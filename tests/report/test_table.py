@@ -5,8 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from falcon_jax.report.formats import format_millions, format_percent
-from falcon_jax.report.table import Column, format_table, markdown_table, write_csv, write_json
+from falcon_jax.report.table import (
+    Column,
+    format_millions,
+    format_percent,
+    format_table,
+    markdown_table,
+    write_csv,
+    write_json,
+)
 
 COLUMNS = (
     Column(name="method", header="Method"),

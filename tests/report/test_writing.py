@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from falcon_jax.report.writing import write_whole
+from falcon_jax.paths import write_whole
 
 
 def test_writes_and_replaces(tmp_path):

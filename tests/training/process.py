@@ -9,7 +9,7 @@ import numpy as np
 
 from falcon_jax.data.augmentation import Augmentation
 from falcon_jax.training import loop
-from falcon_jax.training.distributed import Peers, start_distributed
+from falcon_jax.training.devices import Peers, start_distributed
 from falcon_jax.training.interruption import STOPPED, Interruption, Stopped
 from falcon_jax.training.network import Network
 from tests.training.tiny import Tiny, tiny_run

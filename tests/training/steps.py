@@ -5,11 +5,11 @@ import numpy as np
 
 from falcon_jax.data.augmentation import Augmentation
 from falcon_jax.data.batching import train_batches
+from falcon_jax.training.devices import replicate
 from falcon_jax.training.execution import ParallelSettings, make_execution
 from falcon_jax.training.network import Network
 from falcon_jax.training.optimizers import make_optimizer
-from falcon_jax.training.parallel import replicate
-from falcon_jax.training.settings import TrainSettings
+from falcon_jax.training.run import TrainSettings
 from falcon_jax.training.step import Preprocessing, init_state
 from tests.training.tiny import Tiny, tiny_dataset
 

@@ -9,8 +9,8 @@ import optax
 import pytest
 
 from falcon_jax.training.checkpoints import Checkpoints
+from falcon_jax.training.devices import data_mesh, replicate
 from falcon_jax.training.interruption import Stopped
-from falcon_jax.training.parallel import data_mesh, replicate
 from falcon_jax.training.step import TrainState, init_state
 
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)

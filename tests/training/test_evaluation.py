@@ -4,9 +4,9 @@ import pytest
 from flax import nnx
 
 from falcon_jax.data.dataset import Split
-from falcon_jax.training.evaluation import evaluate
+from falcon_jax.training.devices import data_mesh
+from falcon_jax.training.execution import evaluate
 from falcon_jax.training.network import Network
-from falcon_jax.training.parallel import data_mesh
 from falcon_jax.training.step import Preprocessing, make_eval_step
 from tests.training.tiny import Tiny, tiny_dataset
 

@@ -9,9 +9,9 @@ from falcon_jax.data.augmentation import Augmentation
 from falcon_jax.training import loop
 from falcon_jax.training.checkpoints import Checkpoints
 from falcon_jax.training.loop import train
-from falcon_jax.training.metrics import MetricsLog
+from falcon_jax.training.monitoring import MetricsLog
 from falcon_jax.training.network import Network
-from falcon_jax.training.settings import LogSettings
+from falcon_jax.training.run import LogSettings
 from tests.training.tiny import Tiny, tiny_dataset, tiny_run
 
 VARIED = Augmentation(crop_padding=1, flip=True)

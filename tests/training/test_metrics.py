@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from falcon_jax.training.metrics import MetricsLog
+from falcon_jax.training.monitoring import MetricsLog
 
 
 def lines(folder):

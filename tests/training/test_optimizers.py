@@ -4,7 +4,7 @@ import optax
 import pytest
 
 from falcon_jax.training.optimizers import make_optimizer, make_schedule
-from falcon_jax.training.settings import TrainSettings
+from falcon_jax.training.run import TrainSettings
 
 
 def rates(steps_per_epoch, at, **settings):

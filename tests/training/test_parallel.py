@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from falcon_jax.training.parallel import (
+from falcon_jax.training.devices import (
     check_divides,
     data_mesh,
     replicate,

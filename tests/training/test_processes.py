@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from falcon_jax.training.distributed import Peers, launched, start_distributed
+from falcon_jax.training.devices import Peers, launched, start_distributed
 from falcon_jax.training.interruption import STOPPED, Interruption, Stopped
 from falcon_jax.training.loop import train
 from falcon_jax.training.network import Network

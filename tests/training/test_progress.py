@@ -1,6 +1,6 @@
 import sys
 
-from falcon_jax.training.progress import Progress
+from falcon_jax.training.monitoring import Progress
 
 
 def run(**options):

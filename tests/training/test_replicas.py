@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from falcon_jax.data.batching import train_batches
+from falcon_jax.training.devices import data_mesh
 from falcon_jax.training.network import Network
-from falcon_jax.training.parallel import data_mesh
 from falcon_jax.training.step import cross_entropy
 from tests.training.steps import PLAIN, assert_same, four_steps, one_device
 from tests.training.tiny import Tiny, Touchy, tiny_dataset

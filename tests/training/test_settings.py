@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from falcon_jax.training.settings import TrainSettings, defaults
+from falcon_jax.training.run import TrainSettings, defaults
 
 
 @pytest.mark.parametrize(

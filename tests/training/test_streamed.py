@@ -4,11 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from falcon_jax.data.fake_folder import make_image_folder
+from falcon_jax.data.fake import make_image_folder
 from falcon_jax.data.loading import load_dataset
 from falcon_jax.training import loop
 from falcon_jax.training.config import check_config, default_config
-from falcon_jax.training.evaluation import evaluate
+from falcon_jax.training.execution import evaluate
 from falcon_jax.training.experiment import begin, run_experiment
 from falcon_jax.training.loop import train
 from falcon_jax.training.network import Network

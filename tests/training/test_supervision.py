@@ -9,8 +9,8 @@ import threading
 
 import pytest
 
-from falcon_jax.training.distributed import Peers, start_distributed
-from falcon_jax.training.supervision import LOST, watch
+from falcon_jax.training.devices import Peers, start_distributed
+from falcon_jax.training.interruption import LOST, watch
 
 JOIN = "import os, socket; os.write(int(os.environ['FALCON_JAX_WATCHED']), b'j')\n"
 STACK = r"""
@@ -71,7 +71,7 @@ def test_signals_are_handed_on(capsys):
 
 LEAVE = """
 import threading
-from falcon_jax.training.supervision import leave
+from falcon_jax.training.interruption import leave
 threading.Thread(target=threading.Event().wait).start()
 print("said")
 leave(3)

@@ -11,7 +11,9 @@ import pytest
 
 from falcon_jax.data.augmentation import Augmentation
 from falcon_jax.data.batching import train_batches
-from falcon_jax.training import evaluation, loop, watch
+from falcon_jax.training import execution as evaluation
+from falcon_jax.training import loop
+from falcon_jax.training import monitoring as watch
 from falcon_jax.training.interruption import Interruption, Stopped
 from falcon_jax.training.network import Network
 from tests.training.test_loop import assert_equal, latest, started, untimed

@@ -3,8 +3,7 @@ import json
 import pytest
 
 import falcon_jax as fj
-from falcon_jax.training.config import check_config, default_config
-from falcon_jax.training.variants import chosen_variants
+from falcon_jax.training.config import check_config, chosen_variants, default_config
 
 
 def checked(variants, only="", rules=()):

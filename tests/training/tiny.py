@@ -6,10 +6,9 @@ from flax import nnx
 
 from falcon_jax.data.dataset import Dataset, channel_statistics, hold_out
 from falcon_jax.data.fake import make_fake
+from falcon_jax.training.devices import data_mesh
 from falcon_jax.training.interruption import Interruption
-from falcon_jax.training.parallel import data_mesh
-from falcon_jax.training.run import LogSettings, Run
-from falcon_jax.training.settings import TrainSettings
+from falcon_jax.training.run import LogSettings, Run, TrainSettings
 from falcon_jax.training.step import Preprocessing
 
 QUIET = LogSettings(tensorboard=False, progress=False)

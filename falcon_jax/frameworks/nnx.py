@@ -1,0 +1,546 @@
+"""NNX models: their modules and variables by path, their layers, and copies with some replaced."""
+
+import copy
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+
+from falcon_jax.frameworks.layers import Inputs, Layer, counted, spec_or_sizes, traced_jaxpr
+from falcon_jax.frameworks.tracing import Trace, inside_layer, mark_kernel, mark_output, read_trace
+from falcon_jax.nn.method_conv import MethodConv, conv_obstacle, conv_spec
+from falcon_jax.ops.geometry import ConvSpec
+
+Visit = Callable[[str, nnx.Module], nnx.Module | None]
+
+_ATOMS = (type(None), str, bytes, bool, int, float, complex, type)
+
+
+def named_modules(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
+    """Yield every module with its path, once, parents first.
+
+    Those in containers, partials, dataclasses and whatever else JAX takes for a tree, too. The
+    order is that of definition. A module used in several places has the first of its paths in the
+    alphabet, which a copy of the model cannot change.
+    """
+    return _first_visits(model, nnx.Module)
+
+
+def named_variables(model: nnx.Module) -> Iterator[tuple[str, nnx.Variable]]:
+    """Yield every variable with its path, once, as `named_modules` has modules."""
+    return _first_visits(model, nnx.Variable)
+
+
+def _first_visits(model: nnx.Module, kind: type[Any]) -> Iterator[tuple[str, Any]]:
+    paths = {id(value): path for path, value in _visited(model, kind, alphabetically=True)}
+    for _, value in _visited(model, kind, alphabetically=False):
+        yield paths[id(value)], value
+
+
+def _visited(
+    model: nnx.Module, kind: type[Any], *, alphabetically: bool
+) -> Iterator[tuple[str, Any]]:
+    seen: set[int] = set()
+
+    def walk(value: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, (nnx.Pytree, nnx.Variable)):
+            if id(value) in seen:
+                return
+            seen.add(id(value))
+        if isinstance(value, kind):
+            yield "/".join(path), value
+        if kind is nnx.Module and is_leaf(value):
+            return
+        children = _children(value)
+        if alphabetically:
+            children = iter(sorted(children, key=lambda child: child[0]))
+        for name, child in children:
+            yield from walk(child, (*path, name))
+
+    yield from walk(model, ())
+
+
+def held_variables(module: nnx.Module) -> list[nnx.Variable]:
+    """Return the variables of a module that are not those of a module in it; all of a layer."""
+    found: dict[int, nnx.Variable] = {}
+
+    def walk(value: Any) -> None:
+        for _, child in _children(value):
+            if isinstance(child, nnx.Variable):
+                found[id(child)] = child
+            elif is_leaf(module) or not isinstance(child, nnx.Module):
+                walk(child)
+
+    walk(module)
+    return list(found.values())
+
+
+def arrays(model: nnx.Module) -> dict[str, Any]:
+    """Return the arrays by path, all but random keys and the counts of their streams.
+
+    Raises:
+        ValueError: if two have one path, or the model has some that cannot be seen.
+    """
+    check_seen(model)
+    named: dict[str, Any] = {}
+
+    def note(path: str, value: Any) -> Any:
+        if path in named:
+            raise ValueError(
+                f"two arrays of the model are at {path!r}; rename one, so that each has a path."
+            )
+        named[path] = value
+        return value
+
+    _map_arrays(note, model)
+    return named
+
+
+def with_arrays(model: nnx.Module, named: Mapping[str, Any]) -> nnx.Module:
+    """Return a copy of a model with other arrays, by path as `arrays` has them."""
+    new = clone(model)
+
+    def replaced(path: str, value: Any) -> Any:
+        array = named[path]
+        return np.asarray(array) if isinstance(value, np.ndarray) else array
+
+    _map_arrays(replaced, new)
+    return new
+
+
+def _map_arrays(function: Callable[[str, Any], Any], model: nnx.Module) -> None:
+    """Put what a function of path and array returns in the place of every array of a model."""
+    seen: set[int] = set()
+
+    def walk(value: Any, path: tuple[str, ...]) -> Any:
+        if isinstance(value, nnx.RngState) or _is_key(value):
+            return value
+        if _is_array(value):
+            return function("/".join(path), value)
+        if isinstance(value, (nnx.Pytree, nnx.Variable)):
+            if id(value) in seen:
+                return value
+            seen.add(id(value))
+        if isinstance(value, nnx.Variable):
+            old = value.get_raw_value()
+            held = jnp.asarray(old) if isinstance(old, (bool, int, float, complex)) else old
+            if (new := walk(held, path)) is not held:
+                value.set_raw_value(new)
+            return value
+        children = sorted(_children(value), key=lambda child: child[0])
+        return _with_children(value, {name: walk(child, (*path, name)) for name, child in children})
+
+    walk(model, ())
+
+
+def check_seen(model: nnx.Module) -> None:
+    """Raise if Flax sees arrays of a model where this module does not look.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    seen = {id(value) for _, value in _visited(model, object, alphabetically=False)}
+    for path, value in nnx.iter_graph(model):
+        if (isinstance(value, nnx.Variable) or _is_array(value)) and id(value) not in seen:
+            raise ValueError(
+                f"the model holds an array at {'/'.join(map(str, path))!r}, in an object that is "
+                "neither a module nor a container of JAX, so that it would be lost; hold it in an "
+                "nnx.Module, a list, a dict or a registered dataclass."
+            )
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
+
+
+def _is_key(value: Any) -> bool:
+    if isinstance(value, nnx.Variable):
+        value = value.get_raw_value()
+    return _is_array(value) and jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
+
+
+def is_leaf(value: Any) -> bool:
+    """Return whether something is a layer, whose own modules do not matter."""
+    return isinstance(value, (nnx.Conv, nnx.ConvTranspose, nnx.Linear, MethodConv))
+
+
+def clone(model: nnx.Module) -> nnx.Module:
+    """Return a copy of a model; arrays are shared with it, variables are not."""
+    return map_modules(lambda path, module: None, model)
+
+
+def in_evaluation(model: nnx.Module) -> nnx.Module:
+    """Return a copy of a model in evaluation mode, its modules in partials and dataclasses, too."""
+    new = clone(model)
+    for _, module in named_modules(new):
+        module.eval()
+    return new
+
+
+def map_modules(visit: Visit, model: nnx.Module) -> nnx.Module:
+    """Return a copy of a model in which some modules are replaced.
+
+    Args:
+        visit: gets path (as `named_modules` has it) and module of the copy; returns what replaces
+            it, or None.
+        model: it is not changed. Arrays are shared with the copy, variables are not.
+
+    Returns:
+        The copy. A module used in several places is replaced by one module.
+    """
+    copied = nnx.clone(model)
+    clones = _Clones(model, copied)
+    done: dict[int, Any] = {}
+
+    def walk(value: Any) -> Any:
+        value = clones.of(value)
+        if not isinstance(value, nnx.Pytree):
+            return _with_children(value, {n: walk(child) for n, child in _children(value)})
+        if id(value) not in done:
+            done[id(value)] = value
+            new = None
+            if isinstance(value, nnx.Module):
+                new = visit(clones.paths[id(value)], value)
+            if new is not None:
+                done[id(value)] = new
+            elif not is_leaf(value):
+                _with_children(value, {n: walk(child) for n, child in list(_children(value))})
+        return done[id(value)]
+
+    return walk(copied)
+
+
+class _Clones:
+    """The modules of a copy: their paths, and which module of the original each is a clone of."""
+
+    def __init__(self, model: nnx.Module, copied: nnx.Module):
+        self.paths: dict[int, str] = {}
+        self._names = {id(module): path for path, module in named_modules(model)}
+        self._clones: dict[int, Any] = {}
+        self._pair(model, copied)
+
+    def _pair(self, old: Any, new: Any) -> None:
+        if old is new:  # where NNX does not look
+            return
+        if isinstance(old, nnx.Pytree):
+            if id(old) in self._clones:
+                return
+            self._clones[id(old)] = new
+            if isinstance(old, nnx.Module):
+                self.paths[id(new)] = self._names[id(old)]
+            if is_leaf(old):
+                return
+        children = dict(_children(new))
+        for name, child in _children(old):
+            self._pair(child, children[name])
+
+    def of(self, value: Any) -> Any:
+        """Return what a copy holds with clones in place of modules of the original.
+
+        NNX does not look into partials and plain dataclasses: a clone of a model shares what they
+        hold.
+        """
+        if isinstance(value, nnx.Module) and id(value) in self._names:
+            if id(value) not in self._clones:
+                self._pair(value, nnx.clone(value))
+            return self._clones[id(value)]
+        if isinstance(value, (nnx.Pytree, nnx.Variable)):
+            return value
+        return _with_children(value, {name: self.of(child) for name, child in _children(value)})
+
+
+def _children(value: Any) -> Iterator[tuple[str, Any]]:
+    for name, child in _items(value):
+        if not isinstance(child, _ATOMS):
+            yield name, child
+
+
+def _items(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, nnx.Variable) or _is_array(value):
+        return
+    if isinstance(value, nnx.Pytree):
+        yield from ((k, v) for k, v in vars(value).items() if not k.startswith("_pytree__"))
+    elif isinstance(value, dict):
+        yield from ((str(k), v) for k, v in value.items())
+    elif isinstance(value, (list, tuple)):
+        yield from ((str(i), v) for i, v in enumerate(value))
+    elif isinstance(value, functools.partial):
+        yield from [("func", value.func), ("args", value.args), ("keywords", value.keywords)]
+    elif _is_tree(value):
+        for (key,), child in _one_level(value)[0]:
+            yield jax.tree_util.keystr((key,), simple=True), child
+    elif dataclasses.is_dataclass(value):
+        yield from vars(value).items() if hasattr(value, "__dict__") else ()
+
+
+def _is_tree(value: Any) -> bool:
+    return not jax.tree_util.all_leaves([value])
+
+
+def _one_level(value: Any) -> tuple[list[tuple[Any, Any]], Any]:
+    return jax.tree_util.tree_flatten_with_path(value, is_leaf=lambda child: child is not value)
+
+
+def _with_children(value: Any, children: Mapping[str, Any]) -> Any:
+    """Return what holds other children: a module itself, changed, and a new container."""
+    old = dict(_children(value))
+    changed = {name: child for name, child in children.items() if child is not old[name]}
+    if isinstance(value, nnx.Pytree):
+        for name, child in changed.items():
+            setattr(value, name, child)
+        return value
+    if not changed:
+        return value
+    if isinstance(value, dict):
+        return type(value)({k: changed.get(str(k), v) for k, v in value.items()})
+    if isinstance(value, functools.partial):
+        return type(value)(
+            changed.get("func", value.func),
+            *changed.get("args", value.args),
+            **changed.get("keywords", value.keywords),
+        )
+    if isinstance(value, (list, tuple)):
+        items = [changed.get(str(i), v) for i, v in enumerate(value)]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if _is_tree(value):
+        items = [changed.get(name, child) for name, child in _items(value)]
+        return jax.tree.unflatten(_one_level(value)[1], items)
+    new = copy.copy(value)
+    for name, child in changed.items():
+        object.__setattr__(new, name, child)
+    return new
+
+
+_GENERAL = (nnx.LinearGeneral, nnx.Einsum)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModuleCall:
+    """A module's call but for its first argument; called with that, it gives the output.
+
+    Attributes:
+        module: in a copy of the model.
+        cls: its class in the model.
+        args: further positional arguments.
+        kwargs: further keyword arguments.
+    """
+
+    module: Any
+    cls: type[nnx.Module]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def __call__(self, x: Any) -> Any:
+        """Return the output for an input."""
+        return self.cls.__call__(self.module, x, *self.args, **self.kwargs)  # type: ignore[operator]
+
+
+def find_layers(model: nnx.Module, inputs: Inputs | None = None) -> list[Layer]:
+    """Return the layers of a model, in the order of use if traced, else of definition.
+
+    Args:
+        model: any NNX model; it is not changed.
+        inputs: what it is called with, or None: then the layers have no calls.
+
+    Returns:
+        Convolutions of every kind, fully connected layers, and under kind ``other`` the modules
+        that hold further parameters. Modules used in several places appear once.
+    """
+    modules = list(named_modules(model))
+    normalised = {
+        id(child)
+        for _, module in modules
+        if isinstance(module, (nnx.WeightNorm, nnx.SpectralNorm))
+        for _, child in named_modules(module)
+    }
+    holders: dict[int, list[str]] = {}
+    for path, module in modules:
+        for variable in held_variables(module):
+            holders.setdefault(id(variable), []).append(path)
+    layers = []
+    for path, module in modules:
+        layer = _describe(path, module)
+        if layer is None:
+            continue
+        if type(module) is nnx.Conv and layer.obstacle is None:
+            others = [p for p in holders.get(id(module.kernel), ()) if p != path]
+            if id(module) in normalised:
+                layer = dataclasses.replace(layer, obstacle="kernel normalised anew in every call")
+            elif others:
+                shared = f"kernel shared with {others[0] or 'the model itself'!r}"
+                layer = dataclasses.replace(layer, obstacle=shared)
+        layers.append(layer)
+    if inputs is None:
+        return layers
+    trace = _trace(model, inputs)
+    layers = [
+        dataclasses.replace(layer, obstacle=layer.obstacle or trace.kernels.get(layer.path) or None)
+        for layer in layers
+    ]
+    order = {path: index for index, path in enumerate(trace.calls)}
+    layers.sort(key=lambda layer: order.get(layer.path, len(order)))
+    sizes = {
+        path: math.prod(variable.shape)
+        for path, variable in named_variables(model)
+        if isinstance(variable, nnx.Param)
+    }
+    return counted(layers, trace, sizes)
+
+
+def kernels(model: nnx.Module) -> dict[str, Any]:
+    """Return the kernels of the convolutions, or their shapes, by path."""
+    return {
+        path: module.kernel.get_value()
+        for path, module in named_modules(model)
+        if isinstance(module, nnx.Conv) and not isinstance(module, MethodConv)
+    }
+
+
+def _describe(path: str, module: nnx.Module) -> Layer | None:
+    params = sum(
+        math.prod(leaf.shape)
+        for leaf in jax.tree.leaves(nnx.state(module, nnx.Param))
+        if hasattr(leaf, "shape")
+    )
+    if isinstance(module, MethodConv):
+        return Layer(
+            path=path,
+            kind="conv",
+            params=params,
+            spec=module.spec,
+            obstacle=f"compressed already by {module.method}",
+            method=module.method,
+        )
+    if isinstance(module, nnx.Conv):
+        spec, reason = spec_or_sizes(
+            lambda: conv_spec(module),
+            kernel_size=module.kernel_size,
+            in_features=module.in_features,
+            out_features=module.out_features,
+            feature_group_count=module.feature_group_count,
+            use_bias=module.bias is not None,
+        )
+        obstacle = conv_obstacle(module) or reason
+        if type(module) is not nnx.Conv:
+            obstacle = f"{type(module).__name__} is a subclass of nnx.Conv and may act otherwise"
+        shape = module.kernel.shape
+        stack = shape[: len(shape) - len(spec.kernel_shape)]
+        if shape[len(stack) :] != spec.kernel_shape:
+            obstacle = obstacle or "stacked along an axis other than the first"
+        return Layer(
+            path=path, kind="conv", params=params, spec=spec, obstacle=obstacle, stack=stack
+        )
+    if isinstance(module, nnx.ConvTranspose):
+        spec = ConvSpec(
+            kernel_size=module.kernel_size,
+            in_features=module.in_features,
+            out_features=module.out_features,
+            use_bias=module.bias is not None,
+        )
+        return Layer(
+            path=path,
+            kind="conv_transpose",
+            params=params,
+            spec=spec,
+            obstacle="transposed convolution",
+        )
+    if isinstance(module, nnx.Linear):
+        shape = (module.in_features, module.out_features, module.bias is not None)
+        return Layer(path=path, kind="linear", params=params, linear_shape=shape)
+    if isinstance(module, _GENERAL):
+        return Layer(path=path, kind="linear", params=params, adds_bias=module.bias is not None)
+    own = sum(math.prod(v.shape) for v in held_variables(module) if isinstance(v, nnx.Param))
+    return Layer(path=path, kind="other", params=own) if own else None
+
+
+def _trace(model: nnx.Module, inputs: Inputs) -> Trace:
+    def marked(path: str, layer: ModuleCall, x: Any) -> Any:
+        if isinstance(layer.module, nnx.Conv) and not isinstance(layer.module, MethodConv):
+            mark_kernel(path, layer.module.kernel[...], f"{path}/kernel".lstrip("/"))
+        with inside_layer(path):
+            y = layer(x)
+        return mark_output(path, y, x.shape)
+
+    jaxpr = jaxpr_through(
+        model, inputs, lambda module: is_leaf(module) or isinstance(module, _GENERAL), marked
+    )
+    return read_trace(jaxpr, _param_names(model))
+
+
+def _param_names(model: nnx.Module) -> list[str | None]:
+    """Return the path of every parameter, None for other arrays, as a jaxpr's inputs go."""
+    params = {path for path, v in named_variables(model) if isinstance(v, nnx.Param)}
+    return [path if path in params else None for path in sorted(arrays(model))]
+
+
+def jaxpr_through(
+    model: nnx.Module,
+    inputs: Inputs,
+    chosen: Callable[[nnx.Module], bool],
+    around: Callable[[str, ModuleCall, Any], Any],
+) -> Any:
+    """Return the jaxpr of a model's call in evaluation mode, with a function around some modules.
+
+    Args:
+        model: it is not changed.
+        inputs: what it is called with.
+        chosen: says whether ``around`` goes around a module.
+        around: gets path, the module's call and its input; returns its output.
+
+    Raises:
+        ValueError: if the model cannot be called on the inputs.
+    """
+    wrapped = with_calls_wrapped(model, chosen, around)
+
+    def forward(named: dict[str, Array], given: list[Array]) -> Any:
+        called = with_arrays(wrapped, named)
+        y = inputs.with_arrays(given).call(called)  # type: ignore[arg-type]
+        others = [v for v in named_variables(called) if not isinstance(v[1], nnx.Param)]
+        # What the model keeps for later is used, too.
+        kept = [v.get_value() for path, v in others if v.get_value() is not named.get(path)]
+        return y, kept
+
+    try:
+        return traced_jaxpr(forward, arrays(wrapped), inputs.shapes.arrays)
+    except (TypeError, ValueError) as error:
+        raise inputs.refused_by(model, error) from error
+
+
+def with_calls_wrapped(
+    model: nnx.Module,
+    chosen: Callable[[nnx.Module], bool],
+    around: Callable[[str, ModuleCall, Any], Any],
+) -> nnx.Module:
+    """Return a copy of a model in evaluation mode with a function around some modules.
+
+    Args:
+        model: it is not changed.
+        chosen: says whether ``around`` goes around a module.
+        around: gets path, the module's call and its input; returns its output.
+    """
+
+    def replace_call(path: str, module: nnx.Module) -> None:
+        if chosen(module):
+            module.__class__ = _wrapped(type(module), functools.partial(around, path))
+
+    return in_evaluation(map_modules(replace_call, model))
+
+
+def _wrapped(cls: type[nnx.Module], around: Callable[..., Any]) -> Any:
+    """Return a subclass with a function around its call; only a copy's modules get it."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if args:
+            x, args = args[0], args[1:]
+        else:
+            x = kwargs.pop(next(name for name in ("inputs", "x", *kwargs) if name in kwargs))
+        return around(ModuleCall(module=self, cls=cls, args=args, kwargs=kwargs), x)
+
+    return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})

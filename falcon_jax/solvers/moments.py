@@ -1,0 +1,202 @@
+"""Second moments of what a convolution gets and what it should answer: all that a fit needs.
+
+A least-squares fit of a layer sees its data through a few matrices only. They are added up batch
+by batch, so that the memory does not grow with the data.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from falcon_jax.ops.geometry import ConvSpec, pad, pad_boundary, padding_pairs, tap_slices
+
+CHUNK = 1 << 24  # floats of patches at a time: 64 MB
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("count", "input_mean", "target_mean", "second", "cross", "variance"),
+    meta_fields=(),
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Moments:
+    """Moments of patches ``x`` (taps first, then channels, as in Flax) and targets ``y``.
+
+    Per group of channels; centred, and divided by the number of points:
+    ``second = E (x - E x) (x - E x)^T``, ``cross = E (x - E x) (y - E y)``.
+
+    Attributes:
+        count: points seen (or the sum of their weights).
+        input_mean: of the patches.
+        target_mean: of the targets.
+        second: covariance of the patches.
+        cross: covariance of patches and targets.
+        variance: of the targets.
+    """
+
+    count: Float[Array, ""]
+    input_mean: Float[Array, "groups inputs"]
+    target_mean: Float[Array, "groups outputs"]
+    second: Float[Array, "groups inputs inputs"]
+    cross: Float[Array, "groups inputs outputs"]
+    variance: Float[Array, "groups outputs"]
+
+    @classmethod
+    def zeros(cls, spec: ConvSpec) -> "Moments":
+        """Return the moments of no points."""
+        groups = spec.feature_group_count
+        inputs, outputs = spec.taps * spec.group_in_features, spec.out_features // groups
+        return cls(
+            count=jnp.zeros(()),
+            input_mean=jnp.zeros((groups, inputs)),
+            target_mean=jnp.zeros((groups, outputs)),
+            second=jnp.zeros((groups, inputs, inputs)),
+            cross=jnp.zeros((groups, inputs, outputs)),
+            variance=jnp.zeros((groups, outputs)),
+        )
+
+    def merge(self, other: "Moments") -> "Moments":
+        """Return the moments of the points of both.
+
+        Reference:
+            Chan, Golub, LeVeque: Updating Formulae and a Pairwise Algorithm for Computing Sample
+            Variances, 1979.
+        """
+        count = self.count + other.count
+        share = jnp.where(count > 0, other.count / jnp.where(count > 0, count, 1), 0)
+        dx = other.input_mean - self.input_mean
+        dy = other.target_mean - self.target_mean
+        spread = share * (1 - share)
+
+        def mixed(a: Array, b: Array) -> Array:
+            return a + share * (b - a)
+
+        return Moments(
+            count=count,
+            input_mean=mixed(self.input_mean, other.input_mean),
+            target_mean=mixed(self.target_mean, other.target_mean),
+            second=mixed(self.second, other.second) + spread * dx[:, :, None] * dx[:, None],
+            cross=mixed(self.cross, other.cross) + spread * dx[:, :, None] * dy[:, None],
+            variance=mixed(self.variance, other.variance) + spread * dy * dy,
+        )
+
+    def about_zero(self) -> "Moments":
+        """Return the moments about 0, which a layer without a bias is fitted to."""
+        x, y = self.input_mean, self.target_mean
+        return Moments(
+            count=self.count,
+            input_mean=jnp.zeros_like(x),
+            target_mean=jnp.zeros_like(y),
+            second=self.second + x[:, :, None] * x[:, None],
+            cross=self.cross + x[:, :, None] * y[:, None],
+            variance=self.variance + y * y,
+        )
+
+
+def update_moments(
+    moments: Moments,
+    x: Float[Array, "b *spatial m"],
+    y: Float[Array, "b *spatial_out n"],
+    spec: ConvSpec,
+    *,
+    weights: Float[Array, "b *spatial_out"] | None = None,
+    points: int | None = None,
+    key: PRNGKeyArray | None = None,
+) -> Moments:
+    """Return the moments with those of a batch added.
+
+    Args:
+        moments: of the batches before.
+        x: what the layer gets.
+        y: what it should answer.
+        spec: the convolution.
+        weights: of the output points, 0 or more; all count the same if None.
+        points: of each example's output, so many are looked at, at random; all if None.
+        key: for the choice.
+
+    Returns:
+        Moments; the patches of a few examples at a time are in memory.
+    """
+    total = math.prod(y.shape[1:-1])
+    seen = total if points is None else min(points, total)
+    inputs = spec.taps * spec.in_features
+    examples = max(1, CHUNK // max(1, seen * inputs))
+    if seen < total and key is None:
+        raise ValueError("sampling points needs a key, e.g. key=jax.random.key(0).")
+    for start in range(0, x.shape[0], examples):
+        part = slice(start, start + examples)
+        some = None
+        if seen < total:
+            assert key is not None
+            scores = jax.random.uniform(jax.random.fold_in(key, start), (x[part].shape[0], total))
+            some = lax.top_k(scores, seen)[1]
+        weight = None if weights is None else jnp.asarray(weights[part])
+        moments = _updated(moments, x[part], y[part], weight, some, spec=spec)
+    return moments
+
+
+@functools.partial(jax.jit, static_argnames="spec", donate_argnums=0)
+def _updated(
+    moments: Moments,
+    x: Array,
+    y: Array,
+    weights: Array | None,
+    chosen: Array | None,
+    *,
+    spec: ConvSpec,
+) -> Moments:
+    groups = spec.feature_group_count
+    patches = _patches(x, spec, chosen)
+    target = _points(y, chosen)
+    rows = (-1, spec.taps, groups, spec.group_in_features)
+    patches = patches.reshape(rows).transpose(2, 0, 1, 3).reshape(groups, -1, rows[1] * rows[3])
+    target = target.reshape(-1, groups, spec.out_features // groups).swapaxes(0, 1)
+    count = target.shape[1]
+    if weights is None:
+        share = jnp.full((1, count, 1), 1 / max(count, 1))
+        total = jnp.asarray(float(count))
+    else:
+        weight = _points(weights[..., None], chosen).reshape(1, count, 1)
+        total = weight.sum()
+        share = weight / jnp.where(total > 0, total, 1)
+    x_mean, y_mean = (share * patches).sum(1), (share * target).sum(1)
+    x_rest, y_rest = patches - x_mean[:, None], target - y_mean[:, None]
+    product = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+    weighted = x_rest * share
+    return moments.merge(
+        Moments(
+            count=total,
+            input_mean=x_mean,
+            target_mean=y_mean,
+            second=product("gsi,gsj->gij", weighted, x_rest),
+            cross=product("gsi,gsn->gin", weighted, y_rest),
+            variance=(share * y_rest * y_rest).sum(1),
+        )
+    )
+
+
+def _patches(x: Array, spec: ConvSpec, chosen: Array | None) -> Float[Array, "b points taps m"]:
+    x, padding = pad_boundary(
+        x, spec.padding, spec.kernel_size, kernel_dilation=spec.kernel_dilation
+    )
+    pairs = padding_pairs(
+        padding,
+        x.shape[1:-1],
+        spec.kernel_size,
+        strides=spec.strides,
+        input_dilation=spec.input_dilation,
+        kernel_dilation=spec.kernel_dilation,
+    )
+    geometry = spec.strides, pairs, spec.input_dilation, spec.kernel_dilation
+    slices = tap_slices(geometry, pad(geometry, x), spec.kernel_size)
+    return jnp.stack([_points(tap, chosen) for tap in slices], axis=2)
+
+
+def _points(y: Float[Array, "b *spatial c"], chosen: Array | None) -> Float[Array, "b points c"]:
+    flat = y.reshape(y.shape[0], math.prod(y.shape[1:-1]), y.shape[-1])
+    return flat if chosen is None else jnp.take_along_axis(flat, chosen[..., None], axis=1)

@@ -1,0 +1,193 @@
+"""Kernels that are products of factors, fitted in the metric of the data factor by factor.
+
+A kernel that is linear in each of its factors has an error that is quadratic in each of them: every
+step minimises it over one factor, by conjugate gradients, so that no step makes it larger.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float
+
+from falcon_jax.solvers.quadratic import Quadratic, root, solve
+
+Factors = dict[str, Array]
+# Factors to the weights (inputs, outputs), or to what an outer factor maps to the outputs.
+Body = Callable[[Factors], Float[Array, "inputs outputs"]]
+STEPS = 24  # of conjugate gradients for a factor
+_product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+
+
+def low_rank(
+    problem: Quadratic, rank: int
+) -> tuple[Float[np.ndarray, "inputs rank"], Float[np.ndarray, "rank outputs"]]:
+    """Return the best weights of a given rank, as a product; exact.
+
+    ``A^1/2 (W - L R)`` is least where ``A^1/2 L R`` is the truncated SVD of ``A^1/2 W``, W dense.
+    """
+    _, backward = root(problem.metric)
+    # A^1/2 A^-1 b, without the dense weights: accurate where A is near to singular
+    u, s, v = np.linalg.svd(backward @ problem.linear, full_matrices=False)
+    scale = np.sqrt(s[:rank])
+    return backward @ (u[:, :rank] * scale), scale[:, None] * v[:rank]
+
+
+def alternate(
+    body: Body,
+    factors: Mapping[str, Array | np.ndarray],
+    problem: Quadratic,
+    *,
+    outer: str | None = None,
+    order: Sequence[str] | None = None,
+    sweeps: int = 20,
+    tolerance: float = 1e-3,
+) -> tuple[dict[str, np.ndarray], list[float]]:
+    """Return factors with less error, and the errors after every sweep.
+
+    Args:
+        body: linear in each of the factors in ``order``; without the outer one.
+        factors: to start from.
+        problem: what weights cost.
+        outer: name of the factor ``(rank, outputs)`` that the body's weights are multiplied by.
+        order: the factors that are fitted, all if None.
+        sweeps: at most.
+        tolerance: a sweep that takes away less of the error is the last.
+    """
+    names = tuple(name for name in (order or factors) if name != outer)
+    metric, linear = (jnp.asarray(a, jnp.float32) for a in (problem.metric, problem.linear))
+    best = {name: jnp.asarray(value, jnp.float32) for name, value in factors.items()}
+
+    def weights(factors: Factors) -> np.ndarray:
+        first = np.asarray(body(factors), np.float64)
+        return first if outer is None else first @ np.asarray(factors[outer], np.float64)
+
+    errors = [problem(weights(best))]
+    for _ in range(sweeps):
+        found = _sweep(best, metric, linear, body=body, outer=outer, names=names)
+        if outer is not None:
+            first = np.asarray(body(found), np.float64)
+            gram = first.T @ problem.metric @ first
+            gram += np.eye(len(gram)) * (1e-10 * np.trace(gram) / len(gram))
+            found[outer] = jnp.asarray(solve(gram, first.T @ problem.linear), jnp.float32)
+        error = problem(weights(found))
+        # Rounding can make a step larger where there is nothing left to win.
+        if not error < errors[-1]:
+            break
+        best = found
+        errors.append(error)
+        if errors[-2] - errors[-1] <= tolerance * abs(errors[-1]):
+            break
+    return {name: np.asarray(value, np.float64) for name, value in best.items()}, errors
+
+
+@functools.partial(jax.jit, static_argnames=("body", "outer", "names"))
+def _sweep(
+    factors: Factors,
+    metric: Array,
+    linear: Array,
+    *,
+    body: Body,
+    outer: str | None,
+    names: tuple[str, ...],
+) -> Factors:
+    if outer is not None:
+        linear = _product(linear, factors[outer].T)
+
+    def mixed(y: Array) -> Array:
+        if outer is None:
+            return y
+        return _product(_product(y, factors[outer]), factors[outer].T)
+
+    for name in names:
+        rest = {key: value for key, value in factors.items() if key != name}
+
+        def part(value: Array, name: str = name, rest: Factors = rest) -> Array:
+            return body(rest | {name: value})
+
+        value = factors[name]
+        back = jax.linear_transpose(part, value)
+
+        def normal(v: Array, part=part, back=back) -> Array:
+            return back(_product(metric, mixed(part(v))))[0]
+
+        gradient = back(linear)[0] - normal(value)
+        factors = factors | {name: value + descended(normal, gradient, STEPS)}
+    return factors
+
+
+def descended(apply: Callable[[Array], Array], right: Array, steps: int) -> Array:
+    """Return near to the solution of ``apply(x) = right``, apply symmetric, semidefinite."""
+
+    def step(_: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
+        x, rest, direction, energy = state
+        image = apply(direction)
+        curvature = jnp.sum(direction * image)
+        length = jnp.where(curvature > 0, energy / jnp.where(curvature > 0, curvature, 1), 0)
+        x, rest = x + length * direction, rest - length * image
+        following = jnp.sum(rest * rest)
+        turn = jnp.where(energy > 0, following / jnp.where(energy > 0, energy, 1), 0)
+        return x, rest, rest + turn * direction, following
+
+    start = jnp.zeros_like(right), right, right, jnp.sum(right * right)
+    return lax.fori_loop(0, steps, step, start)[0]
+
+
+def separable_als(
+    problem: Quadratic,
+    depthwise: Float[np.ndarray, "taps m k"],
+    *,
+    sweeps: int = 20,
+    tolerance: float = 1e-3,
+) -> tuple[Float[np.ndarray, "taps m k"], Float[np.ndarray, "m k n"], list[float]]:
+    """Return depthwise and pointwise factors of ``W[t, m, n] = sum_r d[t, m, r] p[m, r, n]``.
+
+    The pointwise factors are one least-squares problem with N right-hand sides; the depthwise
+    ones of a term another, whose matrix is ``A[t, m, u, m'] sum_n p[m, n] p[m', n]``.
+    """
+    t, m, k = depthwise.shape
+    metric, linear = problem.metric.reshape(t, m, t, m), problem.linear.reshape(t, m, -1)
+
+    def pointwise_of(d: np.ndarray) -> np.ndarray:
+        gram = np.empty((m, k, m, k))
+        for r in range(k):
+            half = np.einsum("tm,tmuo->muo", d[:, :, r], metric)
+            gram[:, r] = np.einsum("muo,uos->mos", half, d)
+        right = np.einsum("tmr,tmn->mrn", d, linear, optimize=True)
+        matrix = gram.reshape(m * k, m * k)
+        # Terms that are nothing, or the same as others, leave it singular.
+        matrix += np.eye(m * k) * (1e-10 * np.trace(matrix) / (m * k) or 1.0)
+        return solve(matrix, right.reshape(m * k, -1)).reshape(m, k, -1)
+
+    def weights(d: np.ndarray, p: np.ndarray) -> np.ndarray:
+        return np.einsum("tmr,mrn->tmn", d, p, optimize=True).reshape(t * m, -1)
+
+    pointwise = pointwise_of(depthwise)
+    errors = [problem(weights(depthwise, pointwise))]
+    for _ in range(sweeps):
+        d = depthwise.copy()
+        for r in range(k):
+            others = [s for s in range(k) if s != r]
+            rest = linear
+            if others:
+                rest = linear - (
+                    problem.metric @ weights(d[:, :, others], pointwise[:, others])
+                ).reshape(linear.shape)
+            p = pointwise[:, r]
+            matrix = (metric * (p @ p.T)[None, :, None]).reshape(t * m, t * m)
+            matrix[np.diag_indices(t * m)] += 1e-12 * np.trace(matrix) / (t * m) or 1.0
+            d[:, :, r] = solve(matrix, np.einsum("tmn,mn->tm", rest, p).reshape(-1, 1)).reshape(
+                t, m
+            )
+        p = pointwise_of(d)
+        error = problem(weights(d, p))
+        if not error < errors[-1]:
+            break
+        depthwise, pointwise = d, p
+        errors.append(error)
+        if errors[-2] - errors[-1] <= tolerance * abs(errors[-1]):
+            break
+    return depthwise, pointwise, errors

@@ -1,0 +1,255 @@
+"""What is told while a run goes on: metrics, progress, numbers that go wrong, a profile."""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from falcon_jax.paths import user_path, write_whole
+from falcon_jax.training.run import Run
+from falcon_jax.training.step import Metrics
+
+
+class MetricsLog:
+    """Writes metrics to ``metrics.jsonl`` and, if asked, to TensorBoard event files.
+
+    Only the first process writes. A run that continues from a checkpoint drops the lines that it
+    is about to write again.
+
+    Args:
+        directory: where the files go; made if missing.
+        tensorboard: whether to write event files.
+        from_step: drop what was written after this step.
+
+    Raises:
+        ImportError: if TensorBoard is asked for and tensorboardX is not installed.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], *, tensorboard: bool, from_step: int = 0):
+        self._path = user_path(directory) / "metrics.jsonl"
+        self._writes = jax.process_index() == 0
+        self._events = None
+        if not self._writes:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._truncate(from_step)
+        if tensorboard:
+            try:
+                from tensorboardX import SummaryWriter
+            except ImportError:
+                raise ImportError(
+                    "TensorBoard files need tensorboardX: pip install 'falcon-jax[train]', or set "
+                    "config.log.tensorboard to False"
+                ) from None
+            self._events = SummaryWriter(str(self._path.parent), purge_step=from_step + 1)
+
+    def write(self, step: int, metrics: Mapping[str, float | int]) -> None:
+        """Write one line.
+
+        Args:
+            step: number of steps taken.
+            metrics: numbers by name.
+        """
+        if not self._writes:
+            return
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        if self._events is not None:
+            for name, value in metrics.items():
+                self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Finish the event files."""
+        if self._events is not None:
+            self._events.close()
+
+    def _truncate(self, from_step: int) -> None:
+        if not self._path.exists():
+            return
+        kept = []
+        for line in self._path.read_bytes().split(b"\n"):
+            try:
+                if json.loads(line)["step"] <= from_step:
+                    kept.append(line + b"\n")
+            except (ValueError, KeyError, TypeError, RecursionError):
+                continue  # a line cut short when the run was killed
+        write_whole(self._path, b"".join(kept))
+
+
+class Progress:
+    """Shows images/s and the time left.
+
+    Args:
+        label: what is running.
+        total: images in the whole run.
+        done: images that an earlier start of the run has done.
+        show: whether to show anything.
+    """
+
+    def __init__(self, label: str, *, total: int, done: int = 0, show: bool = True):
+        self._label = label
+        self._show = show
+        self._bar = None
+        if show and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                desc=label,
+                total=total,
+                initial=done,
+                unit="img",
+                unit_scale=True,
+                dynamic_ncols=True,
+                mininterval=0.5,
+            )
+
+    def advance(self, images: int) -> None:
+        """Count images of one step."""
+        if self._bar is not None:
+            self._bar.update(images)
+
+    def epoch(self, epoch: int, epochs: int, metrics: Mapping[str, float | int]) -> None:
+        """Show the metrics of an epoch that has ended."""
+        values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        if self._bar is not None:
+            self._bar.set_postfix_str(values)
+        elif self._show:
+            print(f"{self._label}: epoch {epoch}/{epochs}  {values}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+@dataclasses.dataclass(kw_only=True)
+class EpochSums:
+    """Sums over the steps of an epoch.
+
+    Attributes:
+        loss: of the batches.
+        accuracy: of the batches.
+        steps: how many there were, without those that were skipped.
+    """
+
+    loss: float = 0.0
+    accuracy: float = 0.0
+    steps: int = 0
+
+    def means(self) -> dict[str, float]:
+        """Return the mean loss and accuracy."""
+        count = max(self.steps, 1)
+        return {"loss": self.loss / count, "accuracy": self.accuracy / count}
+
+
+class Watch:
+    """Adds up metrics, stops a run whose numbers go bad, and hears of requests to stop.
+
+    Attributes:
+        label: of the run.
+        stop: whether a process of the run was asked to stop.
+
+    Args:
+        run: the run.
+        epoch: number of the epoch, from 1.
+        sums: to add to.
+        skipped: steps skipped so far.
+    """
+
+    def __init__(self, run: Run, epoch: int, sums: EpochSums, *, skipped: int):
+        self.label = run.label
+        self.stop = False
+        self._run = run
+        self._epoch = epoch
+        self._sums = sums
+        self._skipped = skipped
+        self._unseen: tuple[int, np.ndarray, Metrics] | None = None
+
+    def see(self, step: int, indices: np.ndarray, metrics: Metrics) -> None:
+        """Take the metrics of a step that has just been started, and look at the one before.
+
+        Args:
+            step: its number.
+            indices: of this process's examples.
+            metrics: what the step gives; they are waited for at the next call.
+
+        Raises:
+            FloatingPointError: if more steps were not finite than may be skipped.
+        """
+        self.see_rest()
+        self._unseen = (step, indices, metrics)
+        if self._run.interruption.requested and jax.process_count() == 1:
+            self.stop = True
+
+    def see_rest(self) -> None:
+        """Look at the last step."""
+        if self._unseen is None:
+            return
+        (step, indices, metrics), self._unseen = self._unseen, None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self.stop = self.stop or values["stop"] > 0
+        if values["skipped"] > self._skipped:
+            self._skipped = int(values["skipped"])
+            self._report(step, indices, values)
+            return
+        self._sums.loss += values["loss"]
+        self._sums.accuracy += values["accuracy"]
+        self._sums.steps += 1
+
+    def _report(self, step: int, indices: np.ndarray, values: dict[str, float]) -> None:
+        """Keep the examples of a step that was not finite, and give up if there were too many."""
+        process = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
+        path = self._run.directory / f"not_finite_step_{step}{process}.json"
+        content = {
+            "step": step,
+            "epoch": self._epoch,
+            "loss": str(values["loss"]),
+            "gradient_norm": str(values["gradient_norm"]),
+            "indices": indices.tolist(),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content) + "\n")
+        allowed = self._run.settings.skip_nonfinite
+        if self._skipped > allowed:
+            raise FloatingPointError(
+                f"{self.label}: loss {values['loss']}, gradient norm "
+                f"{values['gradient_norm']} at step {step} in epoch {self._epoch}; {path} has the "
+                "batch's indices, the last checkpoint is kept. Try a lower learning_rate, "
+                f"warmup_epochs, or skip_nonfinite above {allowed} to skip such steps"
+            )
+
+
+class ProfilerWindow:
+    """A trace of some steps, on request.
+
+    Args:
+        run: says which, and where the trace goes.
+    """
+
+    def __init__(self, run: Run):
+        self._directory = str(run.directory / "profile")
+        self._start = run.log.profile_start_step
+        self._stop = self._start + run.log.profile_steps
+        self._running = False
+
+    def before(self, step: int) -> None:
+        """Start or end the trace, if it is time.
+
+        Args:
+            step: number of the step that comes.
+        """
+        if not self._running and self._start <= step < self._stop:
+            jax.profiler.start_trace(self._directory)
+            self._running = True
+        elif self._running and step >= self._stop:
+            self.close()
+
+    def close(self) -> None:
+        """End the trace."""
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
