@@ -1,6 +1,7 @@
 """`deploy`: a model as one fast function for inference."""
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +14,12 @@ from falcon_jax.compression.folding import fold_batchnorm
 from falcon_jax.frameworks.inspection import Model
 from falcon_jax.frameworks.layers import Inputs
 from falcon_jax.frameworks.linen import applied
-from falcon_jax.frameworks.nnx import in_evaluation, map_modules
+from falcon_jax.frameworks.nnx import (
+    clone,
+    in_evaluation,
+    map_modules,
+    named_variables,
+)
 from falcon_jax.frameworks.tracing import inner_jaxprs
 from falcon_jax.nn.method_conv import MethodConv
 from falcon_jax.ops.convolution import conv_on_small_maps
@@ -77,14 +83,15 @@ def _nnx_call(model: nnx.Module, inputs: Inputs | None, written: list[bool]) -> 
     copy = in_evaluation(model)
     if inputs is not None:
         copy = fold_batchnorm(copy, inputs)
-    graphdef, state = nnx.split(map_modules(_with_built_kernel, copy))
+    copy = map_modules(_with_built_kernel, copy)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        merged = nnx.merge(graphdef, state, copy=True)
-        before = jax.tree.leaves(nnx.state(merged))
-        y = merged(*args, **kwargs)  # type: ignore[operator]
-        after = jax.tree.leaves(nnx.state(merged))
-        written[0] = any(a is not b for a, b in zip(before, after, strict=False))
+        # What the call writes, it writes to the variables of a clone, in partials and all.
+        cloned = clone(copy)
+        before = [v.get_raw_value() for _, v in named_variables(cloned)]
+        y = cloned(*args, **kwargs)  # type: ignore[operator]
+        after = [v.get_raw_value() for _, v in named_variables(cloned)]
+        written[0] = len(before) != len(after) or any(map(operator.is_not, before, after))
         return y
 
     return call

@@ -13,6 +13,7 @@ from jaxtyping import Array
 from falcon_jax.frameworks import linen as linen_layers
 from falcon_jax.frameworks import nnx as nnx_layers
 from falcon_jax.frameworks.layers import Inputs, Layer
+from falcon_jax.nn.method_conv import whole_kernel
 
 Model = nnx.Module | nn.Module
 
@@ -47,7 +48,9 @@ def inspect_model(
         if variables is not None:
             raise ValueError("variables are for Linen modules; an NNX model holds its own.")
         layers = nnx_layers.find_layers(model, inputs)
-        kernels = {p: k for p, k in nnx_layers.kernels(model).items() if _is_concrete(k)}
+        kernels = {
+            p: whole_kernel(k) for p, k in nnx_layers.kernels(model).items() if _is_concrete(k)
+        }
         return Inspection(layers=tuple(layers), kernels=kernels)
     if not isinstance(model, nn.Module):
         raise ValueError(
@@ -71,7 +74,7 @@ def inspect_model(
     }
     return Inspection(
         layers=tuple(layers),
-        kernels={p: jnp.asarray(k) for p, k in kernels.items() if _is_concrete(k)},
+        kernels={p: whole_kernel(jnp.asarray(k)) for p, k in kernels.items() if _is_concrete(k)},
     )
 
 

@@ -21,7 +21,7 @@ from falcon_jax.compression.compress import check_plan, compressed_module, repla
 from falcon_jax.compression.plan import Plan, PlanRow
 from falcon_jax.frameworks.inspection import Model, inspect_model
 from falcon_jax.frameworks.linen import abstract_variables
-from falcon_jax.frameworks.nnx import arrays, with_arrays
+from falcon_jax.frameworks.nnx import arrays, kernels, named_variables, with_arrays
 from falcon_jax.methods.base import Params
 from falcon_jax.nn.compressed import CompressedModule
 from falcon_jax.nn.method_conv import fit_stacked
@@ -164,7 +164,9 @@ class Saved:
             _check_same(directory, expected, saved)
             return module, unflatten_dict(_read_arrays(directory, data, saved), sep="/")
         compressed = _blank(directory, model, plan, saved)
-        return with_arrays(compressed, _read_arrays(directory, data, saved))
+        loaded = with_arrays(compressed, _read_arrays(directory, data, saved))
+        _check_has_keys(loaded)
+        return loaded
 
 
 def open_compressed(path: str | os.PathLike[str]) -> Saved:
@@ -219,9 +221,9 @@ def _blank(
     directory: pathlib.Path, model: nnx.Module, plan: Plan, saved: Mapping[str, Any]
 ) -> nnx.Module:
     """Return the compressed model with blank parameters; it must fit what was saved."""
-    inspected = inspect_model(model, None, None)
-    check_plan(plan, inspected.layers)
-    blank = {row.path: _blank_params(row, inspected.kernels[row.path]) for row in plan.replaced}
+    check_plan(plan, inspect_model(model, None, None).layers)
+    like = kernels(model)
+    blank = {row.path: _blank_params(row, like[row.path]) for row in plan.replaced}
     compressed = replace_convs(model, plan, blank)
     _check_same(directory, arrays(compressed), saved)
     return compressed
@@ -254,6 +256,17 @@ def _saved_shapes(
     return shapes
 
 
+def _check_has_keys(model: nnx.Module) -> None:
+    """Raise if a model was made of shapes and has random streams, whose state is not saved."""
+    for path, variable in named_variables(model):
+        if isinstance(variable.get_raw_value(), jax.ShapeDtypeStruct):
+            raise ValueError(
+                f"build_model makes shapes in place of arrays, and the model's random stream at "
+                f"{path!r} is not in the directory; let build_model make the model itself, not "
+                "nnx.eval_shape of it."
+            )
+
+
 def _extent(size: Any) -> int:
     if not is_whole(size) or not 0 <= size < 2**31:
         raise ValueError(f"{shown(size, 40)} is no size of an array")
@@ -267,7 +280,7 @@ def _dtype(name: Any) -> np.dtype:
     return dtype
 
 
-def _blank_params(row: PlanRow, kernel: jax.Array) -> Params:
+def _blank_params(row: PlanRow, kernel: jax.Array | jax.ShapeDtypeStruct) -> Params:
     method = row.method
     assert method is not None
     shapes = jax.eval_shape(lambda kernel: fit_stacked(kernel, method, row.spec), kernel)
