@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, UInt8
 
 from falcon_jax.frameworks.interface import M, Model, framework_of
 from falcon_jax.methods.fit import check_finite
+from falcon_jax.solvers.scale import largest_exponent, times_power_of_two
 from falcon_jax.wording import aligned
 
 
@@ -31,7 +32,10 @@ class QuantizedArray(NamedTuple):
 
     def values(self) -> Float[Array, "*shape"]:
         """Return the entries, float32."""
-        return self.minimum + self.scale * self.codes.astype(jnp.float32)
+        largest = jnp.finfo(jnp.float32).max
+        part = jnp.where(jnp.isinf(255 * self.scale), 2.0**-8, 1.0).astype(jnp.float32)
+        entries = part * self.minimum + part * self.scale * self.codes.astype(jnp.float32)
+        return jnp.clip(entries, -part * largest, part * largest) / part
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +89,8 @@ def quantize_linear(values: Float[ArrayLike, "*shape"], *, bits: int = 8) -> Qua
 
     ``codes = round((values - min) / scale)``, ``scale = (max - min) / (2^bits - 1)``
 
-    An entry is off by at most ``scale / 2``, and float32 rounding. Works under jit (``bits``
+    An entry is off by at most ``scale / 2``, and float32 rounding; ``scale`` is no less than the
+    smallest normal number, 1.2e-38, unless all entries are equal. Works under jit (``bits``
     static) and vmap, where one value that is not finite makes all of them NaN.
 
     Args:
@@ -96,7 +101,7 @@ def quantize_linear(values: Float[ArrayLike, "*shape"], *, bits: int = 8) -> Qua
         Codes of the shape of ``values``, minimum and scale.
 
     Raises:
-        ValueError: if there are no such bits, or values, or their range in float32, are not finite.
+        ValueError: if there are no such bits, or values, or ``scale`` in float32, are not finite.
 
     Reference:
         FSNet (Yang et al., 2019, arXiv 1902.03264), FSNet-WQ.
@@ -112,10 +117,17 @@ def quantize_linear(values: Float[ArrayLike, "*shape"], *, bits: int = 8) -> Qua
     check_finite(values, "the array")
     if not values.size:
         return QuantizedArray(values.astype(jnp.uint8), jnp.float32(0), jnp.float32(0))
-    minimum, last = jnp.min(values), 2**bits - 1
-    scale = (jnp.max(values) - minimum) / last
+    # Near the largest float the range would be infinite, near the smallest the steps 0.
+    exponent, last = largest_exponent(values), 2**bits - 1
+    near_one = times_power_of_two(values, -exponent)
+    least, tiny = jnp.min(near_one), jnp.asarray(jnp.finfo(jnp.float32).tiny)
+    step = (jnp.max(near_one) - least) / last
+    with np.errstate(over="ignore"):
+        scale = times_power_of_two(step, exponent)
     check_finite(scale, "the range of the array, in float32,")
-    codes = jnp.round((values - minimum) / jnp.where(scale > 0, scale, 1))
+    scale = jnp.where(step > 0, jnp.maximum(scale, tiny), 0)
+    step = jnp.maximum(step, times_power_of_two(tiny, -exponent))
+    minimum, codes = jnp.min(values), jnp.round((near_one - least) / step)
     return QuantizedArray(jnp.clip(codes, 0, last).astype(jnp.uint8), minimum, scale)
 
 
@@ -150,7 +162,10 @@ def quantize_weights(model: M, *, bits: int = 8, path: str = r".*") -> tuple[M, 
         if isinstance(values, jax.ShapeDtypeStruct):
             raise ValueError("the model has shapes in place of weights; give one that has arrays.")
         check_finite(values, name)
-        rounded[name] = quantize_linear(values, bits=bits).values().astype(values.dtype)
+        try:
+            rounded[name] = quantize_linear(values, bits=bits).values().astype(values.dtype)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
         size = values.size * bits / 32 + 2
         rows.append(QuantizationRow(path=name, size=values.size, effective_size=size))
     params = sum(math.prod(array.shape) for array in framework.params(model).values())

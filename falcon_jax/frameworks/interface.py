@@ -59,6 +59,10 @@ class Framework(Protocol):
         """Return a model with other arrays, by path as `arrays` has them."""
         ...
 
+    def check_whole(self, model: Any) -> None:
+        """Raise if a model that has got its arrays still lacks something."""
+        ...
+
     def with_shapes(self, model: Any, inputs: Inputs | None) -> Any:
         """Return a model that has shapes, if it has no arrays."""
         ...

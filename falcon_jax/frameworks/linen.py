@@ -33,7 +33,7 @@ from falcon_jax.frameworks.tracing import (
 )
 from falcon_jax.methods.base import Method, Params
 from falcon_jax.nn.compressed import CompressedModule, ConvLike, with_methods
-from falcon_jax.ops.geometry import ConvSpec
+from falcon_jax.ops.geometry import ConvSpec, whole_kernel
 from falcon_jax.wording import differences
 
 Variables = Mapping[str, Any]
@@ -297,7 +297,8 @@ def kernels(model: nn.Module, paths: Iterable[str]) -> dict[str, Any]:
     if model.scope is None:
         return {}
     params = named_params(unbound(model)[1])
-    return {path: params[f"{path}/kernel".lstrip("/")] for path in paths}
+    found = {path: params[f"{path}/kernel".lstrip("/")] for path in paths}
+    return {p: whole_kernel(k) if isinstance(k, jax.Array) else k for p, k in found.items()}
 
 
 def methods_of(model: nn.Module) -> dict[str, Method]:
@@ -348,6 +349,10 @@ def with_built_kernels(model: nn.Module) -> nn.Module:
 def arrays(model: nn.Module) -> dict[str, Any]:
     """Return the variables of a bound module by path, the collection first."""
     return _named(unbound(model)[1])
+
+
+def check_whole(model: nn.Module) -> None:
+    """Do nothing: a module is bound to all that it has."""
 
 
 def arrays_like(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:

@@ -12,10 +12,16 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
+from falcon_jax.ops.depthwise import PRODUCTS
+from falcon_jax.ops.geometry import whole_kernel
+
 _CALL, _KERNEL, _INSIDE = "falcon_jax layer ", "falcon_jax kernel ", "falcon_jax inside "
 
 # Primitives after which a parameter is still itself.
-_SAME = ("copy", "copy_p", "name", "optimization_barrier", "sharding_constraint", "stop_gradient")
+_SAME = (
+    *("copy", "copy_p", "name", "optimization_barrier", "reshard"),
+    *("sharding_constraint", "stop_gradient"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +81,7 @@ def mark_kernel(path: str, kernel: Array, variable: str) -> None:
         variable: path of the variable that this should be.
     """
     # A reshape takes mapped axes to the front, so that they can be told from the kernel's.
-    flat = lax.reshape(kernel, (kernel.size,))
+    flat = lax.reshape(whole_kernel(kernel), (kernel.size,))
     checkpoint_name(flat, _KERNEL + json.dumps([path, variable, kernel.ndim]))
 
 
@@ -184,6 +190,10 @@ class _Reader:
             return None
         unknown: list[_Value | None] = [None] * len(eqn.outvars)
         name = eqn.primitive.name
+        if name == "custom_jvp_call" and PRODUCTS in _scopes(eqn):
+            params = frozenset[str]().union(*(v.params for v in given if v is not None))
+            taps = math.prod(eqn.invars[1].aval.shape[:-1])
+            self._count(taps * math.prod(eqn.outvars[0].aval.shape), params, times, layer)
         if name == "scan":
             # What is passed axis by axis has one axis less inside, and so have the stacked outputs.
             (body,) = jaxprs
@@ -215,7 +225,7 @@ class _Reader:
         self, eqn: Any, given: list[_Value | None], times: int, layer: str | None
     ) -> _Value | None:
         params = frozenset[str]().union(*(value.params for value in given if value is not None))
-        self._count(eqn, params, times, layer)
+        self._count(mult_adds_of(eqn), params, times, layer)
         name = str(eqn.params.get("name", ""))
         if name.startswith(_CALL):
             path, input_shape, output_shape = json.loads(name.removeprefix(_CALL))
@@ -254,8 +264,8 @@ class _Reader:
             return "stacked along an axis other than the first"
         return ""
 
-    def _count(self, eqn: Any, params: frozenset[str], times: int, layer: str | None) -> None:
-        mult_adds = times * mult_adds_of(eqn)
+    def _count(self, products: int, params: frozenset[str], times: int, layer: str | None) -> None:
+        mult_adds = times * products
         if layer is not None:
             self.inside[layer] += mult_adds if params else 0
             return
@@ -293,8 +303,12 @@ def _without_first_axis(value: _Value | None) -> _Value | None:
     return dataclasses.replace(value, axes=value.axes[1:])
 
 
+def _scopes(eqn: Any) -> list[str]:
+    return [getattr(scope, "name", "") for scope in eqn.source_info.name_stack.stack]
+
+
 def _innermost(eqn: Any) -> str | None:
     """Return the path of the layer that an equation is inside of, as far as its own names tell."""
-    names = [getattr(scope, "name", "") for scope in eqn.source_info.name_stack.stack]
+    names = _scopes(eqn)
     inside = [name.removeprefix(_INSIDE) for name in names if name.startswith(_INSIDE)]
     return inside[-1] if inside else None

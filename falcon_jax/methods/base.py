@@ -235,7 +235,7 @@ def bias_cost(spec: ConvSpec, points: int) -> Cost:
     return Cost(params=n, mult_adds=points * n)
 
 
-def spatial_shape(spec: ConvSpec, input_shape: Sequence[Any]) -> tuple[int, ...]:
+def spatial_shape(spec: ConvSpec, input_shape: Sequence[Any]) -> tuple[Any, ...]:
     """Return the spatial sizes of an input of shape ``(..., *spatial, M)``.
 
     Raises:
@@ -278,6 +278,8 @@ def flatten_batch(
     """
     spatial = spatial_shape(spec, x.shape)
     batch = x.shape[: x.ndim - len(spatial) - 1]
+    if len(batch) == 1:
+        return x, batch
     return x.reshape(math.prod(batch), *spatial, x.shape[-1]), batch
 
 
@@ -350,7 +352,7 @@ def _batched(function: Callable[..., Array]) -> Callable[..., Array]:
         flat, batch = flatten_batch(x, spec)
         options = {"precision": precision} if takes_precision else {}
         y = function(self, params, flat, spec, **options)
-        return y.reshape(*batch, *y.shape[1:])
+        return y if len(batch) == 1 else y.reshape(*batch, *y.shape[1:])
 
     return apply
 

@@ -19,8 +19,11 @@ from falcon_jax.ops.geometry import (
     Geometry,
     PaddingLike,
     PerAxis,
+    Size,
     canonical_padding,
+    covered,
     dilated,
+    known,
     output_sizes,
     pad,
     pad_boundary,
@@ -157,8 +160,10 @@ def kernel_gradient(
     In chunks of the batch that fit the cache, since every tap reads both arrays anew; chunks of
     small maps are larger, or there is too little to do in each.
     """
-    per_image = max(math.prod(padded.shape[1:]), math.prod(dy.shape[1:]), 1)
     batch = dy.shape[0]
+    if not known(*padded.shape, *dy.shape):
+        return _chunk_gradient(geometry, padded, dy, kernel_size)
+    per_image = max(math.prod(padded.shape[1:]), math.prod(dy.shape[1:]), 1)
     elements = _ELEMENTS[math.prod(dy.shape[1:-1]) <= _SMALL_MAP]
     chunk = _largest_divisor(batch, at_most=max(elements // per_image, 2))
     if chunk == batch:
@@ -187,7 +192,8 @@ def _chunk_gradient(
     dtype = accumulator(padded, dy)
     axis = dy.ndim - 2
     at_most = max(_MOST_PRODUCTS // math.prod(kernel_size), 1)
-    unrolled = _largest_divisor(dy.shape[axis], at_most=at_most)
+    points = dy.shape[axis]
+    unrolled = _largest_divisor(points, at_most=at_most) if known(points) else 1
 
     def every(points: Array, start: int) -> Array:
         return lax.slice_in_dim(points, start, None, unrolled, axis).astype(dtype)
@@ -198,13 +204,20 @@ def _chunk_gradient(
         for points in tap_slices(geometry, padded, kernel_size)
     ]
     stacked = lax.optimization_barrier(jnp.stack(sums))
-    rows = math.prod(stacked.shape[1:-1])
-    columns = stacked.reshape(len(sums), rows, dy.shape[-1]).sum(axis=1)
+    if not known(*stacked.shape):
+        columns = stacked.sum(axis=tuple(range(1, stacked.ndim - 1)))
+    else:
+        rows = math.prod(stacked.shape[1:-1])
+        columns = stacked.reshape(len(sums), rows, dy.shape[-1]).sum(axis=1)
     return columns.reshape(*kernel_size, dy.shape[-1])
 
 
 def _largest_divisor(n: int, *, at_most: int) -> int:
     return next(d for d in range(max(min(n, at_most), 1), 0, -1) if n % d == 0)
+
+
+# The scope of a call of `_convolve`, whose multiply-adds no single operation tells.
+PRODUCTS = "falcon_jax depthwise products"
 
 
 def depthwise_conv(
@@ -258,7 +271,8 @@ def depthwise_conv(
     if impl not in DEPTHWISE_FORMS:
         raise ValueError(no_such("impl of depthwise_conv", impl, DEPTHWISE_FORMS))
     batch = x.shape[: x.ndim - axes - 1]
-    x = x.reshape(math.prod(batch), *x.shape[x.ndim - axes - 1 :])
+    if len(batch) != 1:
+        x = x.reshape(math.prod(batch), *x.shape[x.ndim - axes - 1 :])
     kernel_size = kernel.shape[:-1]
     strides = per_axis("strides", strides, axes)
     kernel_dilation = per_axis("kernel_dilation", kernel_dilation, axes)
@@ -280,15 +294,19 @@ def depthwise_conv(
         kernel_dilation=kernel_dilation,
     )
     geometry = (strides, pairs, input_dilation, kernel_dilation)
-    outputs = output_sizes(geometry, x.shape[1:-1], kernel_size)
+    spatial = x.shape[1:-1]
+    if not known(*spatial):
+        geometry = (strides, covered(geometry, spatial, kernel_size), *geometry[2:])
+        impl = "grouped" if impl == "grouped" else "shifted"
     if impl == "auto":
-        impl = depthwise_form(
-            points=max(math.prod(x.shape[1:-1]), math.prod(outputs)), taps=math.prod(kernel_size)
-        )
-    y: Array = (
-        _grouped(geometry, x, kernel) if impl == "grouped" else _convolve(impl, geometry, x, kernel)
-    )
-    return y.reshape(*batch, *y.shape[1:])
+        points = max(math.prod(spatial), math.prod(output_sizes(geometry, spatial, kernel_size)))
+        impl = depthwise_form(points=points, taps=math.prod(kernel_size))
+    if impl == "grouped":
+        y = _grouped(geometry, x, kernel)
+    else:
+        with jax.named_scope(PRODUCTS):
+            y = _convolve(impl, geometry, x, kernel)
+    return y if len(batch) == 1 else y.reshape(*batch, *y.shape[1:])
 
 
 def _grouped(geometry: Geometry, x: Array, kernel: Array) -> Array:
@@ -367,8 +385,8 @@ def _flipped(kernel: Array) -> Array:
 def _transposed(
     geometry: Geometry,
     kernel_size: tuple[int, ...],
-    inputs: tuple[int, ...],
-    outputs: tuple[int, ...],
+    inputs: tuple[Size, ...],
+    outputs: tuple[Size, ...],
 ) -> Geometry:
     """Return the geometry that carries output gradients back to the input, the kernel flipped."""
     strides, pairs, input_dilation, kernel_dilation = geometry
@@ -379,4 +397,7 @@ def _transposed(
         before = dilated(k, dk) - 1 - low
         needed = dilated(n, di) - 1 + dilated(k, dk)
         back.append((before, needed - before - dilated(out, s)))
-    return input_dilation, tuple(back), strides, kernel_dilation
+    found = (input_dilation, tuple(back), strides, kernel_dilation)
+    if known(*inputs, *outputs):
+        return found
+    return input_dilation, covered(found, outputs, kernel_size), strides, kernel_dilation

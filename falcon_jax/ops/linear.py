@@ -14,7 +14,9 @@ from jaxtyping import Array
 
 def accumulator(*arrays: Array) -> jnp.dtype:
     """Return the type that products are summed in: half-precision terms in float32."""
-    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+    dtype = jnp.result_type(*arrays)
+    with jax.numpy_dtype_promotion("standard"):  # a choice, which strict promotion is not about
+        return jnp.promote_types(dtype, jnp.float32)
 
 
 def add_up(terms: Iterable[Array]) -> Array:

@@ -145,7 +145,10 @@ class Saved:
             nnx.eval_shape(lambda: _blank(directory, traced(), plan, saved))
         compressed: Any = _blank(directory, build_model(), plan, saved)
         arrays = _read_arrays(directory, data, saved)
-        return framework_of(compressed).with_arrays(compressed, arrays)
+        framework: Any = framework_of(compressed)
+        loaded = framework.with_arrays(compressed, arrays)
+        framework.check_whole(loaded)
+        return loaded
 
 
 def open_compressed(path: str | os.PathLike[str]) -> Saved:

@@ -97,13 +97,15 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """
     about = os.stat(path)
     if not stat.S_ISREG(about.st_mode):
-        raise ValueError(f"{shown(path)} should be a file of JSON, but is no file.")
+        raise ValueError(f"{shown(path, 1000)} should be a file of JSON, but is no file.")
     if about.st_size > _LARGEST:
-        raise ValueError(f"{shown(path)} is too large for what it should hold.")
+        raise ValueError(f"{shown(path, 1000)} is too large for what it should hold.")
     try:
         return json.loads(pathlib.Path(path).read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{shown(path)} is damaged: it is no JSON ({reason(error)}).") from None
+        raise ValueError(
+            f"{shown(path, 1000)} is damaged: it is no JSON ({reason(error)})."
+        ) from None
 
 
 def _listed(directory: pathlib.Path) -> dict[str, str]:

@@ -84,7 +84,37 @@ def test_arrays_and_bits_that_cannot_be():
         with pytest.raises(ValueError, match="the array holds values that are not finite"):
             fj.quantize_linear(values.at[1].set(value))
     with pytest.raises(ValueError, match="the range of the array"):
-        fj.quantize_linear(jnp.array([-3e38, 3e38]))
+        fj.quantize_linear(jnp.array([-3e38, 3e38]), bits=1)
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16, np.float32])
+@pytest.mark.parametrize("size", [2.0**-126, 1e-38, 1e-37, 1e-30, 6e-8, 6e4, 1e38, 3.3e38])
+def test_extreme_and_half_precision_arrays_are_rounded_like_any_other(size, dtype, bits):
+    with np.errstate(over="ignore", under="ignore"):
+        values = (np.linspace(-1, 1, 999) ** 3 * size).astype(dtype)
+    if not np.isfinite(values.astype(np.float32)).all():
+        return
+    quantized = fj.quantize_linear(values, bits=bits)
+    exact = values.astype(np.float64)
+    entries = np.asarray(quantized.values(), np.float64)
+    step = max((exact.max() - exact.min()) / (2**bits - 1), float(np.finfo(np.float32).tiny))
+    assert np.abs(entries - exact).max() <= 0.5001 * step + np.finfo(np.float32).tiny
+    assert np.isfinite(entries).all()
+    if exact.max() > 256 * np.finfo(np.float32).tiny:
+        assert (int(quantized.codes.min()), int(quantized.codes.max())) == (0, 2**bits - 1)
+        jitted = jax.jit(fj.quantize_linear, static_argnames="bits")(values, bits=bits)
+        assert int(jnp.abs(jitted.codes.astype(int) - quantized.codes).max()) <= 1
+        np.testing.assert_allclose(jitted.scale, quantized.scale, rtol=1e-6)
+
+
+def test_weights_that_cannot_be_rounded_are_named():
+    model = Small(nnx.Rngs(0))
+    path, variable = next((p, v) for p, v in named_variables(model) if p.endswith("kernel"))
+    for value, bits in ((jnp.nan, 8), (-3e38, 1)):
+        variable.set_value(jnp.full(variable.shape, 3e38).at[0].set(value))
+        with pytest.raises(ValueError, match=f"^{path}"):
+            fj.quantize_weights(model, bits=bits)
 
 
 class Several(nnx.Module):
