@@ -62,8 +62,8 @@ def compressed(framework, method, dtype=None, **geometry) -> tuple[Any, Callable
         )(x)
     module, x = Standard(geometry, dtype), jnp.ones((1, 9, 8, 6))
     variables = module.init(jax.random.key(0), x)
-    plan = fj.make_plan(module, [fj.Rule(method=method)], x, variables)
-    small, variables = fj.compress(module, plan, variables)
+    plan = fj.make_plan(module.bind(variables), [fj.Rule(method=method)], x)
+    small, variables = fj.compress(module.bind(variables), plan).unbind()
     apply: Any = small.apply
     return variables, apply
 
