@@ -53,9 +53,15 @@ from falcon_jax.nn import linen as linen
 from falcon_jax.nn.layers import BatchNorm as BatchNorm
 from falcon_jax.nn.layers import DepthwiseConv as DepthwiseConv
 from falcon_jax.nn.method_conv import MethodConv as MethodConv
+from falcon_jax.nn.nnx import ChannelDecompositionConv as ChannelDecompositionConv
 from falcon_jax.nn.nnx import CPConv as CPConv
+from falcon_jax.nn.nnx import DecoupledConv as DecoupledConv
 from falcon_jax.nn.nnx import DepthwiseSeparableConv as DepthwiseSeparableConv
+from falcon_jax.nn.nnx import DifferentiableFilterSummaryConv as DifferentiableFilterSummaryConv
 from falcon_jax.nn.nnx import FalconConv as FalconConv
+from falcon_jax.nn.nnx import FilterSummaryConv as FilterSummaryConv
+from falcon_jax.nn.nnx import SpatialDecompositionConv as SpatialDecompositionConv
+from falcon_jax.nn.nnx import TensorTrainConv as TensorTrainConv
 from falcon_jax.nn.nnx import TuckerConv as TuckerConv
 from falcon_jax.ops import depthwise_conv as depthwise_conv
 from falcon_jax.ops import separable_conv as separable_conv

@@ -32,7 +32,7 @@ from falcon_jax.frameworks.tracing import (
     read_trace,
 )
 from falcon_jax.methods.base import Method, Params
-from falcon_jax.nn.compressed import CompressedModule, ConvLike, with_methods
+from falcon_jax.nn.compressed import CompressedModule, NamedConv, with_methods
 from falcon_jax.ops.geometry import ConvSpec, whole_kernel
 from falcon_jax.wording import differences
 
@@ -484,7 +484,7 @@ class _Watch:
         if path in self._replaced:
             method, spec = self._replaced[path]
             return _compressed(path, method, spec)
-        if isinstance(module, ConvLike):
+        if isinstance(module, NamedConv):
             spec = module.spec(x.shape[-1])
             return _compressed(path, module.method().for_layer(spec), spec)
         if isinstance(module, nn.Conv):

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, ClassVar, TypedDict, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from falcon_jax.methods.base import Method, Params, apply_method
 from falcon_jax.methods.fit import Solver, check_finite, fit
 from falcon_jax.ops.convolution import conv_on_small_maps
-from falcon_jax.ops.geometry import ConvSpec, PaddingLike, PerAxis, whole_kernel
+from falcon_jax.ops.geometry import ConvSpec, PerAxis, whole_kernel
 
 
 def conv_spec(conv: nnx.Conv) -> ConvSpec:
@@ -230,43 +230,49 @@ def _stack(method: Method, spec: ConvSpec, params: Params) -> int:
     return next((params[n].ndim - len(plain[n].shape) for n in params), 0)
 
 
-class ConvOptions(TypedDict, total=False):
-    """Keyword arguments that the modules below share with ``nnx.Conv`` and `MethodConv`."""
+C = TypeVar("C", bound="NamedConv")
 
-    padding: PaddingLike
-    input_dilation: PerAxis
-    kernel_dilation: PerAxis
-    feature_group_count: int
-    use_bias: bool
-    params: Params | None
-    bias: Array | None
-    dtype: Dtype | None
-    param_dtype: Dtype
-    precision: lax.PrecisionLike
-    bias_init: Initializer
-    rngs: nnx.Rngs | None
-
-
-_NAMED_LAYERS: dict[type[Method], type["ConvLike"]] = {}
+_NAMED_LAYERS: dict[type[Method], type["NamedConv"]] = {}
 _LAYOUT = ("out_sharding", "sharding", "sharding_names", "sharding_rules", "mesh")
 _GEOMETRY = ("padding", "input_dilation", "kernel_dilation", "feature_group_count", "use_bias")
 
 
-class ConvLike(MethodConv):
-    """A `MethodConv` made with the arguments of ``nnx.Conv``; a subclass names its method."""
+class NamedConv(MethodConv):
+    """A `MethodConv` made with the arguments of ``nnx.Conv``; a subclass names its method.
+
+    Args:
+        in_features: input channels M.
+        out_features: output channels N.
+        kernel_size: taps per spatial axis; a number for one axis.
+        strides: step between outputs.
+        **options: the settings of the method, such as ``rank``; ``padding``, ``input_dilation``,
+            ``kernel_dilation``, ``feature_group_count``, ``use_bias``, ``dtype``, ``param_dtype``,
+            ``precision``, ``bias_init`` and ``rngs`` as in ``nnx.Conv``; ``params`` and ``bias`` to
+            start from.
+
+    Raises:
+        ValueError: if the method cannot replace such a convolution, or ``rngs`` is missing.
+    """
 
     method_class: ClassVar[type[Method]]
 
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        _NAMED_LAYERS[cls.method_class] = cls
+
     def __init__(
         self,
-        method: Method,
         in_features: int,
         out_features: int,
         kernel_size: int | Sequence[int],
-        strides: PerAxis,
-        conv: ConvOptions,
+        strides: PerAxis = 1,
+        **options: Any,
     ):
-        options: dict[str, Any] = dict(conv)
+        settings = {
+            field.name: options.pop(field.name)
+            for field in dataclasses.fields(self.method_class)  # type: ignore[arg-type]
+            if field.name in options
+        }
         geometry = {name: options.pop(name) for name in _GEOMETRY if name in options}
         spec = ConvSpec(
             in_features=in_features,
@@ -275,16 +281,25 @@ class ConvLike(MethodConv):
             strides=strides,
             **geometry,
         )
-        super().__init__(method, spec, **options)
+        super().__init__(self.method_class(**settings), spec, **options)
 
+    @classmethod
+    def from_conv(cls: type[C], conv: nnx.Conv, rank: Any = None, **settings: Any) -> C:
+        """Return the layer nearest to a trained convolution.
 
-L = TypeVar("L", bound=type[ConvLike])
+        Args:
+            conv: it is not changed.
+            rank: of a method that has one; the method's default if not given.
+            **settings: others of the method.
 
-
-def named_layer(cls: L) -> L:
-    """Make a class the one that `method_conv` returns for its method. Use as a decorator."""
-    _NAMED_LAYERS[cls.method_class] = cls
-    return cls
+        Raises:
+            ValueError: if the convolution cannot be replaced, with the reason.
+        """
+        if rank is not None:
+            settings["rank"] = rank
+        layer = fit_conv(conv, cls.method_class(**settings))
+        assert isinstance(layer, cls)
+        return layer
 
 
 def method_conv(method: Method, spec: ConvSpec, **options: Any) -> MethodConv:
