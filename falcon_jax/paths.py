@@ -1,7 +1,5 @@
 """Paths as people write them, and files that stand whole or not at all."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from pathlib import Path
@@ -31,7 +29,7 @@ def user_path(path: str | os.PathLike[str]) -> Path:
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
-    """Writes a file beside its place and moves it there, so that no reader sees half of it.
+    """Write a file beside its place and move it there, so that no reader sees half of it.
 
     Args:
         path: where the file goes; its directory is made if missing.

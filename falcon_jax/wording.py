@@ -1,7 +1,5 @@
 """Words of messages: fit to be shown in a line, lists cut short, lines of cells aligned."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -75,7 +73,7 @@ _LISTED = 3
 
 
 def some_of(names: Iterable[str]) -> str:
-    """Returns the first three of some names and the number of the others.
+    """Return the first three of some names and the number of the others.
 
     >>> some_of("abcde"), some_of("abc")
     ('a, b, c and 2 more', 'a, b, c')

@@ -1,7 +1,5 @@
 """The sub-commands `convert` and `compress`: weights of others, and stored models, made smaller."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The command line: python -m falcon_jax SUBCOMMAND."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +14,7 @@ BAD_INPUT = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one sub-command.
+    """Run one sub-command.
 
     Args:
         arguments: what follows the program's name, by default what the shell gave.
@@ -40,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def add_prepare(commands: Any) -> None:
-    """Adds `prepare`: download a TFDS data set and write it as array_record files.
+    """Add `prepare`: download a TFDS data set and write it as array_record files.
 
     Args:
         commands: the sub-commands of the parser, as `add_subparsers` gives them.

@@ -21,6 +21,3 @@ from falcon_jax.compression.quantization import QuantizedArray as QuantizedArray
 from falcon_jax.compression.quantization import quantize_linear as quantize_linear
 from falcon_jax.compression.quantization import quantize_weights as quantize_weights
 from falcon_jax.frameworks.layers import Inputs as Inputs
-from falcon_jax.storage.compressed import load_compressed as load_compressed
-from falcon_jax.storage.compressed import open_compressed as open_compressed
-from falcon_jax.storage.compressed import save_compressed as save_compressed

@@ -1,7 +1,5 @@
 """Random crops, flips and normalisation on the device, inside the jitted training step."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 
@@ -51,7 +49,7 @@ def augment(
     augmentation: Augmentation,
     part: Part | None = None,
 ) -> UInt8[Array, "batch h w c"]:
-    """Crops and flips each image at random, as the augmentation says.
+    """Crop and flip each image at random, as the augmentation says.
 
     Args:
         key: key of the whole batch.
@@ -77,7 +75,7 @@ def random_crop(
     padding: int,
     part: Part | None = None,
 ) -> UInt8[Array, "batch h w c"]:
-    """Puts zeros around each image and takes a crop of the original size at random.
+    """Put zeros around each image and take a crop of the original size at random.
 
     Args:
         key: key of the whole batch.
@@ -96,7 +94,7 @@ def random_crop(
 def crop(
     images: UInt8[Array, "batch h w c"], offsets: Int[Array, "batch 2"], padding: int
 ) -> UInt8[Array, "batch h w c"]:
-    """Puts zeros around each image and takes a crop of the original size at a given offset.
+    """Put zeros around each image and take a crop of the original size at a given offset.
 
     Args:
         images: images, (batch, h, w, c).
@@ -118,7 +116,7 @@ def crop(
 def random_flip(
     key: PRNGKeyArray, images: UInt8[Array, "batch h w c"], part: Part | None = None
 ) -> UInt8[Array, "batch h w c"]:
-    """Mirrors each image left to right with probability one half.
+    """Mirror each image left to right with probability one half.
 
     Args:
         key: key of the whole batch.
@@ -143,7 +141,7 @@ def normalize(
     std: Sequence[float],
     dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "batch h w c"]:
-    """Normalises each channel: (images / 255 - mean) / std, computed in float32.
+    """Normalise each channel: (images / 255 - mean) / std, computed in float32.
 
     Args:
         images: images, 0 to 255, (batch, h, w, c).

@@ -1,7 +1,5 @@
 """From the name of a source to a data set ready for training."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 
 from falcon_jax.data.augmentation import Augmentation
@@ -52,7 +50,7 @@ def load_dataset(
     skip_broken: bool = False,
     interpolation: str = "bilinear",
 ) -> Dataset:
-    """Loads a data set, into memory or streamed, and holds out a validation split.
+    """Load a data set, into memory or streamed, and hold out a validation split.
 
     A folder, and a TFDS data set whose images vary in size, are streamed; anything else is held in
     memory and resized at once.

@@ -1,7 +1,5 @@
 """The report of a compression experiment: one table, its files and two plots."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Sequence
@@ -44,7 +42,7 @@ _SHARES = ("accuracy_before", "accuracy_after")
 
 
 def write_report(rows: Sequence[Row], directory: str | os.PathLike[str]) -> str:
-    """Writes the table of an experiment as text, CSV and JSON, and its two plots.
+    """Write the table of an experiment as text, CSV and JSON, and its two plots.
 
     The files are report.txt, report.csv, report.json, accuracy_vs_params.png and
     accuracy_vs_mult_adds.png. The plots show the accuracy after fine-tuning, or before where a

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import falcon_jax as fj
-from falcon_jax.compression import open_compressed
+from falcon_jax.storage import open_compressed
 from tests.compression.networks import images
 
 FULL = [fj.Rule(method=fj.Falcon(rank="full"))]
