@@ -6,9 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import core, lax
 from jaxtyping import Array, Float
 
 from falcon_jax.settings import as_whole, as_wholes
@@ -79,7 +78,7 @@ def known(*sizes: Size) -> bool:
 
 def at_least(least: int, size: Size) -> Size:
     """Return the larger of a number and a size, which may be symbolic."""
-    return max(size, least) if known(size) else jax.core.max_dim(size, least)
+    return max(size, least) if known(size) else core.max_dim(size, least)
 
 
 def dilated(size: Size, dilation: int) -> Size:
