@@ -619,11 +619,7 @@ def _names_by_holder(model: nnx.Module) -> dict[str, str]:
 
     Parameters in a container belong to the module that has the container.
     """
-    paths = {
-        id(v): path
-        for path, v in reversed(list(named_variables(model)))
-        if isinstance(v, nnx.Param)
-    }
+    paths = {id(v): path for path, v in named_variables(model) if isinstance(v, nnx.Param)}
     names = {path: path for path in paths.values()}
     for holder, module in named_modules(model):
         for variable in held_variables(module):

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -161,6 +162,8 @@ def max_pool_2x2(x: Float[Array, "b h w c"]) -> Float[Array, "b h_half w_half c"
     Returns:
         Output of shape ``(batch, height // 2, width // 2, channels)``.
     """
+    if not known(*x.shape[1:3]):  # nothing says that there is a second row
+        return nnx.max_pool(x, (2, 2), strides=(2, 2))
     x = x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]
     rows = jnp.maximum(x[:, ::2], x[:, 1::2])
     return jnp.maximum(rows[:, :, ::2], rows[:, :, 1::2])

@@ -132,6 +132,48 @@ def test_exported_functions_take_the_smallest_maps(size):
     assert_near(exported.call(x), function(params, x))
 
 
+@pytest.mark.parametrize("sizes", ["b, h, w", "a, b, h, w"])
+@pytest.mark.parametrize("first", ["pointwise", "depthwise"])
+def test_export_of_plain_functions_with_symbolic_sizes(first, sizes):
+    depthwise, pointwise = drawn(3, 2, 2, 6), drawn(3, 2, 6)  # two groups, two terms
+    if first == "depthwise":
+        depthwise = drawn(3, 2, 6, 2)
+    x = drawn(*[{"a": 2, "b": 3, "h": 5, "w": 4}[n] for n in sizes.split(", ")], 6)
+    like = jax.ShapeDtypeStruct(export.symbolic_shape(f"{sizes}, 6"), jnp.float32)
+    functions = [
+        lambda x: fj.separable_conv(
+            x, depthwise, pointwise, first=first, strides=2, feature_group_count=2
+        ),
+        lambda x: fj.depthwise_conv(x, drawn(3, 2, 6), strides=(1, 2), padding=((2, -1), (0, 1))),
+        lambda x: fj.depthwise_conv(x, drawn(3, 2, 6), input_dilation=2, impl="grouped"),
+        lambda x: fj.depthwise_conv(x, drawn(3, 3, 6), input_dilation=3, kernel_dilation=2),
+    ]
+    for function in functions:
+        exported = export.export(jax.jit(function))(like)
+        assert_near(exported.call(x), function(x))
+
+
+def test_export_of_pooling_with_symbolic_sizes():
+    for sizes in ("b, h, w", "b, 2*h, 2*w"):
+        like = jax.ShapeDtypeStruct(export.symbolic_shape(f"{sizes}, 3"), jnp.float32)
+        exported = export.export(jax.jit(fj.ops.max_pool_2x2))(like)
+        x = drawn(2, 8, 6, 3)
+        np.testing.assert_array_equal(exported.call(x), fj.ops.max_pool_2x2(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", ["b, h, w", "b, 32*h, 32*w"])
+@pytest.mark.parametrize("name", ["vgg16_cifar", "resnet18_cifar"])
+def test_export_of_compressed_networks(name, sizes):
+    model = fj.models.MODELS[name](rngs=nnx.Rngs(0))
+    x = drawn(2, 32, 32, 3)
+    small: Any = fj.compress(model, fj.make_plan(model, sample=x))
+    small.eval()
+    like = jax.ShapeDtypeStruct(export.symbolic_shape(f"{sizes}, 3"), jnp.float32)
+    deployed: Any = fj.deploy(small, x)
+    assert_near(export.export(deployed)(like).call(x), deployed(x))
+
+
 @pytest.mark.parametrize("method", METHODS, ids=str)
 @pytest.mark.parametrize("framework", ["nnx", "linen"])
 def test_strict_promotion_and_no_transfer(method, framework):
