@@ -258,7 +258,8 @@ class NamedConv(MethodConv):
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
-        _NAMED_LAYERS[cls.method_class] = cls
+        if "method_class" in vars(cls):  # and not a subclass of such a class
+            _NAMED_LAYERS[cls.method_class] = cls
 
     def __init__(
         self,

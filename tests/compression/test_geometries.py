@@ -42,7 +42,12 @@ def convolutions(draw):
 
 STRIDED = {"strides": (2, 1), "padding": "SAME", "kernel_dilation": 1, "feature_group_count": 2}
 CAUSAL = {"strides": 2, "padding": "CAUSAL", "kernel_dilation": 2, "feature_group_count": 1}
-SOLID = {"strides": 1, "padding": ((1, 0), 2, 0), "input_dilation": 2, "feature_group_count": 3}
+SOLID = {
+    "strides": 1,
+    "padding": ((1, 0), (2, 2), (0, 0)),
+    "input_dilation": 2,
+    "feature_group_count": 3,
+}
 
 
 @pytest.mark.parametrize(
