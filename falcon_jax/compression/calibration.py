@@ -10,8 +10,7 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from falcon_jax.compression.compress import check_plan
-from falcon_jax.compression.plan import Plan
+from falcon_jax.compression.plan import Plan, check_plan
 from falcon_jax.frameworks.interface import Model, defined_layers
 from falcon_jax.frameworks.layers import Inputs
 from falcon_jax.frameworks.nnx import map_modules, named_modules, with_calls_wrapped

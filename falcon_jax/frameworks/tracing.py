@@ -12,8 +12,8 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
-from falcon_jax.ops.depthwise import PRODUCTS
 from falcon_jax.ops.geometry import whole_kernel
+from falcon_jax.ops.linear import PRODUCTS
 
 _CALL, _KERNEL, _INSIDE = "falcon_jax layer ", "falcon_jax kernel ", "falcon_jax inside "
 

@@ -31,7 +31,7 @@ from falcon_jax.ops.geometry import (
     per_axis,
     tap_slices,
 )
-from falcon_jax.ops.linear import Arrays, accumulator, add_up, linear_call
+from falcon_jax.ops.linear import PRODUCTS, Arrays, accumulator, add_up, linear_call
 from falcon_jax.settings import no_such
 
 Pairing = tuple[int, int, int]  # (tap, input pixel, output pixel), all counted in row-major order
@@ -214,10 +214,6 @@ def _chunk_gradient(
 
 def _largest_divisor(n: int, *, at_most: int) -> int:
     return next(d for d in range(max(min(n, at_most), 1), 0, -1) if n % d == 0)
-
-
-# The scope of a call of `_convolve`, whose multiply-adds no single operation tells.
-PRODUCTS = "falcon_jax depthwise products"
 
 
 def depthwise_conv(

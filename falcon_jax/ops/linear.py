@@ -11,6 +11,9 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
+# The scope of a depthwise convolution, whose multiply-adds no single operation tells.
+PRODUCTS = "falcon_jax depthwise products"
+
 
 def accumulator(*arrays: Array) -> jnp.dtype:
     """Return the type that products are summed in: half-precision terms in float32."""

@@ -16,8 +16,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import SingleDeviceSharding
 
-from falcon_jax.compression.compress import compressed_blank
-from falcon_jax.compression.plan import Plan
+from falcon_jax.compression.plan import Plan, compressed_blank
 from falcon_jax.frameworks.interface import Model, framework_of
 from falcon_jax.paths import user_path
 from falcon_jax.settings import is_whole
