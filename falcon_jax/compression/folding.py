@@ -223,7 +223,7 @@ def _fold_nnx(model: nnx.Module, inputs: Inputs) -> nnx.Module:
     def chosen(module: nnx.Module) -> bool:
         return isinstance(module, nnx.Conv) or _is_batch_norm(module)
 
-    pairs = conv_of_norm(jaxpr_through(model, inputs, chosen, marked), types)
+    pairs = conv_of_norm(jaxpr_through(model, inputs, chosen, marked).jaxpr, types)
     new = {conv: _folded(modules[conv], modules[norm]) for norm, conv in pairs.items()}
     new = {conv: values for conv, values in new.items() if values is not None}
 
@@ -337,7 +337,7 @@ def fold_linen(
             f"the sample calls {watched.training[0]!r} in training mode; BatchNorm is folded as it "
             "is in evaluation, so give a sample such as falcon_jax.Inputs(x, train=False)."
         )
-    pairs = conv_of_norm(jaxpr, types)
+    pairs = conv_of_norm(jaxpr.jaxpr, types)
     folded = tuple(
         (norm, conv)
         for norm, conv in pairs.items()
