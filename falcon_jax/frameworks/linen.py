@@ -138,7 +138,7 @@ def find_layers(model: nn.Module, inputs: Inputs | None) -> list[Layer]:
         if missing:
             raise ValueError(f"{error} The variables given lack:\n{missing}") from error
         raise
-    trace = read_trace(jaxpr, _param_names(variables))
+    trace = read_trace(jaxpr.jaxpr, _param_names(variables))
     sizes = {f"{p}/{n}".lstrip("/"): math.prod(s) for p, ns in own.items() for n, s in ns.items()}
     layers = []
     for path, seen in watched.layers.items():
@@ -162,7 +162,7 @@ def find_layers(model: nn.Module, inputs: Inputs | None) -> list[Layer]:
 def intercepted_jaxpr(
     module: nn.Module, inputs: Inputs, variables: Variables, intercept: Callable[..., Any]
 ) -> Any:
-    """Return the jaxpr of a module's call with every method going through an interceptor.
+    """Return the closed jaxpr of a module's call with every method going through an interceptor.
 
     No collection is mutable, as in evaluation; where the module writes to one, all but parameters
     and batch statistics are, and where it writes to these, all.

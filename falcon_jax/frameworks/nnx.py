@@ -605,7 +605,7 @@ def _trace(model: nnx.Module, inputs: Inputs) -> Trace:
     jaxpr = jaxpr_through(
         model, inputs, lambda module: is_leaf(module) or isinstance(module, _GENERAL), marked
     )
-    return read_trace(jaxpr, _param_names(model))
+    return read_trace(jaxpr.jaxpr, _param_names(model))
 
 
 def _param_names(model: nnx.Module) -> list[str | None]:
@@ -636,7 +636,7 @@ def jaxpr_through(
     chosen: Callable[[nnx.Module], bool],
     around: Callable[[str, ModuleCall, Any], Any],
 ) -> Any:
-    """Return the jaxpr of a model's call in evaluation mode, with a function around some modules.
+    """Return the jaxpr of a call in evaluation mode, closed, with a function around some modules.
 
     Args:
         model: it is not changed.

@@ -5,7 +5,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax import lax
@@ -16,6 +16,7 @@ from falcon_jax.ops.geometry import whole_kernel
 from falcon_jax.ops.linear import PRODUCTS
 
 _CALL, _KERNEL, _INSIDE = "falcon_jax layer ", "falcon_jax kernel ", "falcon_jax inside "
+_INPUT, _ANSWER, _FLAT = "falcon_jax input ", "falcon_jax answer ", "falcon_jax flat "
 
 # Primitives after which a parameter is still itself.
 _SAME = (
@@ -83,6 +84,39 @@ def mark_kernel(path: str, kernel: Array, variable: str) -> None:
     # A reshape takes mapped axes to the front, so that they can be told from the kernel's.
     flat = lax.reshape(whole_kernel(kernel), (kernel.size,))
     checkpoint_name(flat, _KERNEL + json.dumps([path, variable, kernel.ndim]))
+
+
+def mark_input(path: str, x: Array) -> None:
+    """Note in a jaxpr what a layer gets in this call."""
+    checkpoint_name(lax.reshape(x, (x.size,)), _INPUT + json.dumps([path, x.shape]))
+
+
+def mark_answer(path: str, y: Array) -> Array:
+    """Return what a layer gives in this call, noted in a jaxpr; what follows uses this array."""
+    y = checkpoint_name(y, _ANSWER + json.dumps([path, y.shape]))
+    checkpoint_name(lax.reshape(y, (y.size,)), _FLAT + json.dumps([path, y.shape]))
+    return y
+
+
+MarkKind = Literal["kernel", "input", "answer", "flat"]
+
+
+def read_mark(eqn: Any) -> tuple[MarkKind, str, tuple[int, ...]] | None:
+    """Return kind, path and shape of a layer's mark; None of other equations.
+
+    The marked array has its mapped axes in front, and then one; an ``answer`` is as the layer
+    gave it. Of a kernel, the shape is its number of axes.
+    """
+    name = str(eqn.params.get("name", ""))
+    if name.startswith(_KERNEL):
+        path, _, axes = json.loads(name.removeprefix(_KERNEL))
+        return "kernel", path, (axes,)
+    kinds: dict[str, MarkKind] = {_INPUT: "input", _ANSWER: "answer", _FLAT: "flat"}
+    for prefix, kind in kinds.items():
+        if name.startswith(prefix):
+            path, shape = json.loads(name.removeprefix(prefix))
+            return kind, path, tuple(shape)
+    return None
 
 
 def read_trace(jaxpr: Any, names: Sequence[str | None]) -> Trace:

@@ -14,10 +14,15 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from falcon_jax.solvers.low_rank import best_terms
-from falcon_jax.solvers.quadratic import Quadratic, partial_traces, root
+from falcon_jax.solvers.moments import Moments
+from falcon_jax.solvers.quadratic import RIDGE, Quadratic, partial_traces, root
 
 MOST_SWEEPS = 30
 TOLERANCE = 1e-3  # of the error that a sweep takes away
+SMALL = 128  # weights of a channel up to which random starts are tried, too
+STARTS = 8
+MANY_SWEEPS = 200  # of each of several starts
+SMALL_TOLERANCE = 1e-4
 _STEPS = 16  # of conjugate gradients
 _CHUNK = 1 << 24  # numbers of a batch of normal matrices: 64 MB
 
@@ -37,6 +42,62 @@ def falcon_closed(
     left, right = (np.asarray(f, np.float64) for f in best_terms(whitened, rank=rank))
     depthwise = np.einsum("tu,ukn->tkn", t_inverse, left)
     return np.einsum("ml,lkn->mkn", m_inverse, right), depthwise
+
+
+def falcon_best(
+    problem: Quadratic, rank: int
+) -> tuple[Float[np.ndarray, "m k n"], Float[np.ndarray, "taps k n"]]:
+    """Return the factors that `falcon_als` finds from `falcon_closed`.
+
+    Of small kernels, every output channel takes the best of several starts.
+    """
+    start = falcon_closed(problem, rank)
+    if problem.metric.shape[0] > SMALL:
+        return falcon_als(problem, *start)[:2]
+    rng = np.random.default_rng(0)
+    pointwise, depthwise = start
+    least = np.full(problem.outputs, np.inf)
+    for _ in range(1 + STARTS):
+        p, d, _ = falcon_als(problem, *start, sweeps=MANY_SWEEPS, tolerance=SMALL_TOLERANCE)
+        error = problem.by_output(_weights(p, d))
+        pointwise = np.where(error < least, p, pointwise)
+        depthwise = np.where(error < least, d, depthwise)
+        least = np.minimum(error, least)
+        start = rng.normal(size=pointwise.shape), rng.normal(size=depthwise.shape)
+    return pointwise, depthwise
+
+
+def falcon_sweep(
+    moments: Moments,
+    kernel: Float[Array, "*kernel_size m n"],
+    pointwise: Float[Array, "m k n"],
+    depthwise: Float[Array, "taps k n"],
+    *,
+    ridge: float = RIDGE,
+) -> tuple[Float[Array, "m k n"], Float[Array, "taps k n"]]:
+    """Return better factors for moments, after one sweep in float32; groups side by side."""
+    taps = depthwise.shape[0]
+    groups = moments.second.shape[0]
+    found = []
+    for index in range(groups):
+        n = kernel.shape[-1] // groups
+        part = slice(index * n, (index + 1) * n)
+        second, cross = moments.second[index], moments.cross[index]
+        target = kernel[..., part].reshape(cross.shape)
+        metric, linear = _pulled(second, cross, target, ridge)
+        linear = linear.reshape(taps, -1, n)
+        found.append(_sweep(metric, linear, pointwise[..., part], depthwise[..., part]))
+    return (
+        jnp.concatenate([p for p, _ in found], axis=-1),
+        jnp.concatenate([d for _, d in found], axis=-1),
+    )
+
+
+@functools.partial(jax.jit, static_argnames="ridge")
+def _pulled(second: Array, cross: Array, target: Array, ridge: float) -> tuple[Array, Array]:
+    mean = jnp.trace(second) / second.shape[0]
+    lam = jnp.where(mean > 0, ridge * mean, 1.0)
+    return second + lam * jnp.eye(second.shape[0]), cross + lam * target.astype(jnp.float32)
 
 
 def falcon_als(

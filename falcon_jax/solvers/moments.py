@@ -11,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from falcon_jax.ops.geometry import ConvSpec, pad, pad_boundary, padding_pairs, tap_slices
 
@@ -151,17 +151,14 @@ def _updated(
     spec: ConvSpec,
 ) -> Moments:
     groups = spec.feature_group_count
-    patches = _patches(x, spec, chosen)
-    target = _points(y, chosen)
-    rows = (-1, spec.taps, groups, spec.group_in_features)
-    patches = patches.reshape(rows).transpose(2, 0, 1, 3).reshape(groups, -1, rows[1] * rows[3])
-    target = target.reshape(-1, groups, spec.out_features // groups).swapaxes(0, 1)
+    patches = patches_at(x, spec, chosen)
+    target = points_at(y, chosen).reshape(-1, groups, spec.out_features // groups).swapaxes(0, 1)
     count = target.shape[1]
     if weights is None:
         share = jnp.full((1, count, 1), 1 / max(count, 1))
         total = jnp.asarray(float(count))
     else:
-        weight = _points(weights[..., None], chosen).reshape(1, count, 1)
+        weight = points_at(weights[..., None], chosen).reshape(1, count, 1)
         total = weight.sum()
         share = weight / jnp.where(total > 0, total, 1)
     x_mean, y_mean = (share * patches).sum(1), (share * target).sum(1)
@@ -180,6 +177,30 @@ def _updated(
     )
 
 
+def patches_at(
+    x: Float[Array, "b *spatial m"], spec: ConvSpec, chosen: Int[Array, "b points"] | None
+) -> Float[Array, "groups b_points inputs"]:
+    """Return what a convolution's kernel is multiplied by at some points of its output.
+
+    Args:
+        x: what the convolution gets.
+        spec: the convolution.
+        chosen: points of each example's output, in row-major order; all if None.
+    """
+    groups = spec.feature_group_count
+    rows = (-1, spec.taps, groups, spec.group_in_features)
+    patches = _patches(x, spec, chosen).reshape(rows).transpose(2, 0, 1, 3)
+    return patches.reshape(groups, -1, rows[1] * rows[3])
+
+
+def points_at(
+    y: Float[Array, "b *spatial c"], chosen: Int[Array, "b points"] | None
+) -> Float[Array, "b points c"]:
+    """Return the channels at some points of a map, or at all."""
+    flat = y.reshape(y.shape[0], math.prod(y.shape[1:-1]), y.shape[-1])
+    return flat if chosen is None else jnp.take_along_axis(flat, chosen[..., None], axis=1)
+
+
 def _patches(x: Array, spec: ConvSpec, chosen: Array | None) -> Float[Array, "b points taps m"]:
     x, padding = pad_boundary(
         x, spec.padding, spec.kernel_size, kernel_dilation=spec.kernel_dilation
@@ -194,9 +215,4 @@ def _patches(x: Array, spec: ConvSpec, chosen: Array | None) -> Float[Array, "b 
     )
     geometry = spec.strides, pairs, spec.input_dilation, spec.kernel_dilation
     slices = tap_slices(geometry, pad(geometry, x), spec.kernel_size)
-    return jnp.stack([_points(tap, chosen) for tap in slices], axis=2)
-
-
-def _points(y: Float[Array, "b *spatial c"], chosen: Array | None) -> Float[Array, "b points c"]:
-    flat = y.reshape(y.shape[0], math.prod(y.shape[1:-1]), y.shape[-1])
-    return flat if chosen is None else jnp.take_along_axis(flat, chosen[..., None], axis=1)
+    return jnp.stack([points_at(tap, chosen) for tap in slices], axis=2)

@@ -10,14 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.linalg
 from jax import lax
 from jaxtyping import Array, Float
 
+from falcon_jax.solvers.alternating import MANY_SWEEPS, SMALL, SMALL_TOLERANCE, STARTS
 from falcon_jax.solvers.quadratic import Quadratic, root, solve
 
 Factors = dict[str, Array]
-# Factors to the weights (inputs, outputs), or to what an outer factor maps to the outputs.
-Body = Callable[[Factors], Float[Array, "inputs outputs"]]
+# Factors to the weights (*groups, inputs, outputs), or to what an outer factor maps to the outputs.
+Body = Callable[[Factors], Float[Array, "*groups inputs outputs"]]
 STEPS = 24  # of conjugate gradients for a factor
 _product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
@@ -27,53 +29,74 @@ def low_rank(
 ) -> tuple[Float[np.ndarray, "inputs rank"], Float[np.ndarray, "rank outputs"]]:
     """Return the best weights of a given rank, as a product; exact.
 
-    ``A^1/2 (W - L R)`` is least where ``A^1/2 L R`` is the truncated SVD of ``A^1/2 W``, W dense.
+    With ``A = F F^T``, ``F^T (W - L R)`` is least where ``F^T L R`` is the truncated SVD of
+    ``F^T W = F^-1 b``, W dense.
     """
-    _, backward = root(problem.metric)
-    # A^1/2 A^-1 b, without the dense weights: accurate where A is near to singular
-    u, s, v = np.linalg.svd(backward @ problem.linear, full_matrices=False)
-    scale = np.sqrt(s[:rank])
-    return backward @ (u[:, :rank] * scale), scale[:, None] * v[:rank]
+    try:
+        factor = np.linalg.cholesky(problem.metric)
+        whitened = scipy.linalg.solve_triangular(factor, problem.linear, lower=True)
+        u, s, v = np.linalg.svd(whitened, full_matrices=False)
+        scale = np.sqrt(s[:rank])
+        left = scipy.linalg.solve_triangular(factor, u[:, :rank] * scale, lower=True, trans="T")
+    except np.linalg.LinAlgError:
+        _, backward = root(problem.metric)
+        u, s, v = np.linalg.svd(backward @ problem.linear, full_matrices=False)
+        scale = np.sqrt(s[:rank])
+        left = backward @ (u[:, :rank] * scale)
+    return left, scale[:, None] * v[:rank]
 
 
 def alternate(
     body: Body,
     factors: Mapping[str, Array | np.ndarray],
-    problem: Quadratic,
+    problem: Quadratic | Sequence[Quadratic],
     *,
     outer: str | None = None,
     order: Sequence[str] | None = None,
     sweeps: int = 20,
     tolerance: float = 1e-3,
+    at_once: int = 1,
 ) -> tuple[dict[str, np.ndarray], list[float]]:
     """Return factors with less error, and the errors after every sweep.
 
     Args:
         body: linear in each of the factors in ``order``; without the outer one.
         factors: to start from.
-        problem: what weights cost.
+        problem: what weights cost; one for each group, if the body's weights have groups.
         outer: name of the factor ``(rank, outputs)`` that the body's weights are multiplied by.
         order: the factors that are fitted, all if None.
         sweeps: at most.
         tolerance: a sweep that takes away less of the error is the last.
+        at_once: sweeps after each of which the error is not looked at; 1 with an outer factor.
     """
     names = tuple(name for name in (order or factors) if name != outer)
-    metric, linear = (jnp.asarray(a, jnp.float32) for a in (problem.metric, problem.linear))
+    if isinstance(problem, Quadratic):
+        metric, linear = (jnp.asarray(a, jnp.float32) for a in (problem.metric, problem.linear))
+    else:
+        metric = jnp.stack([jnp.asarray(group.metric, jnp.float32) for group in problem])
+        linear = jnp.stack([jnp.asarray(group.linear, jnp.float32) for group in problem])
     best = {name: jnp.asarray(value, jnp.float32) for name, value in factors.items()}
 
     def weights(factors: Factors) -> np.ndarray:
         first = np.asarray(body(factors), np.float64)
         return first if outer is None else first @ np.asarray(factors[outer], np.float64)
 
-    errors = [problem(weights(best))]
-    for _ in range(sweeps):
-        found = _sweep(best, metric, linear, body=body, outer=outer, names=names)
+    def error_of(factors: Factors) -> float:
+        found = weights(factors)
+        if isinstance(problem, Quadratic):
+            return problem(found)
+        return sum(group(part) for group, part in zip(problem, found, strict=True))
+
+    errors = [error_of(best)]
+    for _ in range(sweeps // at_once):
+        found = _sweeps(best, metric, linear, body=body, outer=outer, names=names, count=at_once)
         if outer is not None:
+            assert isinstance(problem, Quadratic)
             first = np.asarray(body(found), np.float64)
             gram = first.T @ problem.metric @ first
             gram += np.eye(len(gram)) * (1e-10 * np.trace(gram) / len(gram))
             found[outer] = jnp.asarray(solve(gram, first.T @ problem.linear), jnp.float32)
-        error = problem(weights(found))
+        error = error_of(found)
         # Rounding can make a step larger where there is nothing left to win.
         if not error < errors[-1]:
             break
@@ -84,7 +107,25 @@ def alternate(
     return {name: np.asarray(value, np.float64) for name, value in best.items()}, errors
 
 
-@functools.partial(jax.jit, static_argnames=("body", "outer", "names"))
+@functools.partial(jax.jit, static_argnames=("body", "outer", "names", "count"))
+def _sweeps(
+    factors: Factors,
+    metric: Array,
+    linear: Array,
+    *,
+    body: Body,
+    outer: str | None,
+    names: tuple[str, ...],
+    count: int,
+) -> Factors:
+    step = functools.partial(
+        _sweep, metric=metric, linear=linear, body=body, outer=outer, names=names
+    )
+    if count == 1:
+        return step(factors)
+    return lax.fori_loop(0, count, lambda _, factors: step(factors), factors)
+
+
 def _sweep(
     factors: Factors,
     metric: Array,
@@ -134,6 +175,24 @@ def descended(apply: Callable[[Array], Array], right: Array, steps: int) -> Arra
 
     start = jnp.zeros_like(right), right, right, jnp.sum(right * right)
     return lax.fori_loop(0, steps, step, start)[0]
+
+
+def separable_best(
+    problem: Quadratic, depthwise: Float[np.ndarray, "taps m k"]
+) -> tuple[Float[np.ndarray, "taps m k"], Float[np.ndarray, "m k n"]]:
+    """Return the factors that `separable_als` finds; the best of several starts, if they are few.
+
+    Args:
+        problem: what weights cost.
+        depthwise: factors to start from.
+    """
+    if problem.metric.shape[0] > SMALL:
+        return separable_als(problem, depthwise)[:2]
+    rng = np.random.default_rng(0)
+    starts = [depthwise, *(rng.normal(size=depthwise.shape) for _ in range(STARTS))]
+    options = {"sweeps": MANY_SWEEPS, "tolerance": SMALL_TOLERANCE}
+    fits = [separable_als(problem, start, **options) for start in starts]
+    return min(fits, key=lambda fit: fit[2][-1])[:2]
 
 
 def separable_als(

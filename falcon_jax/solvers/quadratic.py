@@ -43,9 +43,20 @@ class Quadratic:
         """Input channels M."""
         return self.metric.shape[0] // self.taps
 
+    @property
+    def outputs(self) -> int:
+        """Output channels N of the group."""
+        return self.linear.shape[1]
+
     def __call__(self, weights: Float[np.ndarray, "inputs outputs"]) -> float:
         """Return the error of weights."""
         return float(np.sum(weights * (self.metric @ weights - 2 * self.linear))) + self.constant
+
+    def by_output(
+        self, weights: Float[np.ndarray, "inputs outputs"]
+    ) -> Float[np.ndarray, " outputs"]:
+        """Return the error of the weights of each output channel, but for the constant."""
+        return np.sum(weights * (self.metric @ weights - 2 * self.linear), axis=0)
 
     def dense(self) -> Float[np.ndarray, "inputs outputs"]:
         """Return the best weights of all, ``A^-1 b``."""

@@ -413,15 +413,16 @@ def _compressed(
 def _fitted_to_data(
     setting: Setting, source: nnx.Module, model: nnx.Module, plan: Plan
 ) -> nnx.Module:
-    """Return a compressed model after a look at a few training batches, without labels."""
+    """Return a compressed model after a look at a few training batches, without labels.
+
+    Layers that answer as the original ones did go with the BatchNorm statistics that these had.
+    """
     experiment = setting.experiment
     settings = experiment.finetune
-    if experiment.calibration_batches and any(
-        row.method is not None and row.method.fits_responses() for row in plan.replaced
-    ):
+    if experiment.calibration_batches and plan.replaced:
         batches = list(setting.inputs(settings, experiment.calibration_batches))
         model = calibrate(source, model, plan, batches)
-    if experiment.batchnorm_batches:
+    elif experiment.batchnorm_batches:
         batches = setting.inputs(settings, experiment.batchnorm_batches)
         model = reestimate_batchnorm(model, batches)
     return model
