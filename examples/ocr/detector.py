@@ -9,7 +9,8 @@ from jaxtyping import Array, Float, UInt8
 
 from examples.ocr.weights import load_weights
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEAN = np.array((0.485, 0.456, 0.406), np.float32)
+STD = np.array((0.229, 0.224, 0.225), np.float32)
 # Index in the checkpoint and channels of the backbone's convolutions, slice by slice.
 SLICES = (
     ((0, 64), (3, 64), (7, 128), (10, 128)),
@@ -82,15 +83,15 @@ class Detector(nnx.Module):
         """Return the scores of images of a size that 16 divides, `normalized`."""
         skips = []
         for parts, layers in zip(SLICES, self.slices, strict=True):
-            for (index, _), layer in zip(parts, layers, strict=True):
-                if index > 0:
+            for place, ((index, _), layer) in enumerate(zip(parts, layers, strict=True)):
+                if place > 0:
                     x = nnx.relu(x)
                 if index in POOLED:
                     x = nnx.max_pool(x, (2, 2), strides=(2, 2))
                 x = layer(x)
+            # The authors rectify in place: the decoder sees the first three behind the ReLU.
+            x = x if len(skips) == 3 else nnx.relu(x)
             skips.append(x)
-        # The first three are rectified in place by what comes next; the last one is not.
-        skips = [*(nnx.relu(skip) for skip in skips[:3]), skips[3]]
         x = nnx.max_pool(skips[3], (3, 3), strides=(1, 1), padding="SAME")
         x = self.mix(self.wide(x))
         for merge, skip in zip(
@@ -124,11 +125,13 @@ def load_detector() -> Detector:
 
 def _set_conv(conv: nnx.Conv, arrays: dict[str, np.ndarray], name: str) -> None:
     conv.kernel[...] = jnp.asarray(arrays[f"{name}.weight"].transpose(2, 3, 1, 0))
-    conv.bias[...] = jnp.asarray(arrays[f"{name}.bias"])  # type: ignore[index]
+    assert conv.bias is not None
+    conv.bias[...] = jnp.asarray(arrays[f"{name}.bias"])
 
 
 def _set_pair(pair: ConvNorm, arrays: dict[str, np.ndarray], conv: str, norm: str) -> None:
     _set_conv(pair.conv, arrays, conv)
+    assert pair.norm.scale is not None and pair.norm.bias is not None
     pair.norm.scale[...] = jnp.asarray(arrays[f"{norm}.weight"])
     pair.norm.bias[...] = jnp.asarray(arrays[f"{norm}.bias"])
     pair.norm.mean[...] = jnp.asarray(arrays[f"{norm}.running_mean"])
@@ -137,7 +140,7 @@ def _set_pair(pair: ConvNorm, arrays: dict[str, np.ndarray], conv: str, norm: st
 
 def normalized(pages: UInt8[np.ndarray, "b h w 3"]) -> Float[Array, "b h w 3"]:
     """Return images of bytes as the detector takes them."""
-    scaled = (np.float32(pages) / 255 - np.float32(MEAN)) / np.float32(STD)
+    scaled = (pages.astype(np.float32) / 255 - MEAN) / STD
     return jnp.asarray(scaled, jnp.float32)
 
 

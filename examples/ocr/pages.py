@@ -50,7 +50,9 @@ def render_pages(count: int, *, seed: int, held_out: bool = False, side: int = S
             if box is not None:
                 found.append(box)
         noise = rng.normal(scale=rng.uniform(0, 6), size=ground.shape)
-        images.append(np.clip(np.float32(page) + noise, 0, 255).round().astype(np.uint8))
+        images.append(
+            np.clip(np.asarray(page, np.float32) + noise, 0, 255).round().astype(np.uint8)
+        )
         boxes.append(np.asarray(found, np.float64).reshape(-1, 4))
     return Pages(images=np.stack(images), boxes=tuple(boxes))
 
@@ -73,7 +75,7 @@ def _write(
     rng: np.random.Generator,
 ) -> tuple[float, ...] | None:
     """Write a word where there is room; return its box, or None without room."""
-    left, top, right, bottom = font.getbbox(word)
+    left, top, right, bottom = map(int, font.getbbox(word))
     wide, tall, side = right - left, bottom - top, page.size[0]
     if wide > side - 8:
         return None
@@ -97,6 +99,6 @@ def _write(
 
 def _ink(ground: np.ndarray, rng: np.random.Generator) -> tuple[int, ...]:
     """Return a colour that can be told from a ground's."""
-    dark = ground.mean() > 128
-    low, high = (0, 80) if dark else (176, 256)
-    return tuple(int(v) for v in rng.integers(low, high, 3))
+    if float(ground.mean()) > 128:
+        return tuple(int(v) for v in rng.integers(0, 80, 3))
+    return tuple(int(v) for v in rng.integers(176, 256, 3))

@@ -3,6 +3,7 @@
 from falcon_jax.compression.autotune import autotune as autotune
 from falcon_jax.compression.batchnorm import fold_batchnorm as fold_batchnorm
 from falcon_jax.compression.batchnorm import reestimate_batchnorm as reestimate_batchnorm
+from falcon_jax.compression.calibration import ResponseError as ResponseError
 from falcon_jax.compression.calibration import calibrate as calibrate
 from falcon_jax.compression.compress import compress as compress
 from falcon_jax.compression.compress import narrow as narrow

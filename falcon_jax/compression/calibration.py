@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import math
+import sys
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -95,7 +97,7 @@ def calibrate(
         by_sensitivity: whether points are looked at in proportion to how much the outputs change
             with them, which one gradient of the original model for each batch tells.
         key: for the points; ``jax.random.key(0)`` if not given.
-        progress: whether to show a progress bar; it needs the package tqdm.
+        progress: whether to show a progress bar on standard error.
         report: is called with the errors of every layer once it is fitted.
 
     Returns:
@@ -272,10 +274,11 @@ def _units(runs: Sequence[_Run], plan: Plan, original: Network) -> list[_Unit]:
             [(s.path, s.input_shape[1:], s.output_shape[1:]) for s in p.sites]
             for p in (run.original, run.small)
         ]
-        if pairs[0] != pairs[1]:
+        same = [s.path for s in run.original.sites] == [s.path for s in program.sites]
+        if pairs[0] != pairs[1] or not same:
             raise ValueError(
-                "the two models do not call their layers alike; give the model that was "
-                "compressed, and what compress(model, plan) returned."
+                "the two models do not call their layers alike for all batches; give the model "
+                "that was compressed, and what compress(model, plan) returned."
             )
     calls: dict[tuple[str, int | None], list[Call]] = {}
     for index, site in enumerate(program.sites):
@@ -324,22 +327,30 @@ def _layers_of(
         yield place, int(number)
 
 
-def _shown(units: Sequence[_Unit], progress: bool) -> Iterable[_Unit]:
-    if not progress:
-        return units
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        raise ImportError("progress=True shows a bar of tqdm: pip install tqdm") from None
-    return tqdm(units, desc="calibrate", unit="layer")
+def _shown(units: Sequence[_Unit], progress: bool) -> Iterator[_Unit]:
+    """Yield the layers, and show on standard error how far they have come."""
+    begin, width = time.monotonic(), 20
+    for done, unit in enumerate(units):
+        if progress:
+            bar = ("#" * (width * done // len(units))).ljust(width)
+            taken = f"{time.monotonic() - begin:.0f} s"
+            line = f"calibrate [{bar}] {done}/{len(units)}, {taken}: {unit.row.path or '(model)'}"
+            sys.stderr.write(f"\r{line:<79}")
+            sys.stderr.flush()
+        yield unit
+    if progress:
+        taken = f"{time.monotonic() - begin:.0f} s"
+        line = f"calibrate [{'#' * width}] {len(units)}/{len(units)}, {taken}"
+        sys.stderr.write(f"\r{line:<79}\n")
 
 
 def _mean_after(unit: _Unit, runs: Sequence[_Run]) -> str | None:
     """Return the variable that is subtracted from a layer's answers and nothing else, or None."""
     means = {run.following(site)[1].mean for run in runs for site, _ in unit.calls}
     (mean,) = means if len(means) == 1 else (None,)
-    once = mean is not None and len(unit.calls) == 1 and unit.index is None
-    return mean if once and all(run.small.used_once(mean) for run in runs) else None
+    if mean is None or len(unit.calls) > 1 or unit.index is not None:
+        return None
+    return mean if all(run.small.used_once(mean) for run in runs) else None
 
 
 def _observed(

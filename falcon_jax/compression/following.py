@@ -53,32 +53,51 @@ def following(program: Program, site: Site) -> Following:
     if site.answer.aval.shape != site.output_shape:
         return plain
     at, mean = site.answer, None
-    while True:
+    while not (rectified := _rectifying(program, at)):
         users = program.uses(at)
-        if len(users) != 1 or len(users[0].outvars) != 1:
+        if len(users) != 1 or not _continues(program, site, users[0], at):
             return dataclasses.replace(plain, mean=mean)
-        (user,), name = users, users[0].primitive.name
-        others = [v for v in user.invars if v is not at]
-        if any(not hasattr(v, "val") and program.depends_on_data(v) for v in others):
-            return dataclasses.replace(plain, mean=mean)
-        if user.outvars[0].aval.shape != site.output_shape:
-            return dataclasses.replace(plain, mean=mean)
-        if name == "max" and len(others) == 1:
-            break
-        alone = len(others) == len(user.invars) - 1
-        affine = name in ("add", "sub", "mul") or (name == "div" and user.invars[0] is at)
-        if not (alone and (affine or name in _SAME)):
-            return dataclasses.replace(plain, mean=mean)
-        if at is site.answer and name == "sub" and user.invars[0] is at:
-            mean = None if hasattr(others[0], "val") else program.name_of(others[0])
+        (user,) = users
+        subtracts = user.primitive.name == "sub" and user.invars[0] is at
+        if at is site.answer and subtracts and not hasattr(user.invars[1], "val"):
+            mean = program.name_of(user.invars[1])
         at = user.outvars[0]
     plain = dataclasses.replace(plain, mean=mean)
     map_of = _affine(program, site, at)
-    if map_of is None or not _is_zero(program, others[0]):
+    if map_of is None:
         return plain
     gain, offset = map_of
     found = dataclasses.replace(plain, gain=gain, offset=offset, rectified=True)
-    return dataclasses.replace(found, **_pooling(program, site, user.outvars[0]))
+    if len(rectified) > 1:
+        return found
+    return dataclasses.replace(found, **_pooling(program, site, rectified[0].outvars[0]))
+
+
+def _continues(program: Program, site: Site, user: Any, at: Any) -> bool:
+    """Return whether an equation maps every answer by itself, by parameters alone."""
+    name = user.primitive.name
+    others = [v for v in user.invars if v is not at]
+    affine = name in ("add", "sub", "mul") or (name == "div" and user.invars[0] is at)
+    return (
+        len(user.outvars) == 1
+        and len(others) == len(user.invars) - 1
+        and user.outvars[0].aval.shape == site.output_shape
+        and not any(not hasattr(v, "val") and program.depends_on_data(v) for v in others)
+        and (affine or name in _SAME)
+    )
+
+
+def _rectifying(program: Program, at: Any) -> list[Any]:
+    """Return the equations that use an array, if each of them is a ReLU."""
+    users = program.uses(at)
+    for user in users:
+        others = [v for v in user.invars if v is not at]
+        if user.primitive.name != "max" or len(others) != 1:
+            return []
+        known = hasattr(others[0], "val") or not program.depends_on_data(others[0])
+        if not known or not _is_zero(program, others[0]):
+            return []
+    return users
 
 
 def _affine(program: Program, site: Site, at: Any) -> tuple[Array, Array] | None:

@@ -108,7 +108,12 @@ class Program:
         return sum(v is variable for eqn in self.eqns for v in eqn.invars) == 1
 
     def uses(self, variable: Any) -> list[Any]:
-        """Return the equations that use a variable, but for the notes of marks."""
+        """Return the equations that use a variable, but for the notes of marks.
+
+        None are returned of what the model gives, which is used for more than these.
+        """
+        if variable in self.outputs:
+            return []
         return [
             eqn
             for eqn in self.eqns

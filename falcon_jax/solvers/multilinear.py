@@ -37,7 +37,7 @@ def low_rank(
         whitened = scipy.linalg.solve_triangular(factor, problem.linear, lower=True)
         u, s, v = np.linalg.svd(whitened, full_matrices=False)
         scale = np.sqrt(s[:rank])
-        left = scipy.linalg.solve_triangular(factor, u[:, :rank] * scale, lower=True, trans="T")
+        left = scipy.linalg.solve_triangular(factor, u[:, :rank] * scale, lower=True, trans=1)
     except np.linalg.LinAlgError:
         _, backward = root(problem.metric)
         u, s, v = np.linalg.svd(backward @ problem.linear, full_matrices=False)

@@ -199,9 +199,10 @@ class Experiment:
         start: ``train``, ``scratch``, the workdir of an experiment whose standard model was
             trained, or a stored model.
         variants: in the order of the report.
-        calibration_batches: training batches for methods that are fitted to responses, too; 0 for
-            fits to kernels only.
-        batchnorm_batches: training batches for BatchNorm statistics after the fit; 0 for none.
+        calibration_batches: training batches whose answers layers are fitted to, without labels; 0
+            for fits to kernels only.
+        batchnorm_batches: training batches for BatchNorm statistics after fits to kernels only; 0
+            for none.
         keep: latest checkpoints kept beside the best.
         every_steps: steps between two checkpoints within an epoch; 0 for none there.
         parallel: how the devices share a batch.

@@ -179,6 +179,32 @@ def test_only_the_largest_of_a_window_must_be_right(use_bias):
     assert pooled(fitted) < 0.95 * pooled(plainly(model, small, plan, data))
 
 
+class Branched(nnx.Module):
+    """Answers that are used twice: by two ReLUs, by a ReLU and a sum, and given out."""
+
+    def __init__(self, rngs):
+        self.first = conv(3, 8, rngs=rngs)
+        self.second = conv(8, 8, rngs=rngs)
+        self.third = conv(8, 8, rngs=rngs)
+        self.fourth = conv(8, 8, rngs=rngs)
+
+    def __call__(self, x):
+        y = self.first(x)
+        y = self.second(jax.nn.relu(y)) + jax.nn.relu(y)
+        z = self.third(y)
+        z = jax.nn.relu(z) + z
+        last = self.fourth(z)
+        return jax.nn.relu(last), last
+
+
+def test_only_answers_that_nothing_else_uses_are_left_free():
+    model, small, plan = compressed(fj.Falcon(), Branched(nnx.Rngs(0)), ())
+    errors = []
+    calibrate(model, small, plan, batches(), report=errors.append)
+    free = {e.path for e in errors if e.mattering < 0.99 * e.after}
+    assert free == {"first"}
+
+
 def test_a_layer_without_a_bias_has_it_in_the_mean_of_its_batchnorm():
     model = randomised(Pooled(nnx.Rngs(0)))
     _, small, plan = compressed(fj.Falcon(), model, ("first", "head"))
@@ -384,6 +410,14 @@ def test_bad_calibration_is_told():
         fj.calibrate(model, small, plan, [x * np.inf for x in batches()])
     with pytest.raises(ValueError, match="Lifted has no variables"):
         fj.calibrate(Lifted(), Lifted(), plan, batches())
+
+
+def test_progress_is_shown_layer_by_layer(capsys):
+    model, small, plan = compressed(fj.ChannelDecomposition(rank=3))
+    fj.calibrate(model, small, plan, batches(1), progress=True)
+    lines = capsys.readouterr().err.split("\r")[1:]
+    assert [line.split(",")[0][-3:] for line in lines] == ["0/2", "1/2", "2/2"]
+    assert lines[1].rstrip().endswith("third") and lines[2].endswith("\n")
 
 
 def test_layers_that_cannot_be_looked_at_are_listed():
