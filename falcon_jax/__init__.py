@@ -1,6 +1,7 @@
 """falcon_jax: trained convolutional networks made smaller and faster, in JAX and Flax."""
 
 from falcon_jax import convert as convert
+from falcon_jax import export as export
 from falcon_jax import methods as methods
 from falcon_jax import models as models
 from falcon_jax import ops as ops

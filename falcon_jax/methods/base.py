@@ -235,7 +235,7 @@ def bias_cost(spec: ConvSpec, points: int) -> Cost:
     return Cost(params=n, mult_adds=points * n)
 
 
-def spatial_shape(spec: ConvSpec, input_shape: Sequence[Any]) -> tuple[int, ...]:
+def spatial_shape(spec: ConvSpec, input_shape: Sequence[Any]) -> tuple[Any, ...]:
     """Return the spatial sizes of an input of shape ``(..., *spatial, M)``.
 
     Raises:

@@ -1,5 +1,6 @@
 """The standard convolution, fast on maps of a few pixels too, and pooling."""
 
+import functools
 import math
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from falcon_jax.ops.canonical import is_canonical
 from falcon_jax.ops.geometry import (
     Padding,
     output_shape,
@@ -48,6 +50,19 @@ def conv_on_small_maps(
     Returns:
         The convolution.
     """
+    plain = functools.partial(
+        lax.conv_general_dilated,
+        lhs,
+        rhs,
+        window_strides,
+        padding,
+        lhs_dilation=lhs_dilation,
+        rhs_dilation=rhs_dilation,
+        feature_group_count=feature_group_count,
+        **options,
+    )
+    if is_canonical():
+        return plain()
     *kernel_size, _, n = rhs.shape
     kernel_size, spatial = tuple(kernel_size), lhs.shape[1:-1]
     pairs = padding if isinstance(padding, str) else tuple(map(tuple, padding))
@@ -57,17 +72,10 @@ def conv_on_small_maps(
         "kernel_dilation": tuple(rhs_dilation),
     }
     sizes = output_shape(spatial, kernel_size, padding=pairs, **geometry)
-    if feature_group_count > 1 or math.prod(kernel_size) == 1 or math.prod(sizes) > _SMALL:
-        return lax.conv_general_dilated(
-            lhs,
-            rhs,
-            window_strides,
-            padding,
-            lhs_dilation=lhs_dilation,
-            rhs_dilation=rhs_dilation,
-            feature_group_count=feature_group_count,
-            **options,
-        )
+    known = all(isinstance(n, int) for n in sizes)  # not so in exported functions
+    small = known and math.prod(sizes) <= _SMALL
+    if feature_group_count > 1 or math.prod(kernel_size) == 1 or not small:
+        return plain()
     pairs = padding_pairs(pairs, spatial, kernel_size, **geometry)
     form = (geometry["strides"], pairs, geometry["input_dilation"], geometry["kernel_dilation"])
     taps = tap_slices(form, pad(form, lhs), kernel_size)
@@ -119,6 +127,8 @@ def conv(
         input_dilation=input_dilation,
         kernel_dilation=kernel_dilation,
     )
+    if not all(isinstance(n, int) for pair in pairs for n in pair):
+        pairs = padding  # by name: of an open size, in exported functions, JAX finds them
     rank = len(kernel_size)
     channels_last = (0, rank + 1, *range(1, rank + 1))
     kernel_layout = (rank + 1, rank, *range(rank))
@@ -148,6 +158,10 @@ def max_pool_2x2(x: Float[Array, "b h w c"]) -> Float[Array, "b h_half w_half c"
     Returns:
         Output of shape ``(batch, height // 2, width // 2, channels)``.
     """
+    known = all(isinstance(n, int) for n in x.shape[1:3])  # not so in exported functions
+    if is_canonical() or not known:
+        window = (1, 2, 2, 1)
+        return lax.reduce_window(x, -jnp.inf, lax.max, window, window, "VALID")
     x = x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]
     rows = jnp.maximum(x[:, ::2], x[:, 1::2])
     return jnp.maximum(rows[:, :, ::2], rows[:, :, 1::2])

@@ -13,10 +13,11 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from falcon_jax.ops.canonical import is_canonical
 from falcon_jax.ops.choice import DEPTHWISE_FORMS, DepthwiseForm, depthwise_form
-from falcon_jax.ops.convolution import conv
 from falcon_jax.ops.geometry import (
     Geometry,
+    Padding,
     PaddingLike,
     PerAxis,
     canonical_padding,
@@ -280,27 +281,36 @@ def depthwise_conv(
         kernel_dilation=kernel_dilation,
     )
     geometry = (strides, pairs, input_dilation, kernel_dilation)
+    known = all(isinstance(n, int) for pair in pairs for n in pair)  # not so in exported functions
+    if is_canonical() or not known:
+        y = _grouped(geometry, x, kernel, pairs if known else padding)
+        return y.reshape(*batch, *y.shape[1:])
     outputs = output_sizes(geometry, x.shape[1:-1], kernel_size)
     if impl == "auto":
-        impl = depthwise_form(
-            points=max(math.prod(x.shape[1:-1]), math.prod(outputs)), taps=math.prod(kernel_size)
-        )
+        sizes = (x.shape[1:-1], outputs)
+        known = all(isinstance(n, int) for spatial in sizes for n in spatial)
+        points = max(map(math.prod, sizes)) if known else None  # not known in exported functions
+        impl = depthwise_form(points=points, taps=math.prod(kernel_size))
     y: Array = (
         _grouped(geometry, x, kernel) if impl == "grouped" else _convolve(impl, geometry, x, kernel)
     )
     return y.reshape(*batch, *y.shape[1:])
 
 
-def _grouped(geometry: Geometry, x: Array, kernel: Array) -> Array:
+def _grouped(geometry: Geometry, x: Array, kernel: Array, padding: Padding | None = None) -> Array:
     strides, pairs, input_dilation, kernel_dilation = geometry
-    dtype = jnp.result_type(x, kernel)
-    return conv(
+    dtype, axes = jnp.result_type(x, kernel), len(strides)
+    channels_last = (0, axes + 1, *range(1, axes + 1))
+    return lax.conv_general_dilated(
         x.astype(dtype),
         kernel[..., None, :].astype(dtype),
-        strides=strides,
-        padding=pairs,
-        input_dilation=input_dilation,
-        kernel_dilation=kernel_dilation,
+        strides,
+        pairs if padding is None else padding,
+        lhs_dilation=input_dilation,
+        rhs_dilation=kernel_dilation,
+        dimension_numbers=lax.ConvDimensionNumbers(
+            channels_last, (axes + 1, axes, *range(axes)), channels_last
+        ),
         feature_group_count=x.shape[-1],
     )
 

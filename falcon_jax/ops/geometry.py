@@ -12,7 +12,9 @@ from jaxtyping import Array, Float
 
 from falcon_jax.settings import as_whole, as_wholes
 
-Pairs = tuple[tuple[int, int], ...]
+# A whole number; an expression where an exported function leaves a size open.
+Size = Any
+Pairs = tuple[tuple[Size, Size], ...]
 Padding = str | Pairs
 # What users may give.
 PerAxis = int | Sequence[int] | None
@@ -70,7 +72,7 @@ def canonical_padding(padding: PaddingLike, axes: int) -> Padding:
     )
 
 
-def dilated(size: int, dilation: int) -> int:
+def dilated(size: Size, dilation: int) -> Size:
     """Return the extent of ``size`` points that lie ``dilation`` apart.
 
     >>> dilated(3, 2)
@@ -81,7 +83,7 @@ def dilated(size: int, dilation: int) -> int:
 
 def padding_pairs(
     padding: Padding,
-    spatial: Sequence[int],
+    spatial: Sequence[Size],
     kernel_size: Sequence[int],
     *,
     strides: Sequence[int],
@@ -130,7 +132,8 @@ def padding_pairs(
             pairs.append(((extent - 1) // 2, extent // 2))
         else:
             points = dilated(n, di)
-            total = max((math.ceil(points / s) - 1) * s + extent - points, 0)
+            total = (-(-points // s) - 1) * s + extent - points
+            total = total if extent >= s else max(total, 0)  # an open size cannot be compared
             low = total // 2 if padding == "SAME" else total - total // 2
             pairs.append((low, total - low))
     return tuple(pairs)
@@ -170,14 +173,14 @@ def pad_boundary(
 
 
 def output_shape(
-    spatial: Sequence[int],
+    spatial: Sequence[Size],
     kernel_size: Sequence[int],
     *,
     strides: Sequence[int],
     padding: Padding,
     input_dilation: Sequence[int],
     kernel_dilation: Sequence[int],
-) -> tuple[int, ...]:
+) -> tuple[Size, ...]:
     """Return the spatial output sizes of a convolution.
 
     ``H' = (dilated(H) + low + high - dilated(D)) // stride + 1``, at least 0.
@@ -213,8 +216,8 @@ def output_shape(
 
 
 def output_sizes(
-    geometry: Geometry, spatial: Sequence[int], kernel_size: Sequence[int]
-) -> tuple[int, ...]:
+    geometry: Geometry, spatial: Sequence[Size], kernel_size: Sequence[int]
+) -> tuple[Size, ...]:
     """Return the spatial output sizes where padding is given by pairs.
 
     Args:
