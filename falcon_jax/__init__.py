@@ -1,6 +1,6 @@
 """falcon_jax: trained convolutional networks made smaller and faster, in JAX and Flax."""
 
-from falcon_jax import convert, methods, models, ops
+from falcon_jax import convert, export, methods, models, ops
 from falcon_jax.compression import (
     Inputs,
     Plan,
@@ -113,6 +113,7 @@ __all__ = [
     "convert",
     "deploy",
     "depthwise_conv",
+    "export",
     "falcon_kernel",
     "fit",
     "fold_batchnorm",

@@ -8,6 +8,7 @@ from typing import Any
 from falcon_jax.cli.convert import add_compress, add_convert
 from falcon_jax.cli.data import add_make_folder
 from falcon_jax.cli.evaluate import add_evaluate, add_profile
+from falcon_jax.cli.export import add_export
 from falcon_jax.data.tfds import prepare
 
 BAD_INPUT = 2
@@ -59,6 +60,7 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
     add_compress,
     add_evaluate,
     add_profile,
+    add_export,
     add_prepare,
     add_make_folder,
 )

@@ -23,6 +23,7 @@ from falcon_jax.methods.base import (
 )
 from falcon_jax.methods.ranks import Rank, RankMethod
 from falcon_jax.methods.registry import register
+from falcon_jax.ops.canonical import is_canonical
 from falcon_jax.ops.choice import falcon_form
 from falcon_jax.ops.convolution import conv
 from falcon_jax.ops.geometry import ConvSpec
@@ -214,6 +215,8 @@ class Falcon(RankMethod):
 
 
 def _form(spec: ConvSpec, input_shape: Sequence[Any], rank: int) -> Impl:
+    if is_canonical():
+        return "wide"
     known = all(isinstance(n, int) for n in input_shape)  # not so in exported functions
     return falcon_form(
         points=math.prod(input_shape[:-1]) if known else None,

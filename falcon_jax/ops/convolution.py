@@ -9,6 +9,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
+from falcon_jax.ops.canonical import is_canonical
 from falcon_jax.ops.geometry import (
     Padding,
     known,
@@ -65,7 +66,12 @@ def conv_on_small_maps(
 
     *kernel_size, _, n = rhs.shape
     kernel_size, spatial = tuple(kernel_size), lhs.shape[1:-1]
-    if not known(*spatial) or feature_group_count > 1 or math.prod(kernel_size) == 1:
+    if (
+        is_canonical()
+        or not known(*spatial)
+        or feature_group_count > 1
+        or math.prod(kernel_size) == 1
+    ):
         return standard()
     pairs = padding if isinstance(padding, str) else tuple(map(tuple, padding))
     geometry: dict[str, Any] = {
@@ -162,7 +168,7 @@ def max_pool_2x2(x: Float[Array, "b h w c"]) -> Float[Array, "b h_half w_half c"
     Returns:
         Output of shape ``(batch, height // 2, width // 2, channels)``.
     """
-    if not known(*x.shape[1:3]):  # nothing says that there is a second row
+    if is_canonical() or not known(*x.shape[1:3]):  # nothing says that there is a second row
         return nnx.max_pool(x, (2, 2), strides=(2, 2))
     x = x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]
     rows = jnp.maximum(x[:, ::2], x[:, 1::2])

@@ -13,10 +13,11 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from falcon_jax.ops.canonical import is_canonical
 from falcon_jax.ops.choice import DEPTHWISE_FORMS, DepthwiseForm, depthwise_form
-from falcon_jax.ops.convolution import conv
 from falcon_jax.ops.geometry import (
     Geometry,
+    Padding,
     PaddingLike,
     PerAxis,
     Size,
@@ -291,6 +292,9 @@ def depthwise_conv(
     )
     geometry = (strides, pairs, input_dilation, kernel_dilation)
     spatial = x.shape[1:-1]
+    if is_canonical():
+        y = _grouped(geometry, x, kernel, pairs if known(*spatial) else padding)
+        return y if len(batch) == 1 else y.reshape(*batch, *y.shape[1:])
     if not known(*spatial):
         geometry = (strides, covered(geometry, spatial, kernel_size), *geometry[2:])
         impl = "grouped" if impl == "grouped" else "shifted"
@@ -305,16 +309,20 @@ def depthwise_conv(
     return y if len(batch) == 1 else y.reshape(*batch, *y.shape[1:])
 
 
-def _grouped(geometry: Geometry, x: Array, kernel: Array) -> Array:
+def _grouped(geometry: Geometry, x: Array, kernel: Array, padding: Padding | None = None) -> Array:
     strides, pairs, input_dilation, kernel_dilation = geometry
-    dtype = jnp.result_type(x, kernel)
-    return conv(
+    dtype, axes = jnp.result_type(x, kernel), len(strides)
+    channels_last = (0, axes + 1, *range(1, axes + 1))
+    return lax.conv_general_dilated(
         x.astype(dtype),
         kernel[..., None, :].astype(dtype),
-        strides=strides,
-        padding=pairs,
-        input_dilation=input_dilation,
-        kernel_dilation=kernel_dilation,
+        strides,
+        pairs if padding is None else padding,
+        lhs_dilation=input_dilation,
+        rhs_dilation=kernel_dilation,
+        dimension_numbers=lax.ConvDimensionNumbers(
+            channels_last, (axes + 1, axes, *range(axes)), channels_last
+        ),
         feature_group_count=x.shape[-1],
     )
 

@@ -9,6 +9,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from falcon_jax.ops.canonical import is_canonical
 from falcon_jax.ops.depthwise import depthwise_conv
 from falcon_jax.ops.geometry import Padding, known, per_axis
 
@@ -38,6 +39,20 @@ def pointwise_conv(
     """
     m_group, n = kernel.shape
     groups = feature_group_count
+    if is_canonical() and x.ndim > 2:
+        axes = x.ndim - 2
+        layout = (0, axes + 1, *range(1, axes + 1))
+        return lax.conv_general_dilated(
+            x,
+            kernel.reshape(*(1,) * axes, m_group, n),
+            (1,) * axes,
+            "VALID",
+            dimension_numbers=lax.ConvDimensionNumbers(
+                layout, (axes + 1, axes, *range(axes)), layout
+            ),
+            feature_group_count=groups,
+            precision=precision,
+        )
     if not known(*x.shape):  # symbolic sizes cannot always be joined, nor need they be
         by_group = x.reshape(*x.shape[:-1], groups, m_group)
         y = jnp.einsum(
@@ -103,8 +118,7 @@ def pointwise_then_depthwise(
     )
     k, n = pointwise.shape[1:]
     if wide and feature_group_count == 1:
-        z = mix(x, pointwise.reshape(-1, k * n))
-        mixed = [z[..., r * n : (r + 1) * n] for r in range(k)]
+        mixed = jnp.split(mix(x, pointwise.reshape(-1, k * n)), k, axis=-1)
     else:
         mixed = [mix(x, pointwise[:, r]) for r in range(k)]
     terms = (

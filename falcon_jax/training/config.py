@@ -14,6 +14,7 @@ from falcon_jax.data.augmentation import Augmentation
 from falcon_jax.data.decoding import RESIZE_MODES
 from falcon_jax.data.loading import SOURCES, check_fractions
 from falcon_jax.data.streamed import StreamSettings
+from falcon_jax.export.stored_formats import FORMATS
 from falcon_jax.methods.base import Method
 from falcon_jax.methods.fit import Solver, check_solver
 from falcon_jax.methods.registry import get_method, method_from
@@ -207,6 +208,8 @@ class Experiment:
         every_steps: steps between two checkpoints within an epoch; 0 for none there.
         parallel: how the devices share a batch.
         log: what is shown and kept.
+        export: formats that every model is written in, beside the stored one, out of
+            ``falcon_jax.export.FORMATS``.
     """
 
     seed: int
@@ -223,6 +226,7 @@ class Experiment:
     every_steps: int
     parallel: ParallelSettings
     log: LogSettings
+    export: tuple[str, ...]
 
 
 def default_config() -> ConfigDict:
@@ -257,6 +261,7 @@ def default_config() -> ConfigDict:
                 "only": "",
             },
             "checkpoint": {"keep": 2, "every_steps": 0},
+            "export": (),
             **dataclasses.asdict(ParallelSettings()),
             "log": dataclasses.asdict(LogSettings()),
         }
@@ -318,6 +323,9 @@ def check_config(config: Any) -> Experiment:
                 f"config.checkpoint.{field} must be {least} or more, but is "
                 f"{fields['checkpoint'][field]}"
             )
+    for name in fields["export"]:
+        if name not in FORMATS:
+            raise ValueError(unknown_field("config.export", str(name), FORMATS))
     return Experiment(
         seed=fields["seed"],
         model=model["name"],
@@ -337,6 +345,7 @@ def check_config(config: Any) -> Experiment:
             {field: fields[field] for field in ("parallel", "batchnorm")},
         ),
         log=_built("config.log", LogSettings, fields["log"]),
+        export=tuple(fields["export"]),
     )
 
 

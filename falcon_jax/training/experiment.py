@@ -24,6 +24,7 @@ from falcon_jax.data.augmentation import normalize
 from falcon_jax.data.batching import train_batches
 from falcon_jax.data.dataset import Dataset
 from falcon_jax.data.loading import check_augmentation, load_dataset
+from falcon_jax.export.stored_formats import FORMATS, export_stored, require_packages
 from falcon_jax.models.registry import get_model
 from falcon_jax.models.units import UnitFactory, standard_unit
 from falcon_jax.paths import user_path
@@ -202,6 +203,10 @@ class Setting:
             if plan is not None:
                 stored = Stored(model=model, plan=plan, description=description)
             save_stored(self.workdir / label / "model", stored, overwrite=True)
+            for name in self.experiment.export:
+                count = max(self.experiment.calibration_batches, 1)
+                batches = self.inputs(self.experiment.finetune, count)
+                export_stored(stored, name, self.workdir / label / FORMATS[name], batches=batches)
             write_json(self.workdir / label / "result.json", row)
 
     def _description(self, variant: Variant | None) -> Description:
@@ -317,6 +322,7 @@ def begin(
         OSError: if files are missing or cannot be written.
     """
     workdir = user_path(workdir)
+    require_packages(experiment.export)
     dataset = load_dataset(**experiment.data)
     check_augmentation(dataset, experiment.augmentation)
     mean, std = dataset.mean, dataset.std

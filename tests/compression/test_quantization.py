@@ -241,3 +241,46 @@ def test_the_published_effective_size_of_resnet_110():
     assert report.params + statistics(small) == summaries
     effective = report.effective_params + statistics(small)
     assert (f"{effective / 1e6:.3f}M", f"{standard / effective:.1f}") == ("0.125M", "13.9")
+
+
+@pytest.mark.parametrize("bits", [1, 3, 8])
+def test_packed_codes_are_bits_one_after_the_other(bits):
+    values = draw(3, 5)
+    quantized = fj.quantize_linear(values, bits=bits)
+    packed = quantized.packed(bits)
+    text = "".join(f"{code:0{bits}b}" for code in np.asarray(quantized.codes).ravel())
+    text += "0" * (-len(text) % 8)
+    expected = [int(text[i : i + 8], 2) for i in range(0, len(text), 8)]
+    np.testing.assert_array_equal(packed.codes, expected)
+    np.testing.assert_array_equal(packed.values((3, 5), bits), quantized.values())
+    with pytest.raises(ValueError, match="codes of"):
+        packed.values((4, 5), bits)
+
+
+@pytest.mark.parametrize("bits", [8, 5])
+def test_saved_models_hold_the_codes(tmp_path, bits):
+    model = Small(nnx.Rngs(0), m=32, n=32)
+    plan = fj.make_plan(model, [fj.Rule(method=fj.FilterSummary())], images(1))
+    quantized, report = fj.quantize_weights(fj.compress(model, plan), bits=bits)
+    fj.save_compressed(tmp_path / "codes", quantized, plan, quantization=report)
+    loaded = fj.load_compressed(tmp_path / "codes", lambda: Small(nnx.Rngs(1), m=32, n=32))
+    for (name, a), (_, b) in zip(named_variables(loaded), named_variables(quantized), strict=True):
+        if not isinstance(a, nnx.RngState):
+            np.testing.assert_array_equal(a.get_value(), b.get_value(), err_msg=name)
+    trained = fj.compress(model, plan)
+    with pytest.raises(ValueError, match="is not what its codes say"):
+        fj.save_compressed(tmp_path / "other", trained, plan, quantization=report)
+    assert not (tmp_path / "other").exists()
+
+
+def test_files_of_codes_are_small(tmp_path):
+    model = fj.models.vgg8_cifar(width=0.5, rngs=nnx.Rngs(0))
+    plan = fj.make_plan(model, [fj.Rule(method=None)], images(1))
+    small, report = fj.quantize_weights(model)
+    sizes = {}
+    for name, options in (("floats", {}), ("codes", {"quantization": report})):
+        fj.save_compressed(tmp_path / name, small, plan, **options)
+        sizes[name] = sum(f.stat().st_size for f in (tmp_path / name).rglob("*") if f.is_file())
+    # What the plan and the directory take up is the same in both.
+    fixed = 4 * (report.params - report.effective_params)
+    assert sizes["codes"] < 4 * report.effective_params + 60_000 < fixed

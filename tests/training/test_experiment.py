@@ -278,3 +278,16 @@ def test_variants_are_fitted_to_training_batches(tmp_path):
     assert cd["params"] == rows["cd"]["params"] and sd["rank"] == rows["sd"]["rank"]
     found = [(row["accuracy_after"], rows[row["label"]]["accuracy_after"]) for row in (cd, sd)]
     assert all(fitted != kernels for fitted, kernels in found)
+
+
+def test_models_are_exported_as_the_config_says(tmp_path):
+    onnx = pytest.importorskip("onnx")
+    formats = ("onnx", "int8", "safetensors")
+    run(small(export=formats, compression__variants=FALCON), tmp_path)
+    for label in ("standard", "falcon_k1"):
+        names = {path.name for path in (tmp_path / label).iterdir()}
+        assert {"model", "model.onnx", "model.int8.onnx", "model.safetensors"} <= names
+        kinds = [n.op_type for n in onnx.load(tmp_path / label / "model.onnx").graph.node]
+        assert kinds.count("Conv") == (3 if label == "standard" else 6)
+    with pytest.raises(ValueError, match=r"config\.export: there is no 'onx'.*'onnx'"):
+        check_config(small(export=("onx",)))
