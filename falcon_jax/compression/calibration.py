@@ -195,7 +195,7 @@ class _Run:
                 if held + size > _HELD:
                     continue
                 held += size
-                values = program.compute(needed, state)
+                values = jax.block_until_ready(program.compute(needed, state))
                 setattr(batch, name, dict(zip(needed, values, strict=True)))
 
     def felt(self, batch: _Batch, site: Site) -> Array | None:
@@ -375,7 +375,9 @@ def _observed(
             for site, place in unit.calls:
                 pick = jax.random.fold_in(key, len(found))
                 options = spec, points, pick, relu_aware, by_sensitivity
-                found.append(_looked_at(run, batch, site, place, *options))
+                looked_at = _looked_at(run, batch, site, place, *options)
+                # Batches computed at the same time would be in memory together.
+                found.append(jax.block_until_ready(looked_at))
     patches = jnp.concatenate([part[0] for part in found], axis=1)
     rest = [jnp.concatenate([part[i] for part in found]) for i in (1, 2, 3)]
     for name, array in (("gets", patches), ("should answer", rest[0])):
