@@ -336,8 +336,8 @@ def called(bound, batch):
 def linen(module, method):
     x = batches(1)[0]
     variables = module.init(jax.random.key(0), x)
-    plan = fj.make_plan(module, [fj.Rule(method=method)], x, variables=variables)
-    small, new = fj.compress(module, plan, variables)
+    plan = fj.make_plan(module.bind(variables), [fj.Rule(method=method)], x)
+    small, new = fj.compress(module.bind(variables), plan).unbind()
     return module.bind(variables), small.bind(new), plan
 
 
@@ -360,8 +360,8 @@ def test_layers_under_linens_transformations():
     example = fj.Inputs(batches(1)[0], train=False)
     module = Lifted()
     variables = drawn(module, example)
-    plan = fj.make_plan(module, [fj.Rule(method=fj.Falcon())], example, variables=variables)
-    small, new = fj.compress(module, plan, variables)
+    plan = fj.make_plan(module.bind(variables), [fj.Rule(method=fj.Falcon())], example)
+    small, new = fj.compress(module.bind(variables), plan).unbind()
     data, errors = [fj.Inputs(x, train=False) for x in batches(2)], []
     fitted = calibrate(module.bind(variables), small.bind(new), plan, data, report=errors.append)
     rows = {}

@@ -212,8 +212,8 @@ def test_compressed_linen(tmp_path):
     x = images(2, 16, 16, 3)
     module = nn.Sequential([nn.Conv(6, (3, 3)), nn.relu, nn.Conv(5, (3, 3), padding="VALID")])
     variables = module.init(jax.random.key(0), x)
-    plan = fj.make_plan(module, [fj.Rule(method=fj.Falcon())], x, variables)
-    small, new = fj.compress(module, plan, variables)
+    plan = fj.make_plan(module.bind(variables), [fj.Rule(method=fj.Falcon())], x)
+    small, new = fj.compress(module.bind(variables), plan).unbind()
     call = lambda x: small.apply(new, x)  # noqa: E731
     made = exported(tmp_path, small.bind(new), x, call=call, others=[(images(1, 20, 9, 3),)])
     assert made.nodes["Conv"] == 4
