@@ -24,8 +24,7 @@ from falcon_jax.frameworks.program import Program, Site
 from falcon_jax.methods.base import Params
 from falcon_jax.ops.geometry import ConvSpec
 from falcon_jax.solvers.intervals import Points, fit_to_intervals, moments_of
-from falcon_jax.solvers.moments import patches_at, points_at
-from falcon_jax.solvers.quadratic import best_bias
+from falcon_jax.solvers.moments import best_bias, patches_at, points_at
 
 POINTS = 120  # of every example's answer
 _UNIFORM = 0.05  # share of points that are chosen whatever hangs on them

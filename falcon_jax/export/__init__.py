@@ -3,9 +3,9 @@
 from falcon_jax.export.hub import from_pretrained as from_pretrained
 from falcon_jax.export.hub import push_to_hub as push_to_hub
 from falcon_jax.export.hub import save_pretrained as save_pretrained
-from falcon_jax.export.int8 import onnx_int8 as onnx_int8
 from falcon_jax.export.onnx_file import OnnxFile as OnnxFile
 from falcon_jax.export.onnx_file import onnx as onnx
+from falcon_jax.export.onnx_file import onnx_int8 as onnx_int8
 from falcon_jax.export.safetensors_file import load_safetensors as load_safetensors
 from falcon_jax.export.safetensors_file import safetensors as safetensors
 from falcon_jax.export.stablehlo_file import StablehloFile as StablehloFile

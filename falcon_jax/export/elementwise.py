@@ -9,9 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from falcon_jax.export.graph import Tensor, constant, identity
+from falcon_jax.export.graph import Size, Tensor, constant, identity, is_open
 from falcon_jax.export.lowering import Step, rule
-from falcon_jax.export.sizes import Size, is_open
 
 _ONE_TO_ONE = {
     "abs": "Abs",

@@ -1,14 +1,36 @@
-"""Files that are there as a whole or, after an error, not at all; and shapes as they are shown."""
+"""Files that stand whole or not at all, and packages that only some exports need."""
 
 import contextlib
+import importlib
 import os
 import pathlib
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from falcon_jax.export.sizes import is_open
+from falcon_jax.export.graph import is_open
 from falcon_jax.paths import user_path
+
+
+def optional(module: str, what: str, extra: str) -> Any:
+    """Import a package of an optional extra.
+
+    Args:
+        module: its name.
+        what: needs it; the beginning of a sentence.
+        extra: of falcon-jax that brings it.
+
+    Raises:
+        ImportError: saying what to install.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ImportError(
+            f'{what} needs {package} ({error}): pip install "falcon-jax[{extra}]"'
+        ) from None
+
 
 Shape = tuple[int | str, ...]
 

@@ -9,7 +9,7 @@ from flax import nnx
 
 from falcon_jax.compression.plan import Plan, compressed_blank
 from falcon_jax.compression.quantization import Quantization
-from falcon_jax.export.extras import optional
+from falcon_jax.export.files import optional
 from falcon_jax.export.safetensors_file import (
     check_fits,
     load_safetensors,

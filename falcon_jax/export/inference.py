@@ -11,8 +11,7 @@ from flax import linen as nn
 from flax import nnx
 from jax.experimental.xla_metadata import set_xla_metadata
 
-from falcon_jax.export.graph import UnmappedError
-from falcon_jax.export.sizes import OpenShapes, axes_of, open_shapes
+from falcon_jax.export.graph import OpenShapes, UnmappedError, axes_of, open_shapes
 from falcon_jax.frameworks.layers import Inputs, array_leaves
 from falcon_jax.frameworks.linen import applied
 from falcon_jax.frameworks.nnx import clone, map_modules, named_modules

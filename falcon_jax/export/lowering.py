@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from falcon_jax.export.graph import Graph, Tensor, UnmappedError, constant, identity
-from falcon_jax.export.sizes import is_open
+from falcon_jax.export.graph import Graph, Tensor, UnmappedError, constant, identity, is_open
 from falcon_jax.frameworks.tracing import inner_jaxprs
 
 INSIDE = "falcon_jax inside "

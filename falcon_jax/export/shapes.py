@@ -6,9 +6,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from falcon_jax.export.elementwise import without
-from falcon_jax.export.graph import Graph, Tensor, constant, identity, inverse, is_one
+from falcon_jax.export.graph import (
+    Graph,
+    Size,
+    Tensor,
+    constant,
+    identity,
+    inverse,
+    is_one,
+    is_open,
+)
 from falcon_jax.export.lowering import Step, rule
-from falcon_jax.export.sizes import Size, is_open
 
 _END = np.iinfo(np.int64).max
 

@@ -12,10 +12,9 @@ from flax import nnx
 from jax import export
 
 from falcon_jax.compression.batchnorm import fold_batchnorm
-from falcon_jax.export.extras import optional
-from falcon_jax.export.files import Shape, shown_shape, writable, writing
+from falcon_jax.export.files import Shape, optional, shown_shape, writable, writing
+from falcon_jax.export.graph import OpenShapes
 from falcon_jax.export.inference import AUTO, inference, with_open_sizes
-from falcon_jax.export.sizes import OpenShapes
 from falcon_jax.frameworks.layers import Inputs
 
 PLATFORMS = ("cpu", "cuda", "tpu")

@@ -6,11 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from falcon_jax.export.extras import optional
+from falcon_jax.export.files import optional
 from falcon_jax.export.hub import save_pretrained
 from falcon_jax.export.inference import AUTO
-from falcon_jax.export.int8 import onnx_int8
-from falcon_jax.export.onnx_file import OPSET, onnx
+from falcon_jax.export.onnx_file import OPSET, onnx, onnx_int8
 from falcon_jax.export.safetensors_file import safetensors
 from falcon_jax.export.stablehlo_file import stablehlo
 from falcon_jax.export.tflite_file import tflite

@@ -8,8 +8,7 @@ from typing import Any
 import jax
 from jax import export
 
-from falcon_jax.export.extras import optional
-from falcon_jax.export.files import Shape, shown_shape, writable, writing
+from falcon_jax.export.files import Shape, optional, shown_shape, writable, writing
 from falcon_jax.export.inference import inference, input_names, output_names
 from falcon_jax.export.stablehlo_file import with_folded_norms
 from falcon_jax.frameworks.layers import Inputs

@@ -9,10 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from falcon_jax.export.graph import Graph, Tensor, constant
+from falcon_jax.export.graph import Graph, Size, Tensor, constant, is_open
 from falcon_jax.export.lowering import Step, rule
 from falcon_jax.export.shapes import dilated, padded
-from falcon_jax.export.sizes import Size, is_open
 
 
 @rule("conv_general_dilated")

@@ -18,10 +18,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from falcon_jax.ops.geometry import ConvSpec
-from falcon_jax.solvers.alternating import MANY_SWEEPS, SMALL, SMALL_TOLERANCE, STARTS
-from falcon_jax.solvers.moments import Moments
-from falcon_jax.solvers.multilinear import alternate
-from falcon_jax.solvers.quadratic import Quadratic, dense_kernel, quadratics
+from falcon_jax.solvers.alternating import MANY_SWEEPS, SMALL, SMALL_TOLERANCE, STARTS, alternate
+from falcon_jax.solvers.moments import Moments, Quadratic, dense_kernel, quadratics
 
 Params = dict[str, Array]
 
@@ -152,7 +150,7 @@ class Method(abc.ABC):
             start: parameters to go on from by a few steps, for moments that changed a little.
 
         Returns:
-            The parameters; `falcon_jax.solvers.quadratic.best_bias` of their kernel is the bias
+            The parameters; `falcon_jax.solvers.moments.best_bias` of their kernel is the bias
             that belongs to them.
         """
         dense = None if start else self.fit(dense_kernel(moments, kernel), spec)

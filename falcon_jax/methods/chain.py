@@ -29,8 +29,7 @@ from falcon_jax.ops.geometry import ConvSpec
 from falcon_jax.ops.separable import pointwise_conv
 from falcon_jax.settings import is_whole
 from falcon_jax.solvers.low_rank import best_low_rank
-from falcon_jax.solvers.moments import Moments
-from falcon_jax.solvers.quadratic import dense_kernel, quadratics
+from falcon_jax.solvers.moments import Moments, dense_kernel, quadratics
 from falcon_jax.solvers.rank_selection import smallest_rank
 
 HALF = Budget(2.0)

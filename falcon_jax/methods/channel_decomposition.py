@@ -11,9 +11,8 @@ from falcon_jax.methods.base import Params
 from falcon_jax.methods.chain import HALF, ChainRank, Inner, LowRankChain, Stage
 from falcon_jax.methods.registry import register
 from falcon_jax.ops.geometry import ConvSpec
-from falcon_jax.solvers.moments import Moments
-from falcon_jax.solvers.multilinear import low_rank
-from falcon_jax.solvers.quadratic import quadratics
+from falcon_jax.solvers.alternating import low_rank
+from falcon_jax.solvers.moments import Moments, quadratics
 
 
 @register

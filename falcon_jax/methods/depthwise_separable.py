@@ -25,10 +25,9 @@ from falcon_jax.methods.ranks import Rank, RankMethod
 from falcon_jax.methods.registry import register
 from falcon_jax.ops.geometry import ConvSpec
 from falcon_jax.ops.separable import depthwise_then_pointwise
+from falcon_jax.solvers.alternating import separable_als, separable_best
 from falcon_jax.solvers.low_rank import best_terms
-from falcon_jax.solvers.moments import Moments
-from falcon_jax.solvers.multilinear import separable_als, separable_best
-from falcon_jax.solvers.quadratic import dense_kernel, quadratics
+from falcon_jax.solvers.moments import Moments, dense_kernel, quadratics
 
 
 @register

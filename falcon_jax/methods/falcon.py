@@ -30,8 +30,7 @@ from falcon_jax.ops.geometry import ConvSpec
 from falcon_jax.ops.separable import pointwise_then_depthwise
 from falcon_jax.solvers.alternating import falcon_best, falcon_sweep
 from falcon_jax.solvers.low_rank import best_terms
-from falcon_jax.solvers.moments import Moments
-from falcon_jax.solvers.quadratic import quadratics
+from falcon_jax.solvers.moments import Moments, quadratics
 
 Impl = Literal["auto", "separable", "wide", "grouped", "gep"]
 

@@ -17,8 +17,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from falcon_jax.solvers.moments import Moments
-from falcon_jax.solvers.quadratic import best_bias
+from falcon_jax.solvers.moments import Moments, best_bias
 
 P = TypeVar("P")
 MOST_STEPS = 16

@@ -7,8 +7,7 @@ import pytest
 import scipy.optimize
 
 import falcon_jax as fj
-from falcon_jax.solvers.moments import Moments
-from falcon_jax.solvers.quadratic import best_bias, explained, quadratics
+from falcon_jax.solvers.moments import Moments, best_bias, explained, quadratics
 
 PLAIN = fj.ConvSpec(kernel_size=(2, 2), in_features=3, out_features=4)
 GROUPS = fj.ConvSpec(kernel_size=(3,), in_features=6, out_features=6, feature_group_count=2)

@@ -9,9 +9,14 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from falcon_jax.solvers.alternating import falcon_als, falcon_closed
-from falcon_jax.solvers.multilinear import alternate, low_rank, separable_als
-from falcon_jax.solvers.quadratic import Quadratic
+from falcon_jax.solvers.alternating import (
+    alternate,
+    falcon_als,
+    falcon_closed,
+    low_rank,
+    separable_als,
+)
+from falcon_jax.solvers.moments import Quadratic
 
 pytestmark = pytest.mark.slow
 

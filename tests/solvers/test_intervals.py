@@ -8,7 +8,7 @@ import pytest
 import scipy.optimize
 
 from falcon_jax.solvers.intervals import Points, fit_to_intervals, moments_of
-from falcon_jax.solvers.quadratic import dense_kernel
+from falcon_jax.solvers.moments import dense_kernel
 
 INPUTS, OUTPUTS, COUNT = 6, 3, 400
 
