@@ -13,7 +13,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 
 from falcon_jax.export.graph import OpenShapes, UnmappedError, axes_of, open_shapes
 from falcon_jax.frameworks.layers import Inputs, array_leaves
-from falcon_jax.frameworks.linen import applied
+from falcon_jax.frameworks.linen import applied, unbound
 from falcon_jax.frameworks.nnx import clone, map_modules, named_modules
 from falcon_jax.frameworks.tracing import inside_layer
 from falcon_jax.ops.canonical import canonical_forms
@@ -41,12 +41,7 @@ def inference(model: Any) -> Callable[..., Any]:
         graphdef, state = nnx.split(_scoped(model))
         return lambda *args, **kwargs: nnx.merge(graphdef, state, copy=True)(*args, **kwargs)  # type: ignore[operator]
     if isinstance(model, nn.Module):
-        if model.scope is None:
-            raise ValueError(
-                f"{type(model).__name__} is a Linen module without variables; bind it to them: "
-                "module.bind(variables)."
-            )
-        module, variables = model.unbind()
+        module, variables = unbound(model)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             with nn.intercept_methods(_named_by_path):

@@ -9,6 +9,7 @@ from flax import nnx
 
 import falcon_jax as fj
 from falcon_jax.cli import main as cli
+from falcon_jax.convert.checkpoint import compressed
 from falcon_jax.storage import models as stored
 from falcon_jax.storage.models import Description, ImagePreprocessing
 from tests.export.runtime import as_function, evaluating, images, run
@@ -21,7 +22,7 @@ def checkpoint(tmp_path_factory):
         arch="vgg8_cifar", classes=10, width=0.25, preprocessing=preprocessing
     )
     model = evaluating(description.build(rngs=nnx.Rngs(0)))
-    small = stored.compressed(stored.uncompressed(model, description), fj.Falcon())
+    small = compressed(stored.uncompressed(model, description), fj.Falcon())
     path = tmp_path_factory.mktemp("models") / "model"
     stored.save_stored(path, small)
     return path, small

@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 import falcon_jax as fj
-from falcon_jax.storage.models import Description, ImagePreprocessing, compressed, uncompressed
+from falcon_jax.convert.checkpoint import compressed
+from falcon_jax.storage.models import Description, ImagePreprocessing, uncompressed
 from tests.export.runtime import as_function, evaluating, images
 
 
