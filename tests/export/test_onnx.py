@@ -258,6 +258,7 @@ def test_the_recognizer(tmp_path):
     assert made.nodes["Scan"] == 4 and made.nodes["Conv"] == 7
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # its telemetry
 def test_openvino_opens_the_file(tmp_path):
     openvino = pytest.importorskip("openvino")
     sample = images(2, 16, 16, 3)
