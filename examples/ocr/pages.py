@@ -92,7 +92,8 @@ def _write(
             place = (int(x), int(y), int(x + wide), int(y + tall))
             ground = np.asarray(page.crop(place), np.float64).mean((0, 1))
             ink = _ink(ground, rng)
-            ImageDraw.Draw(page).text((x - left, y - top), word, fill=ink, font=font)
+            at = int(x) - left, int(y) - top
+            ImageDraw.Draw(page).text(at, word, fill=ink, font=font)
             return tuple(map(float, place))
     return None
 

@@ -29,7 +29,7 @@ from falcon_jax.solvers.moments import best_bias, patches_at, points_at
 POINTS = 120  # of every example's answer
 _UNIFORM = 0.05  # share of points that are chosen whatever hangs on them
 _NUMBERS = 1 << 27  # floats of one layer's patches: 512 MB
-_HELD = 1 << 30  # bytes of activations that are kept between two layers, for each network
+_HELD = 1 << 29  # bytes of activations that are kept between two layers, for each network
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ def calibrate(
     not overlap, any answer below the largest is as good for the others (``relu_aware``).
 
     One layer's points and the activations between two layers are in memory, up to 512 MB and twice
-    1 GB; what is beyond is computed again, layer by layer.
+    as much; what is beyond is computed again, layer by layer.
 
     Args:
         model: the model that was compressed; a Linen module bound to its variables.

@@ -279,14 +279,17 @@ def quadratics(
     targets = np.asarray(kernel, np.float64).reshape(inputs, groups, -1).swapaxes(0, 1)
     found = []
     for index, target in enumerate(targets):
-        second = np.asarray(moments.second[index], np.float64)
+        second = np.array(moments.second[index], np.float64)
         mean = np.trace(second) / inputs
         # Without any input, the kernel itself is best.
         lam = ridge * mean if mean > 0 else 1.0
+        second += second.T
+        second /= 2
+        second[np.diag_indices(inputs)] += lam
         found.append(
             Quadratic(
                 taps=taps,
-                metric=(second + second.T) / 2 + lam * np.eye(inputs),
+                metric=second,
                 linear=np.asarray(moments.cross[index], np.float64) + lam * target,
                 constant=float(np.sum(np.asarray(moments.variance[index], np.float64)))
                 + lam * float(np.sum(target**2)),
