@@ -17,7 +17,7 @@ from falcon_jax.frameworks.layers import Inputs, Layer
 from falcon_jax.methods.base import Cost, Method, Params
 from falcon_jax.methods.falcon import Falcon
 from falcon_jax.methods.fit import Solver, check_finite, check_solver, relative_error
-from falcon_jax.methods.registry import get_method
+from falcon_jax.methods.registry import stored_method
 from falcon_jax.nn.method_conv import fit_stacked, for_trained
 from falcon_jax.ops.geometry import ConvSpec
 from falcon_jax.paths import user_path
@@ -249,7 +249,7 @@ def _row_from_json(data: Mapping[str, Any]) -> PlanRow:
     return PlanRow(
         path=data["path"],
         spec=ConvSpec(**data["spec"]),
-        method=None if method is None else get_method(method["name"], **method["options"]),
+        method=None if method is None else stored_method(method["name"], method["options"]),
         reason=data["reason"],
         before=Cost(**data["before"]),
         after=Cost(**data["after"]),

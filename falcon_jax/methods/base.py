@@ -78,6 +78,8 @@ class Method(abc.ABC):
     """
 
     name: ClassVar[str]
+    # Settings that the method once had, which plans of then still name.
+    former_settings: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)

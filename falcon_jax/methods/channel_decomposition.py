@@ -39,6 +39,7 @@ class ChannelDecomposition(LowRankChain):
     inner: Inner | Sequence[Inner] = None
     name: ClassVar[str] = "channel_decomposition"
     last_stage: ClassVar[str] = "pointwise"
+    former_settings: ClassVar[frozenset[str]] = frozenset({"relu"})
 
     def supports(self, spec: ConvSpec) -> str | None:
         """Return None, or the reason why the method cannot replace such a convolution."""
