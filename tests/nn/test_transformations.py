@@ -29,6 +29,13 @@ METHODS = [
     fj.FilterSummary(ratio=2.0),
     fj.DifferentiableFilterSummary(ratio=2.0),
 ]
+QUICK = (fj.Falcon, fj.DepthwiseSeparable, fj.Tucker, fj.FilterSummary)
+EVERY = [
+    m
+    if isinstance(m, QUICK) and getattr(m, "impl", "auto") == "auto"
+    else pytest.param(m, marks=pytest.mark.slow)
+    for m in METHODS
+]
 # Those that need no transpose of a lax convolution, which has none for symbolic sizes.
 OF_OUR_OWN = [m for m in METHODS if getattr(m, "impl", "") in ("separable", "wide")]
 OF_OUR_OWN += [fj.CP(rank=3), fj.DepthwiseSeparable(rank=2)]
@@ -163,7 +170,9 @@ def test_export_of_pooling_with_symbolic_sizes():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes", ["b, h, w", "b, 32*h, 32*w"])
-@pytest.mark.parametrize("name", ["vgg16_cifar", "resnet18_cifar"])
+@pytest.mark.parametrize(
+    "name", ["vgg16_cifar", pytest.param("resnet18_cifar", marks=pytest.mark.slow)]
+)
 def test_export_of_compressed_networks(name, sizes):
     model = fj.models.MODELS[name](rngs=nnx.Rngs(0))
     x = drawn(2, 32, 32, 3)
@@ -174,7 +183,7 @@ def test_export_of_compressed_networks(name, sizes):
     assert_near(export.export(deployed)(like).call(x), deployed(x))
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("method", EVERY, ids=str)
 @pytest.mark.parametrize("framework", ["nnx", "linen"])
 def test_strict_promotion_and_no_transfer(method, framework):
     x = drawn(2, 9, 8, 6)
@@ -190,7 +199,7 @@ def test_strict_promotion_and_no_transfer(method, framework):
             assert function(params, x).dtype == (dtype or jnp.float32)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("method", EVERY, ids=str)
 @pytest.mark.parametrize("framework", ["nnx", "linen"])
 def test_double_precision_and_remat(method, framework):
     params, function = compressed(framework, method)
