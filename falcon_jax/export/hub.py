@@ -17,8 +17,7 @@ from falcon_jax.export.safetensors_file import (
     safetensors,
 )
 from falcon_jax.models.registry import same_key_rngs
-from falcon_jax.paths import user_path
-from falcon_jax.storage.directories import read_json
+from falcon_jax.paths import read_json, user_path
 from falcon_jax.storage.models import Description, Stored
 from falcon_jax.wording import reason, shown
 

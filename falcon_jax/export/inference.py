@@ -7,15 +7,11 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from flax import linen as nn
-from flax import nnx
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from falcon_jax.export.graph import OpenShapes, UnmappedError, axes_of, open_shapes
+from falcon_jax.frameworks.interface import Model, framework_of
 from falcon_jax.frameworks.layers import Inputs, array_leaves
-from falcon_jax.frameworks.linen import applied, unbound
-from falcon_jax.frameworks.nnx import clone, map_modules, named_modules
-from falcon_jax.frameworks.tracing import inside_layer
 from falcon_jax.ops.canonical import canonical_forms
 from falcon_jax.wording import reason
 
@@ -37,53 +33,14 @@ def inference(model: Any) -> Callable[..., Any]:
     Raises:
         ValueError: if it is none of these.
     """
-    if isinstance(model, nnx.Module):
-        graphdef, state = nnx.split(_scoped(model))
-        return lambda *args, **kwargs: nnx.merge(graphdef, state, copy=True)(*args, **kwargs)  # type: ignore[operator]
-    if isinstance(model, nn.Module):
-        module, variables = unbound(model)
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with nn.intercept_methods(_named_by_path):
-                return applied(module, variables, *args, **kwargs)
-
-        return call
+    if isinstance(model, Model):
+        return framework_of(model).named_inference(model)
     if not callable(model):
         raise ValueError(
             "what is exported is an nnx.Module, a bound linen.Module, or a function of arrays; got "
             f"a {type(model).__name__}."
         )
     return model
-
-
-def _named_by_path(
-    next_fun: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    context: nn.module.InterceptorContext,
-) -> Any:
-    with inside_layer("/".join(context.module.path)):
-        return next_fun(*args, **kwargs)
-
-
-def _scoped(model: nnx.Module) -> nnx.Module:
-    """Return a copy in evaluation mode whose modules' operations are known by their paths."""
-
-    def scope(path: str, module: nnx.Module) -> None:
-        cls = type(module)
-        if callable(module):
-
-            def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-                with inside_layer(path):
-                    return cls.__call__(self, *args, **kwargs)  # type: ignore[operator]
-
-            made = {"__call__": call, "__module__": cls.__module__}
-            module.__class__ = type(cls.__name__, (cls,), made)  # of a copy, as Flax's own wrappers
-
-    new = map_modules(scope, clone(model))
-    for _, module in named_modules(new):
-        module.eval()
-    return new
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from flax import linen as nn
-from flax import nnx
 from jax import export
 
 from falcon_jax.compression.batchnorm import fold_batchnorm
 from falcon_jax.export.files import Shape, optional, shown_shape, writable, writing
 from falcon_jax.export.graph import OpenShapes
 from falcon_jax.export.inference import AUTO, inference, with_open_sizes
+from falcon_jax.frameworks.interface import Model
 from falcon_jax.frameworks.layers import Inputs
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -106,6 +105,6 @@ def stablehlo(
 
 def with_folded_norms(model: Any, inputs: Inputs) -> Any:
     """Return a model whose convolutions do the work of the BatchNorms after them."""
-    if isinstance(model, (nnx.Module, nn.Module)):
+    if isinstance(model, Model):
         return fold_batchnorm(model, inputs)
     return model

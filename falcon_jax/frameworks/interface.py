@@ -4,7 +4,7 @@ A Linen module comes bound to its variables, ``module.bind(variables)``, and so 
 it: ``.unbind()`` gives module and variables.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from flax import linen as nn
@@ -81,6 +81,10 @@ class Framework(Protocol):
 
     def inference(self, model: Any) -> Inference:
         """Return the model's call in evaluation as a pure function."""
+        ...
+
+    def named_inference(self, model: Any) -> Callable[..., Any]:
+        """Return the model's call in evaluation, operations in scopes named by module."""
         ...
 
 

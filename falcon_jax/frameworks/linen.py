@@ -405,6 +405,26 @@ def inference(model: nn.Module) -> Inference:
     return Inference(state=variables, call=call)
 
 
+def named_inference(model: nn.Module) -> Callable[..., Any]:
+    """Return the call of a bound module; operations are in scopes named by module."""
+    module, variables = unbound(model)
+
+    def named(
+        next_fun: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: nn.module.InterceptorContext,
+    ) -> Any:
+        with inside_layer("/".join(context.module.path)):
+            return next_fun(*args, **kwargs)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with nn.intercept_methods(named):
+            return applied(module, variables, *args, **kwargs)
+
+    return call
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Seen:
     layer: Layer

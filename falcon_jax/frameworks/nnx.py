@@ -538,6 +538,24 @@ def inference(model: nnx.Module) -> Inference:
     return Inference(state=arrays(copied), call=call)
 
 
+def named_inference(model: nnx.Module) -> Callable[..., Any]:
+    """Return the call of a model in evaluation mode; operations are in scopes named by module."""
+
+    def scope(path: str, module: nnx.Module) -> None:
+        cls = type(module)
+        if callable(module):
+
+            def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+                with inside_layer(path):
+                    return cls.__call__(self, *args, **kwargs)  # type: ignore[operator]
+
+            made = {"__call__": call, "__module__": cls.__module__}
+            module.__class__ = type(cls.__name__, (cls,), made)  # of a copy
+
+    found = inference(map_modules(scope, model))
+    return lambda *args, **kwargs: found.call(found.state, *args, **kwargs)[0]
+
+
 def _describe(path: str, module: nnx.Module, params: int) -> Layer | None:
     if isinstance(module, MethodConv):
         return Layer(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from falcon_jax.paths import user_path, write_whole
+from falcon_jax.paths import read_json, user_path, write_whole
 from falcon_jax.report.plots import plot_tradeoff
 from falcon_jax.report.table import (
     Column,
@@ -20,7 +20,6 @@ from falcon_jax.report.table import (
     write_json,
 )
 from falcon_jax.settings import is_number, is_whole
-from falcon_jax.storage.directories import read_json
 from falcon_jax.wording import shown
 
 COLUMNS = (

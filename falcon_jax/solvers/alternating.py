@@ -18,6 +18,7 @@ MOST_SWEEPS = 30
 TOLERANCE = 1e-3  # of the error that a sweep takes away
 SMALL = 128  # weights of a channel up to which random starts are tried, too
 STARTS = 8
+CHANNEL_STARTS = 40  # of FALCON, where every output channel takes the best
 MANY_SWEEPS = 200  # of each of several starts
 SMALL_TOLERANCE = 1e-4
 _STEPS = 16  # of conjugate gradients
@@ -54,7 +55,7 @@ def falcon_best(
     rng = np.random.default_rng(0)
     pointwise, depthwise = start
     least = np.full(problem.outputs, np.inf)
-    for _ in range(1 + STARTS):
+    for _ in range(1 + CHANNEL_STARTS):
         p, d, _ = falcon_als(problem, *start, sweeps=MANY_SWEEPS, tolerance=SMALL_TOLERANCE)
         error = problem.by_output(_weights(p, d))
         pointwise = np.where(error < least, p, pointwise)

@@ -24,13 +24,12 @@ from falcon_jax.compression.quantization import (
     packed_bytes,
 )
 from falcon_jax.frameworks.interface import Model, framework_of
-from falcon_jax.paths import user_path
+from falcon_jax.paths import read_json, user_path
 from falcon_jax.settings import is_whole
 from falcon_jax.storage.directories import (
     MANIFEST,
     array_digest,
     check_manifest,
-    read_json,
     standing,
     unlisted_file,
     whole_directory,
