@@ -2,6 +2,7 @@
 
 from falcon_jax import convert, export, methods, models, ops
 from falcon_jax.compression import (
+    Front,
     Inputs,
     Plan,
     PlanRow,
@@ -11,10 +12,15 @@ from falcon_jax.compression import (
     QuantizationRow,
     QuantizedArray,
     Rule,
+    SearchedPlan,
+    Sensitivity,
+    Shrunk,
+    Target,
     autotune,
     calibrate,
     compress,
     deploy,
+    distill,
     fold_batchnorm,
     make_plan,
     narrow,
@@ -22,6 +28,9 @@ from falcon_jax.compression import (
     quantize_linear,
     quantize_weights,
     reestimate_batchnorm,
+    search,
+    sensitivity,
+    shrink,
 )
 from falcon_jax.gep import falcon_kernel, gep, separable_kernel
 from falcon_jax.methods import (
@@ -89,6 +98,7 @@ __all__ = [
     "FalconConv",
     "FilterSummary",
     "FilterSummaryConv",
+    "Front",
     "Inputs",
     "Method",
     "MethodConv",
@@ -100,8 +110,12 @@ __all__ = [
     "QuantizationRow",
     "QuantizedArray",
     "Rule",
+    "SearchedPlan",
+    "Sensitivity",
+    "Shrunk",
     "SpatialDecomposition",
     "SpatialDecompositionConv",
+    "Target",
     "TensorTrain",
     "TensorTrainConv",
     "Tucker",
@@ -113,6 +127,7 @@ __all__ = [
     "convert",
     "deploy",
     "depthwise_conv",
+    "distill",
     "export",
     "falcon_kernel",
     "fit",
@@ -133,7 +148,10 @@ __all__ = [
     "reestimate_batchnorm",
     "relative_error",
     "save_compressed",
+    "search",
+    "sensitivity",
     "separable_conv",
     "separable_kernel",
+    "shrink",
     "standard_cost",
 ]

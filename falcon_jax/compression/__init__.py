@@ -8,6 +8,8 @@ from falcon_jax.compression.calibration import calibrate as calibrate
 from falcon_jax.compression.compress import compress as compress
 from falcon_jax.compression.compress import narrow as narrow
 from falcon_jax.compression.deployment import deploy as deploy
+from falcon_jax.compression.distillation import Look as Look
+from falcon_jax.compression.distillation import distill as distill
 from falcon_jax.compression.plan import Plan as Plan
 from falcon_jax.compression.plan import PlanRow as PlanRow
 from falcon_jax.compression.plan import Rule as Rule
@@ -21,4 +23,13 @@ from falcon_jax.compression.quantization import QuantizationRow as QuantizationR
 from falcon_jax.compression.quantization import QuantizedArray as QuantizedArray
 from falcon_jax.compression.quantization import quantize_linear as quantize_linear
 from falcon_jax.compression.quantization import quantize_weights as quantize_weights
+from falcon_jax.compression.search import Front as Front
+from falcon_jax.compression.search import SearchedPlan as SearchedPlan
+from falcon_jax.compression.search import Target as Target
+from falcon_jax.compression.search import search as search
+from falcon_jax.compression.sensitivity import Effect as Effect
+from falcon_jax.compression.sensitivity import Sensitivity as Sensitivity
+from falcon_jax.compression.sensitivity import sensitivity as sensitivity
+from falcon_jax.compression.shrink import Shrunk as Shrunk
+from falcon_jax.compression.shrink import shrink as shrink
 from falcon_jax.frameworks.layers import Inputs as Inputs

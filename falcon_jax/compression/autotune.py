@@ -10,13 +10,16 @@ from jaxtyping import Array
 
 from falcon_jax.compression.plan import Plan, PlanRow, make_plan
 from falcon_jax.frameworks.interface import Model, framework_of
-from falcon_jax.frameworks.layers import Inputs
+from falcon_jax.frameworks.layers import Inputs, Layer
 from falcon_jax.frameworks.tracing import Call
 from falcon_jax.methods.base import Method, flatten_batch
 from falcon_jax.ops.convolution import conv
 from falcon_jax.ops.geometry import ConvSpec
 
+Times = dict[Any, dict[Method | None, float]]  # of calls, by form; None stands for the standard
+
 STANDARD = "standard"
+REPEATS = 15
 _HOPELESS = 3.0  # times the fastest, in the first run after compilation
 
 
@@ -27,7 +30,7 @@ def autotune(
     *,
     backward: bool = False,
     only_faster: bool = True,
-    repeats: int = 15,
+    repeats: int = REPEATS,
 ) -> Plan:
     """Return a plan whose layers are computed in the form that is fastest on this device.
 
@@ -55,22 +58,39 @@ def autotune(
         plan = make_plan(model, None, inputs)
     found = framework_of(model).find_layers(model, inputs.shapes)
     layers = {layer.path: layer for layer in found}
-    known: dict[Any, dict[Method | None, float]] = {}
+    known: Times = {}
     rows = []
     for row in plan.rows:
         layer = layers.get(row.path)
         if row.method is None or layer is None or not layer.calls:
             rows.append(row)
             continue
-        measured = dict.fromkeys((None, *row.method.forms()), 0.0)
-        for call in layer.calls:
-            key = (row.spec, row.method, call.input_shape)
-            if key not in known:
-                known[key] = _measure(row.method, row.spec, call, backward, repeats)
-            for form in measured:
-                measured[form] += call.times * known[key][form]
+        measured = form_times(layer, row.method, known, backward=backward, repeats=repeats)
         rows.append(_decided(row, measured, only_faster=only_faster))
     return dataclasses.replace(plan, rows=tuple(rows), inputs=plan.inputs or inputs.shapes)
+
+
+def form_times(
+    layer: Layer, method: Method, known: Times, *, backward: bool = False, repeats: int = REPEATS
+) -> dict[Method | None, float]:
+    """Return the milliseconds of all calls of a layer, for each form of a method; and as it is.
+
+    Args:
+        layer: a convolution that was traced.
+        method: what may replace it.
+        known: what was measured before; it is added to.
+        backward: whether to time forward and backward.
+        repeats: timed runs of each form, in turns.
+    """
+    assert layer.spec is not None
+    measured: dict[Method | None, float] = dict.fromkeys((None, *method.forms()), 0.0)
+    for call in layer.calls:
+        key = (layer.spec, method, call.input_shape)
+        if key not in known:
+            known[key] = _measure(method, layer.spec, call, backward, repeats)
+        for form in measured:
+            measured[form] += call.times * known[key][form]
+    return measured
 
 
 def _measure(

@@ -349,7 +349,8 @@ def make_plan(
                 method, reason = _growing(method, by_rule=rules is not None)
             if method is not None and kernel is not None:
                 error = fit_error(kernel, method, spec)
-        rows.append(_row(layer, spec, method, reason, batch, error))
+        row = row_of(layer, spec, method, batch)
+        rows.append(dataclasses.replace(row, reason=reason, error=error))
     rest = [layer for layer in layers if layer.spec is None]
     return Plan(
         rows=tuple(rows),
@@ -403,27 +404,20 @@ def _grows(layer: Layer, method: Method, batch: int) -> bool:
     return not (saves_params or saves_mult_adds)
 
 
-def _row(
-    layer: Layer,
-    spec: ConvSpec,
-    method: Method | None,
-    reason: str,
-    batch: int,
-    error: float | None,
-) -> PlanRow:
+def row_of(layer: Layer, spec: ConvSpec, method: Method | None, batch: int) -> PlanRow:
+    """Return what a plan says of the cost of a layer.
+
+    Args:
+        layer: a convolution.
+        spec: its geometry.
+        method: what replaces it; None if it stays.
+        batch: examples in the traced input.
+    """
     before = Cost(params=layer.params, mult_adds=layer.mult_adds(batch))
     after = before
     if method is not None:
         after = Cost(params=layer.replaced_params(method), mult_adds=layer.mult_adds(batch, method))
-    return PlanRow(
-        path=layer.path,
-        spec=spec,
-        method=method,
-        reason=reason,
-        before=before,
-        after=after,
-        error=error,
-    )
+    return PlanRow(path=layer.path, spec=spec, method=method, reason="", before=before, after=after)
 
 
 @functools.partial(jax.jit, static_argnames=("method", "spec"))

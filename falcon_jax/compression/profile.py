@@ -3,6 +3,7 @@
 import dataclasses
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -38,10 +39,15 @@ def measure_latency(model: Model, sample: Any, *, repeats: int = 10) -> float:
         )
 
     compiled = jax.jit(forward)
+    return median_ms(lambda: compiled(inference.state, inputs.arrays), repeats=repeats)
+
+
+def median_ms(run: Callable[[], Any], *, repeats: int = 10) -> float:
+    """Return the median milliseconds of runs until their results are there, after two more."""
     times = []
     for _ in range(repeats + 2):
         start = time.perf_counter()
-        jax.block_until_ready(compiled(inference.state, inputs.arrays))
+        jax.block_until_ready(run())
         times.append(time.perf_counter() - start)
     return 1e3 * statistics.median(times[2:])
 

@@ -163,6 +163,10 @@ def together(a: Moments, b: Moments) -> Moments:
     return points, mean, var
 
 
+class NotReachedError(ValueError):
+    """No batch reaches a BatchNorm."""
+
+
 def over_batches(
     batches: Iterable[Any],
     seen: Callable[[Statistics, Any, Inputs], Statistics],
@@ -204,7 +208,7 @@ def over_batches(
 def _check_reached(reached: Sequence[Any], norms: Sequence[Any]) -> None:
     missed = [_shown(path) for path in norms if path not in reached]
     if not reached:
-        raise ValueError(
+        raise NotReachedError(
             f"no batch reaches a BatchNorm ({', '.join(missed[:5])}); give inputs that call them."
         )
     if missed:

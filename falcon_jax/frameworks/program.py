@@ -5,7 +5,7 @@ two layers can be computed by itself.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -223,6 +223,16 @@ class Program:
         inner = self._function(tuple(wanted), tuple(known))
         return lambda arrays: inner(named, arrays)
 
+    def pure(
+        self, wanted: Sequence[Any]
+    ) -> Callable[[Mapping[str, Array], Sequence[Array]], list[Array]]:
+        """Return a function of the model's variables by name, and of the arrays of its inputs.
+
+        Args:
+            wanted: what it returns.
+        """
+        return self._function(tuple(wanted), tuple(self._data))
+
     def _function(
         self, wanted: tuple[Any, ...], known: tuple[Any, ...], changed: tuple[Any, ...] = ()
     ) -> Any:
@@ -280,7 +290,11 @@ def _run(jaxpr: Any, constants: Sequence[Any], args: Sequence[Any]) -> list[Any]
     for eqn in jaxpr.eqns:
         inner = [v for v in eqn.params.values() if inner_jaxprs(v)]
         name = eqn.primitive.name
-        if name in _CALLS and len(inner) == 1:
+        # A derivative of one's own is lost with the call that it belongs to.
+        whole = name.startswith("custom_vjp") and not any(
+            any(_marks(j)) for j in inner_jaxprs(inner)
+        )
+        if name in _CALLS and len(inner) == 1 and not whole:
             given = [_value(env, v) for v in eqn.invars]
             made = _run(*_open(inner[0]), given)
             env.update(zip(eqn.outvars, made, strict=True))
