@@ -84,7 +84,7 @@ def _work(devices: int, parallel: str) -> dict[str, Any]:
     import jax
     from flax import nnx
 
-    from falcon_jax.data import load_dataset, train_batches
+    from falcon_jax.data import DataConfig, load_dataset, train_batches
     from falcon_jax.models import vgg8_cifar
     from falcon_jax.training.devices import data_mesh, replicate
     from falcon_jax.training.execution import ParallelSettings, make_execution
@@ -95,7 +95,7 @@ def _work(devices: int, parallel: str) -> dict[str, Any]:
 
     if jax.device_count() != devices:
         raise SystemExit(f"there are {jax.device_count()} devices, not {devices}")
-    dataset = load_dataset("digits")
+    dataset = load_dataset(DataConfig(source="digits"))
     model = vgg8_cifar(num_classes=10, in_features=1, rngs=nnx.Rngs(0))
     settings = TrainSettings(learning_rate=0.05)
     optimizer = make_optimizer(settings, 1000)

@@ -15,7 +15,7 @@ from falcon_jax.data.augmentation import normalize
 from falcon_jax.data.batching import train_batches
 from falcon_jax.data.dataset import Dataset
 from falcon_jax.data.fake import make_image_folder
-from falcon_jax.data.loading import SOURCES, load_dataset
+from falcon_jax.data.loading import SOURCES, DataConfig, load_dataset
 from falcon_jax.paths import user_path
 from falcon_jax.storage.models import Description
 
@@ -62,14 +62,16 @@ def load_data(parsed: argparse.Namespace, description: Description) -> Dataset:
         source, name, data_dir = "folder", "", parsed.data
     preprocessing = description.preprocessing
     dataset = load_dataset(
-        source,
-        name=name,
-        data_dir=data_dir,
-        image_size=preprocessing.image_size,
-        workers=parsed.workers,
-        skip_broken=parsed.skip_broken,
-        shorter_side=preprocessing.shorter_side,
-        interpolation=preprocessing.interpolation,
+        DataConfig(
+            source=source,
+            name=name,
+            data_dir=data_dir,
+            image_size=preprocessing.image_size,
+            workers=parsed.workers,
+            skip_broken=parsed.skip_broken,
+            shorter_side=preprocessing.shorter_side,
+            interpolation=preprocessing.interpolation,
+        )
     )
     if dataset.num_classes != description.classes:
         raise ValueError(

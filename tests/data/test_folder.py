@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from falcon_jax.data.fake import make_image_folder
-from falcon_jax.data.loading import load_dataset
+from falcon_jax.data.loading import DataConfig, load_dataset
 from falcon_jax.data.streamed import StreamedSplit
 
 
@@ -25,7 +25,7 @@ def folder(made, tmp_path):
 
 
 def load(folder, **options):
-    return load_dataset("folder", data_dir=str(folder), image_size=16, **options)
+    return load_dataset(DataConfig(source="folder", data_dir=str(folder), image_size=16, **options))
 
 
 def names(split):

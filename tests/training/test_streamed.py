@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from falcon_jax.data.fake import make_image_folder
-from falcon_jax.data.loading import load_dataset
+from falcon_jax.data.loading import DataConfig, load_dataset
 from falcon_jax.training import loop
 from falcon_jax.training.config import check_config, default_config
 from falcon_jax.training.execution import evaluate
@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 
 
 def load(folder, **options):
-    return load_dataset("folder", data_dir=str(folder), image_size=16, **options)
+    return load_dataset(DataConfig(source="folder", data_dir=str(folder), image_size=16, **options))
 
 
 def started(run):
