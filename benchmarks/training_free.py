@@ -9,6 +9,7 @@ statistics anew. OUT gets one table (text, CSV, JSON) and two plots.
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import sys
@@ -16,15 +17,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
-from ml_collections import ConfigDict
 
 import falcon_jax as fj
 import train
 from falcon_jax.report.machine import describe_machine
 from falcon_jax.report.plots import plot_tradeoff
 from falcon_jax.report.table import Column, format_millions, format_percent, format_table, write_csv
-from falcon_jax.training.config import check_config
-from falcon_jax.training.experiment import Setting, begin, trained_model
+from falcon_jax.training.experiment import Workspace, begin, trained_model
 from falcon_jax.training.network import Network
 
 COLUMNS = (
@@ -74,11 +73,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=pathlib.Path)
     options, rest = parser.parse_known_args(arguments[1:])
     try:
-        _, workdir, config, _ = train.read_flags([arguments[0], *rest])
-        alone: Any = ConfigDict(dict(config))
-        alone.compression.variants = {}
-        with begin(check_config(alone), workdir, alone.to_dict()) as setting:
-            rows = list(measured(setting))
+        config, workdir, _ = train.read_flags([arguments[0], *rest])
+        nothing = dataclasses.replace(config.compression, variants={})
+        alone = dataclasses.replace(config, compression=nothing)
+        with begin(alone, workdir) as workspace:
+            rows = list(measured(workspace))
     except FloatingPointError as error:
         return train.fail(error, train.BAD_NUMBERS)
     except (ValueError, OSError, ImportError) as error:
@@ -89,19 +88,19 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def measured(setting: Setting) -> Iterator[dict[str, Any]]:
-    """Yield a row for the standard model and for every method and setting."""
-    model = trained_model(setting)
+def measured(workspace: Workspace) -> Iterator[dict[str, Any]]:
+    """Yield a row for the standard model and for every method and workspace."""
+    model = trained_model(workspace)
     model.eval()
-    sample = setting.sample(1)
-    experiment = setting.experiment
-    batches = list(setting.inputs(experiment.finetune, experiment.calibration_batches))
-    stays = _rules_of(setting)
-    yield _row(setting, "standard", "", model)
+    sample = workspace.sample(1)
+    config = workspace.config
+    batches = list(workspace.inputs(config.finetune, config.compression.calibration_batches))
+    stays = _rules_of(workspace)
+    yield _row(workspace, "standard", "", model)
     for rank in TERMS:
         plan = fj.make_plan(model, [*stays, fj.Rule(method=fj.Falcon(rank=rank))], sample)
         small = fj.reestimate_batchnorm(fj.compress(model, plan), batches)
-        yield _row(setting, "FALCON", f"rank {rank}", small)
+        yield _row(workspace, "FALCON", f"rank {rank}", small)
     folded = fj.fold_batchnorm(model, sample)
     for name, methods in FOLDED.items():
         for label, method in methods:
@@ -109,27 +108,27 @@ def measured(setting: Setting) -> Iterator[dict[str, Any]]:
             small = fj.compress(folded, plan)
             if name in CALIBRATED:
                 small = fj.calibrate(folded, small, plan, batches)
-            yield _row(setting, name, label, small)
+            yield _row(workspace, name, label, small)
 
 
-def _rules_of(setting: Setting) -> list[fj.Rule]:
+def _rules_of(workspace: Workspace) -> list[fj.Rule]:
     return [
         fj.Rule(path=path, method=None)
-        for path, other in setting.config["compression"]["rules"]
+        for path, other in workspace.config.compression.rules
         if other is None
     ]
 
 
-def _row(setting: Setting, method: str, label: str, model: nnx.Module) -> dict[str, Any]:
+def _row(workspace: Workspace, method: str, label: str, model: nnx.Module) -> dict[str, Any]:
     network, params, statistics = Network.split(model)
-    cost = fj.profile(model, setting.sample(1))
-    settings = setting.experiment.finetune
+    cost = fj.profile(model, workspace.sample(1))
+    recipe = workspace.config.finetune
     return {
         "method": method,
         "setting": label,
         "params": cost.params,
         "mult_adds": cost.mult_adds,
-        "accuracy": setting.test_accuracy(network, params, statistics, settings),
+        "accuracy": workspace.test_accuracy(network, params, statistics, recipe),
     }
 
 

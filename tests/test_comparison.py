@@ -73,7 +73,7 @@ def test_verdicts_fall_either_way_or_not_at_all():
 def test_configs_of_comparisons(which):
     config = compare.get_config(which)
     assert isinstance(config, ConfigDict)
-    names = [variant.name for variant in check_config(config).variants]
+    names = [variant.name for variant in check_config(config).compression.chosen]
     assert len(names) == 16 and names.index("stconv_branch") < names.index("falcon_branch")
 
 

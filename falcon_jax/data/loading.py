@@ -59,7 +59,7 @@ class DataConfig(SourceOptions):
     resize: str = checked("auto", named(RESIZE_MODES))
     train_fraction: float = checked(1.0, must_be("in (0, 1]", lambda share, _: 0 < share <= 1))
     validation_fraction: float = checked(0.1, must_be("in [0, 1)", lambda share, _: 0 <= share < 1))
-    augmentation: Augmentation = Augmentation()
+    augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
 
     def __post_init__(self) -> None:
         super().__post_init__()
