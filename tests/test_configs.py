@@ -116,11 +116,11 @@ def test_the_papers_recipe(name):
         assert settings.boundaries == ((15, 25) if fashion else (150, 250))
         assert settings.epochs == (30 if fashion else 350)
         assert settings.warmup_epochs == 0 and settings.label_smoothing == 0
-    assert experiment.data["validation_fraction"] == 0.1
-    assert experiment.data["source"] == ("idx" if fashion else "tfds")
+    assert experiment.data.validation_fraction == 0.1
+    assert experiment.data.source == ("idx" if fashion else "tfds")
     varied = not name.endswith("svhn")
-    assert experiment.augmentation.crop_padding == (4 if varied else 0)
-    assert experiment.augmentation.flip is varied
+    assert experiment.data.augmentation.crop_padding == (4 if varied else 0)
+    assert experiment.data.augmentation.flip is varied
 
 
 @pytest.mark.parametrize("name", PAPER)

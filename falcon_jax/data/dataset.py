@@ -280,10 +280,10 @@ class SourceOptions(StreamSettings):
     """What a source may need to know; each source reads what concerns it.
 
     Attributes:
-        name: which data set, for "tfds" ("cifar10") and "idx" ("emnist-letters", where files are
-            so called); else what to call it, for "idx" and "folder"; the sources "digits" and
-            "fake" ignore name and data_dir.
-        data_dir: directory of the files, or "" for the source's default.
+        name: which data set, for ``tfds`` (``cifar10``) and ``idx`` (``emnist-letters``, where
+            files are so called); else what to call it, for ``idx`` and ``folder``; the sources
+            ``digits`` and ``fake`` ignore name and data_dir.
+        data_dir: directory of the files; empty for the source's default.
 
     Raises:
         ValueError: if a number is out of range.

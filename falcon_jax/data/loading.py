@@ -43,9 +43,10 @@ class DataConfig(SourceOptions):
     """Which images a network is trained and tested on, and how they get their size.
 
     Attributes:
-        source: where they come from, one of SOURCES.
-        resize: how images in memory get their size, one of decoding.RESIZE_MODES; "auto" if
-            streamed, which has its own way: random crops for training, the centre for evaluation.
+        source: where they come from: ``digits``, ``idx``, ``tfds``, ``fake`` or ``folder``.
+        resize: how images in memory get their size: ``auto``, ``pad``, ``bilinear`` or ``none``;
+            ``auto`` if streamed, which has its own way: random crops for training, the centre for
+            evaluation.
         train_fraction: share of the training split to use at all, the same of every class.
         validation_fraction: share of the training split to hold out, where the data has no
             validation split of its own; 0 for no validation.

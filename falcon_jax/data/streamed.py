@@ -69,8 +69,8 @@ class StreamSettings:
             224).
         workers: processes that read and decode streamed images; 0 for threads of this process.
         skip_broken: whether to leave out streamed images that cannot be read, instead of failing.
-        interpolation: of streamed evaluation images, one of decoding.INTERPOLATIONS; random crops
-            for training are always bilinear.
+        interpolation: of streamed evaluation images, ``bilinear`` or ``bicubic``; random crops for
+            training are always bilinear.
 
     Raises:
         ValueError: if a number is out of range, or there is no such interpolation.

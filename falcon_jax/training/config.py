@@ -33,7 +33,7 @@ class ModelConfig:
     """Which network is trained and compressed.
 
     Attributes:
-        name: as `falcon_jax.get_model` has it.
+        name: as ``falcon_jax.models.get_model`` has it.
     """
 
     name: str = checked("vgg19_cifar", named(MODELS))
@@ -121,8 +121,8 @@ class CompressionConfig:
             None; the first that matches a layer's whole path decides, then the variant's method
             takes the rest.
         variants: by name, a group with a ``method`` or a ``unit`` and its settings, and if need be
-            with ``solver``, ``rules``, ``width`` and ``of`` of its own (`Variant` says what they
-            mean).
+            with ``solver``, ``rules``, ``width`` and ``of`` of its own (docs/training.md
+            says what they mean).
         only: names of variants, with commas between them; empty for all.
     """
 

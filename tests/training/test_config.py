@@ -12,6 +12,7 @@ from falcon_jax.training.config import (
     check_override,
     default_config,
 )
+from tests import config_page
 
 FIRST = ("stages/0/0/conv", None)
 
@@ -283,3 +284,7 @@ def test_overrides_of_other_fields_name_the_nearest(dotted, unknown, near):
 def test_overrides_below_a_value():
     with pytest.raises(ValueError, match=r"config\.seed\.x: there is no 'x'; there are no fields"):
         check_override("config.seed.x")
+
+
+def test_the_page_of_fields_is_that_of_the_tree():
+    assert config_page.PAGE.read_text() == config_page.page(), "run python -m tests.config_page"
