@@ -14,8 +14,8 @@ PAGE = pathlib.Path(__file__).parents[1] / "docs" / "config.md"
 HEAD = """# The fields of a config
 
 Written by `python -m tests.config_page` from the dataclasses of `falcon_jax/training/config.py`;
-[training.md](training.md) says how they are used. A config file starts from `default_config()`, and any
-field can be given on the command line, such as `--config.train.epochs=12`.
+[training.md](training.md) says how they are used. A config file starts from `default_config()`, and
+any field can be given on the command line, such as `--config.train.epochs=12`.
 """
 
 
