@@ -254,7 +254,7 @@ def check_override(dotted: str) -> None:
     Raises:
         ValueError: naming the fields there are, and the nearest.
     """
-    known: Any = dataclasses.field(default_factory=ExperimentConfig)
+    known: Any = ExperimentConfig()
     for field in dotted.split(".")[1:]:
         if isinstance(known, Mapping):
             return

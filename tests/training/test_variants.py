@@ -8,7 +8,8 @@ from falcon_jax.training.config import check_config, default_config
 
 def checked(variants, only="", rules=()):
     config = default_config()
-    config.compression.update({"rules": rules, "variants": variants, "only": only})
+    config.compression.rules, config.compression.only = rules, only
+    config.compression.variants = variants
     return {variant.name: variant for variant in check_config(config).compression.chosen}
 
 
