@@ -17,6 +17,7 @@ from falcon_jax.data.dataset import Dataset
 from falcon_jax.data.fake import make_image_folder
 from falcon_jax.data.loading import SOURCES, DataConfig, load_dataset
 from falcon_jax.paths import user_path
+from falcon_jax.settings import no_such
 from falcon_jax.storage.models import Description
 
 
@@ -60,6 +61,8 @@ def load_data(parsed: argparse.Namespace, description: Description) -> Dataset:
     data_dir = parsed.data_dir
     if source not in SOURCES and (os.sep in parsed.data or user_path(parsed.data).is_dir()):
         source, name, data_dir = "folder", "", parsed.data
+    if source not in SOURCES:
+        raise ValueError(no_such("data source", source, SOURCES))
     preprocessing = description.preprocessing
     dataset = load_dataset(
         DataConfig(

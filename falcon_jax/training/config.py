@@ -133,7 +133,7 @@ class CompressionConfig:
             lambda start, _: bool(start.strip()),
         ),
     )
-    solver: Solver = checked("exact", one_of(get_args(Solver)))
+    solver: str = checked("exact", one_of(get_args(Solver)))
     calibration_batches: int = checked(8, at_least(0))
     batchnorm_batches: int = checked(8, at_least(0))
     rules: tuple[Any, ...] = ()

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from falcon_jax.compression.plan import Rule
 from falcon_jax.methods.base import Method
@@ -48,7 +48,7 @@ class Variant:
 
 
 def chosen_variants(
-    variants: Mapping[str, Any], *, solver: Solver, rules: Any, only: str
+    variants: Mapping[str, Any], *, solver: str, rules: Any, only: str
 ) -> tuple[Variant, ...]:
     """Return the variants to be made, those that others compress first.
 
@@ -86,7 +86,7 @@ def _check_base(name: str, variant: Variant, variants: Mapping[str, Variant]) ->
         )
 
 
-def _variant(name: str, given: Any, solver: Solver, rules: Any) -> Variant:
+def _variant(name: str, given: Any, solver: str, rules: Any) -> Variant:
     dotted = f"variants.{name}"
     if name == "standard" or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) is None:
         raise ValueError(
@@ -134,7 +134,7 @@ def _variant(name: str, given: Any, solver: Solver, rules: Any) -> Variant:
         name=name,
         method=method,
         rules=(*own, Rule(method=method)),
-        solver=solver,
+        solver=cast(Solver, solver),
         of=of,
         width=float(width),
         kind=method.name,
