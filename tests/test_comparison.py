@@ -5,11 +5,11 @@ from ml_collections import ConfigDict
 
 from benchmarks.compare import _paper_cells, verdicts
 from configs import compare
-from falcon_jax.training.config import check_config
+from falcon_jax.training.config import DataConfig, ExperimentConfig, ModelConfig, check_config
 
 
 def config_of(model, data):
-    return {"model": {"name": model}, "data": {"name": data}}
+    return ExperimentConfig(model=ModelConfig(name=model), data=DataConfig(name=data))
 
 
 @pytest.mark.parametrize(

@@ -271,7 +271,7 @@ def test_unfit_folders_are_refused(folder, change, message):
         ({"resize": "bilinear"}, "resize must be 'auto' for set, whose images are streamed"),
         ({"workers": -1}, "workers must be 0 or more, but is -1"),
         ({"shorter_side": 15}, "shorter_side must be 0 .* or at least image_size 16, but is 15"),
-        ({"train_fraction": 0.0}, "train_fraction must lie in"),
+        ({"train_fraction": 0.0}, "train_fraction must be in"),
     ],
 )
 def test_bad_options_are_refused(made, options, message):
