@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
         with Interruption() as interruption:
             _, table = run_experiment(config, workdir, interruption)
     except Stopped as stopped:
-        print(f"train.py: {shown(stopped)}", file=sys.stderr)
+        print(f"train.py: {shown(stopped, 1000)}", file=sys.stderr)
         return STOPPED
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:

@@ -1,62 +1,139 @@
 """falcon_jax: trained convolutional networks made smaller and faster, in JAX and Flax."""
 
-from falcon_jax import convert as convert
-from falcon_jax import methods as methods
-from falcon_jax import models as models
-from falcon_jax import ops as ops
-from falcon_jax.compression import Inputs as Inputs
-from falcon_jax.compression import Plan as Plan
-from falcon_jax.compression import PlanRow as PlanRow
-from falcon_jax.compression import Profile as Profile
-from falcon_jax.compression import ProfileRow as ProfileRow
-from falcon_jax.compression import Quantization as Quantization
-from falcon_jax.compression import QuantizationRow as QuantizationRow
-from falcon_jax.compression import QuantizedArray as QuantizedArray
-from falcon_jax.compression import Rule as Rule
-from falcon_jax.compression import autotune as autotune
-from falcon_jax.compression import calibrate as calibrate
-from falcon_jax.compression import compress as compress
-from falcon_jax.compression import deploy as deploy
-from falcon_jax.compression import fold_batchnorm as fold_batchnorm
-from falcon_jax.compression import load_compressed as load_compressed
-from falcon_jax.compression import make_plan as make_plan
-from falcon_jax.compression import narrow as narrow
-from falcon_jax.compression import profile as profile
-from falcon_jax.compression import quantize_linear as quantize_linear
-from falcon_jax.compression import quantize_weights as quantize_weights
-from falcon_jax.compression import reestimate_batchnorm as reestimate_batchnorm
-from falcon_jax.compression import save_compressed as save_compressed
-from falcon_jax.gep import falcon_kernel as falcon_kernel
-from falcon_jax.gep import gep as gep
-from falcon_jax.gep import separable_kernel as separable_kernel
-from falcon_jax.methods import CP as CP
-from falcon_jax.methods import Budget as Budget
-from falcon_jax.methods import ChannelDecomposition as ChannelDecomposition
-from falcon_jax.methods import ConvSpec as ConvSpec
-from falcon_jax.methods import Cost as Cost
-from falcon_jax.methods import Decoupled as Decoupled
-from falcon_jax.methods import DepthwiseSeparable as DepthwiseSeparable
-from falcon_jax.methods import DifferentiableFilterSummary as DifferentiableFilterSummary
-from falcon_jax.methods import Energy as Energy
-from falcon_jax.methods import Falcon as Falcon
-from falcon_jax.methods import FilterSummary as FilterSummary
-from falcon_jax.methods import Method as Method
-from falcon_jax.methods import SpatialDecomposition as SpatialDecomposition
-from falcon_jax.methods import TensorTrain as TensorTrain
-from falcon_jax.methods import Tucker as Tucker
-from falcon_jax.methods import fit as fit
-from falcon_jax.methods import get_method as get_method
-from falcon_jax.methods import method_names as method_names
-from falcon_jax.methods import relative_error as relative_error
-from falcon_jax.methods import standard_cost as standard_cost
-from falcon_jax.nn import linen as linen
-from falcon_jax.nn.layers import BatchNorm as BatchNorm
-from falcon_jax.nn.layers import DepthwiseConv as DepthwiseConv
-from falcon_jax.nn.method_conv import MethodConv as MethodConv
-from falcon_jax.nn.nnx import CPConv as CPConv
-from falcon_jax.nn.nnx import DepthwiseSeparableConv as DepthwiseSeparableConv
-from falcon_jax.nn.nnx import FalconConv as FalconConv
-from falcon_jax.nn.nnx import TuckerConv as TuckerConv
-from falcon_jax.ops import depthwise_conv as depthwise_conv
-from falcon_jax.ops import separable_conv as separable_conv
-from falcon_jax.solvers import AdamWSettings as AdamWSettings
+from falcon_jax import convert, export, methods, models, ops
+from falcon_jax.compression import (
+    Inputs,
+    Plan,
+    PlanRow,
+    Profile,
+    ProfileRow,
+    Quantization,
+    QuantizationRow,
+    QuantizedArray,
+    Rule,
+    autotune,
+    calibrate,
+    compress,
+    deploy,
+    fold_batchnorm,
+    make_plan,
+    narrow,
+    profile,
+    quantize_linear,
+    quantize_weights,
+    reestimate_batchnorm,
+)
+from falcon_jax.gep import falcon_kernel, gep, separable_kernel
+from falcon_jax.methods import (
+    CP,
+    Budget,
+    ChannelDecomposition,
+    ConvSpec,
+    Cost,
+    Decoupled,
+    DepthwiseSeparable,
+    DifferentiableFilterSummary,
+    Energy,
+    Falcon,
+    FilterSummary,
+    Method,
+    SpatialDecomposition,
+    TensorTrain,
+    Tucker,
+    fit,
+    get_method,
+    method_names,
+    relative_error,
+    standard_cost,
+)
+from falcon_jax.nn import linen
+from falcon_jax.nn.layers import BatchNorm, DepthwiseConv
+from falcon_jax.nn.method_conv import MethodConv
+from falcon_jax.nn.nnx import (
+    ChannelDecompositionConv,
+    CPConv,
+    DecoupledConv,
+    DepthwiseSeparableConv,
+    DifferentiableFilterSummaryConv,
+    FalconConv,
+    FilterSummaryConv,
+    SpatialDecompositionConv,
+    TensorTrainConv,
+    TuckerConv,
+)
+from falcon_jax.ops import depthwise_conv, separable_conv
+from falcon_jax.solvers import AdamWSettings
+from falcon_jax.storage import load_compressed, save_compressed
+
+__version__ = "0.2.0.dev0"
+
+__all__ = [
+    "CP",
+    "AdamWSettings",
+    "BatchNorm",
+    "Budget",
+    "CPConv",
+    "ChannelDecomposition",
+    "ChannelDecompositionConv",
+    "ConvSpec",
+    "Cost",
+    "Decoupled",
+    "DecoupledConv",
+    "DepthwiseConv",
+    "DepthwiseSeparable",
+    "DepthwiseSeparableConv",
+    "DifferentiableFilterSummary",
+    "DifferentiableFilterSummaryConv",
+    "Energy",
+    "Falcon",
+    "FalconConv",
+    "FilterSummary",
+    "FilterSummaryConv",
+    "Inputs",
+    "Method",
+    "MethodConv",
+    "Plan",
+    "PlanRow",
+    "Profile",
+    "ProfileRow",
+    "Quantization",
+    "QuantizationRow",
+    "QuantizedArray",
+    "Rule",
+    "SpatialDecomposition",
+    "SpatialDecompositionConv",
+    "TensorTrain",
+    "TensorTrainConv",
+    "Tucker",
+    "TuckerConv",
+    "__version__",
+    "autotune",
+    "calibrate",
+    "compress",
+    "convert",
+    "deploy",
+    "depthwise_conv",
+    "export",
+    "falcon_kernel",
+    "fit",
+    "fold_batchnorm",
+    "gep",
+    "get_method",
+    "linen",
+    "load_compressed",
+    "make_plan",
+    "method_names",
+    "methods",
+    "models",
+    "narrow",
+    "ops",
+    "profile",
+    "quantize_linear",
+    "quantize_weights",
+    "reestimate_batchnorm",
+    "relative_error",
+    "save_compressed",
+    "separable_conv",
+    "separable_kernel",
+    "standard_cost",
+]

@@ -1,10 +1,15 @@
-"""Paths as people write them, and files that stand whole or not at all."""
+"""Paths as people write them, files that stand whole or not at all, and JSON from disk."""
 
-from __future__ import annotations
-
+import json
 import os
+import stat
 import tempfile
 from pathlib import Path
+from typing import Any
+
+from falcon_jax.wording import reason, shown
+
+_LARGEST = 2**26  # bytes of a JSON file
 
 
 def user_path(path: str | os.PathLike[str]) -> Path:
@@ -31,7 +36,7 @@ def user_path(path: str | os.PathLike[str]) -> Path:
 
 
 def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
-    """Writes a file beside its place and moves it there, so that no reader sees half of it.
+    """Write a file beside its place and move it there, so that no reader sees half of it.
 
     Args:
         path: where the file goes; its directory is made if missing.
@@ -53,3 +58,23 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Return the plain data of a JSON file.
+
+    Raises:
+        ValueError: if it is none, naming it.
+        OSError: if it cannot be read.
+    """
+    about = os.stat(path)
+    if not stat.S_ISREG(about.st_mode):
+        raise ValueError(f"{shown(path, 1000)} should be a file of JSON, but is no file.")
+    if about.st_size > _LARGEST:
+        raise ValueError(f"{shown(path, 1000)} is too large for what it should hold.")
+    try:
+        return json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{shown(path, 1000)} is damaged: it is no JSON ({reason(error)})."
+        ) from None

@@ -80,7 +80,7 @@ def checked(default: T, check: Check) -> T:
 
     Args:
         default: its value if none is given.
-        check: made by `must_be`, `at_least`, `one_of` or `named`.
+        check: made by `must_be`, `at_least`, `one_of`, `named` or `each`.
     """
     return dataclasses.field(default=default, metadata={_CHECK: check})
 
@@ -137,6 +137,13 @@ def named(names: Iterable[str]) -> Check:
     """Return a check for one of many names, whose message names the nearest."""
     known = tuple(names)
     return lambda name, value, _: None if value in known else unknown_field(name, value, known)
+
+
+def each(check: Check) -> Check:
+    """Return a check for every entry of a field; the message is about the first that fails."""
+    return lambda name, values, whole: next(
+        filter(None, (check(name, value, whole) for value in values)), None
+    )
 
 
 @contextmanager

@@ -1,40 +1,43 @@
 """Words of messages: fit to be shown in a line, lists cut short, lines of cells aligned."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-_LONGEST = 1000  # characters of a message
+_MOST_AXES = 64  # of a shape that is shown whole
 
 
-def shown(text: Any, longest: int = _LONGEST) -> str:
-    r"""Return a text in one line, what cannot be printed escaped, its middle left out if long.
+def shown(value: Any, longest: int = 120) -> str:
+    r"""Return a value in one line, what cannot be printed escaped, its middle left out if long.
+
+    Of a container only its kind and size are told, whatever it holds: the text of a small file's
+    nested tuples can be exponentially long. A shape is shown whole.
 
     >>> shown("two\nlines, a bell \x07 and bytes \udcff")
     'two lines, a bell \\x07 and bytes \\udcff'
-    >>> shown("abcdefghijklmnopqrstuvwxyz", longest=11)
-    'abcd ... yz'
+    >>> shown("abcdefghijklmnopqrstuvwxyz", longest=11), shown([[1], [2]]), shown((2, 3))
+    ('abcd ... yz', 'a list of 2', '(2, 3)')
 
     Args:
-        text: a string, or anything that `str` makes one of.
+        value: a string, or anything that `str` makes one of.
         longest: characters of the result.
     """
-    try:
-        words = str(text)
-    except Exception as error:  # a library's own error that cannot be told
-        words = type(error).__name__
-    if len(words) > 16 * longest:  # of megabytes not all is looked at
-        words = f"{words[: 8 * longest]} {words[-8 * longest :]}"
-    line = "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
-        for character in " ".join(words.split())
-    )
+    line = _one_line(_text(value), longest)
     if len(line) <= longest:
         return line
     head = (longest - 5) * 2 // 3
     return f"{line[:head]} ... {line[len(line) - (longest - 5 - head) :]}"
+
+
+def listed(values: Iterable[Any], count: int = 10) -> str:
+    """Return the first few values, as `shown` has them, and how many there are beside them.
+
+    >>> listed("abcde", 3), listed("abc", 3)
+    ('a, b, c and 2 more', 'a, b, c')
+    """
+    values = list(values)
+    more = f" and {len(values) - count} more" if len(values) > count else ""
+    return ", ".join(map(shown, values[:count])) + more
 
 
 def reason(error: BaseException, longest: int = 300) -> str:
@@ -44,11 +47,33 @@ def reason(error: BaseException, longest: int = 300) -> str:
     return shown(error, longest) or type(error).__name__
 
 
+def _text(value: Any) -> str:
+    if isinstance(value, tuple) and len(value) <= _MOST_AXES and all(type(v) is int for v in value):
+        return str(value)
+    if isinstance(value, dict | list | tuple | set | frozenset):
+        return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, bytes | bytearray):
+        return "bytes"
+    try:
+        return str(value)
+    except Exception as error:  # a library's own error that cannot be told, a number of millions
+        return type(error).__name__
+
+
+def _one_line(text: str, longest: int) -> str:
+    if len(text) > 16 * longest:  # of megabytes not all is looked at
+        text = f"{text[: 8 * longest]} {text[-8 * longest :]}"
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in " ".join(text.split())
+    )
+
+
 _LISTED = 3
 
 
 def some_of(names: Iterable[str]) -> str:
-    """Returns the first three of some names and the number of the others.
+    """Return the first three of some names and the number of the others.
 
     >>> some_of("abcde"), some_of("abc")
     ('a, b, c and 2 more', 'a, b, c')

@@ -1,4 +1,4 @@
-"""Writes docs/config.md: every field of a config, from the dataclasses that it is checked with.
+"""Write docs/config.md: every field of a config, from the dataclasses that it is checked with.
 
 python -m tests.config_page
 """

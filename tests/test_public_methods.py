@@ -170,7 +170,10 @@ def test_support_is_a_reason_or_a_method_that_works(name, size, groups, m, n, pa
     assert y.shape == (2, *spec.output_shape(shape[:-1]), spec.out_features)
 
 
-@pytest.mark.parametrize("name", ["falcon", "filter_summary", "decoupled"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("filter_summary", "decoupled")]
+
+
+@pytest.mark.parametrize("name", ["falcon", *SLOW])
 def test_no_tracer_leaks_under_jit_vmap_and_grad(name):
     method, kernels = METHODS[name], jnp.stack([trained(), trained(0)])
     x = jnp.ones((1, 3, 3, 4))

@@ -6,7 +6,8 @@ import pytest
 from flax import nnx
 
 import falcon_jax as fj
-from benchmarks.training_free import CALIBRATED, FOLDED, _points
+from benchmarks.training_free import FOLDED, _points, main
+from benchmarks.training_free_ocr import METHODS, STUDIES
 
 SAMPLE = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
 QUICK = ("FALCON", "CD+ND")
@@ -29,12 +30,21 @@ def test_every_setting_replaces_every_layer_but_the_first(name, shapes):
         assert plan.after.params < plan.before.params
         costs.append(plan.after.params)
     assert len(set(costs)) == len(costs)
-    assert name not in CALIBRATED or isinstance(method, fj.ChannelDecomposition)
 
 
 def test_the_smallest_model_of_each_method_carries_its_name():
     rows = [
-        {"method": method, "params": params, "accuracy": 0.5}
-        for method, params in (("a", 3), ("a", 2), ("b", 1))
+        {"method": method, "fit": fit, "params": params, "accuracy": 0.5}
+        for method, fit, params in (("a", "", 3), ("a", "", 2), ("a", "data", 3), ("b", "", 1))
     ]
-    assert [point["label"] for point in _points(rows)] == ["", "a", "b"]
+    assert [point["label"] for point in _points(rows)] == ["", "a", "a, data", "b"]
+
+
+def test_other_networks_are_told_apart(capsys):
+    assert set(STUDIES) == {"recognizer", "detector"} and "FALCON" in METHODS
+    with pytest.raises(SystemExit):
+        main(["training_free", "--network=detector", "--config=configs/demo.py"])
+    assert "--config=configs/demo.py is for --network=digits" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["training_free", "--network=recognizer", "--methods=falcon"])
+    assert "got 'falcon'" in capsys.readouterr().err

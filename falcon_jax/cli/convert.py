@@ -1,13 +1,11 @@
 """The sub-commands `convert` and `compress`: weights of others, and stored models, made smaller."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 
 from falcon_jax.cli.data import add_data_options, load_data, training_inputs
 from falcon_jax.compression.batchnorm import reestimate_batchnorm
-from falcon_jax.convert.checkpoint import IMAGENET, convert_file, require_absent
+from falcon_jax.convert.checkpoint import IMAGENET, compressed, convert_file, require_absent
 from falcon_jax.data.decoding import INTERPOLATIONS
 from falcon_jax.methods.base import Method
 from falcon_jax.methods.registry import method_from
@@ -15,7 +13,6 @@ from falcon_jax.paths import user_path
 from falcon_jax.storage.models import (
     ImagePreprocessing,
     Stored,
-    compressed,
     load_stored,
     save_stored,
 )

@@ -1,7 +1,5 @@
 """Options that say where images are, and the sub-command make-folder."""
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import os
@@ -103,7 +101,7 @@ def training_inputs(
 
 
 def add_make_folder(commands: Any) -> None:
-    """Adds `make-folder`: write a folder of made-up JPEG images, one subfolder a class.
+    """Add `make-folder`: write a folder of made-up JPEG images, one subfolder a class.
 
     Args:
         commands: the sub-commands of the parser, as `add_subparsers` gives them.

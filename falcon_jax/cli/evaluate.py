@@ -1,7 +1,5 @@
 """The sub-commands `evaluate` and `profile`: how good a stored model is, and what it costs."""
 
-from __future__ import annotations
-
 import argparse
 import time
 from typing import Any

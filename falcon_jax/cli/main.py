@@ -1,7 +1,5 @@
 """The command line: python -m falcon_jax SUBCOMMAND."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Callable, Sequence
@@ -10,13 +8,14 @@ from typing import Any
 from falcon_jax.cli.convert import add_compress, add_convert
 from falcon_jax.cli.data import add_make_folder
 from falcon_jax.cli.evaluate import add_evaluate, add_profile
+from falcon_jax.cli.export import add_export
 from falcon_jax.data.tfds import prepare
 
 BAD_INPUT = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one sub-command.
+    """Run one sub-command.
 
     Args:
         arguments: what follows the program's name, by default what the shell gave.
@@ -40,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def add_prepare(commands: Any) -> None:
-    """Adds `prepare`: download a TFDS data set and write it as array_record files.
+    """Add `prepare`: download a TFDS data set and write it as array_record files.
 
     Args:
         commands: the sub-commands of the parser, as `add_subparsers` gives them.
@@ -61,6 +60,7 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
     add_compress,
     add_evaluate,
     add_profile,
+    add_export,
     add_prepare,
     add_make_folder,
 )

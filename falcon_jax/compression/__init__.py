@@ -3,6 +3,7 @@
 from falcon_jax.compression.autotune import autotune as autotune
 from falcon_jax.compression.batchnorm import fold_batchnorm as fold_batchnorm
 from falcon_jax.compression.batchnorm import reestimate_batchnorm as reestimate_batchnorm
+from falcon_jax.compression.calibration import ResponseError as ResponseError
 from falcon_jax.compression.calibration import calibrate as calibrate
 from falcon_jax.compression.compress import compress as compress
 from falcon_jax.compression.compress import narrow as narrow
@@ -21,6 +22,3 @@ from falcon_jax.compression.quantization import QuantizedArray as QuantizedArray
 from falcon_jax.compression.quantization import quantize_linear as quantize_linear
 from falcon_jax.compression.quantization import quantize_weights as quantize_weights
 from falcon_jax.frameworks.layers import Inputs as Inputs
-from falcon_jax.storage.compressed import load_compressed as load_compressed
-from falcon_jax.storage.compressed import open_compressed as open_compressed
-from falcon_jax.storage.compressed import save_compressed as save_compressed

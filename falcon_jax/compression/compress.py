@@ -1,16 +1,15 @@
 """`compress`: carry a plan out on a model."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from falcon_jax.compression.plan import Plan, PlanRow
+from falcon_jax.compression.plan import Plan, PlanRow, check_plan, replacements
 from falcon_jax.frameworks.interface import M, defined_layers, framework_of
-from falcon_jax.frameworks.layers import Layer
 from falcon_jax.methods.base import Method, Params
 from falcon_jax.methods.fit import Solver, check_finite
 from falcon_jax.nn.method_conv import fit_stacked
@@ -56,59 +55,7 @@ def compress(
         check_finite(kernel, f"the kernel of {path!r}")
     key = jax.random.key(0) if key is None else key
     fitted = _fit_all(plan.replaced, kernels, plan.solver if solver is None else solver, key)
-    return framework.replace_convs(model, _layers(plan, fitted))
-
-
-def compressed_blank(model: M, plan: Plan) -> M:
-    """Return what `compress` would make of a model, with zeros for fitted parameters.
-
-    Raises:
-        ValueError: if the plan does not fit the model.
-    """
-    framework: Any = framework_of(model)
-    check_plan(plan, defined_layers(model, plan.inputs))
-    kernels = framework.kernels(model, [row.path for row in plan.replaced])
-    return framework.replace_convs(
-        model, _layers(plan, {r.path: _blank(r, kernels[r.path]) for r in plan.replaced})
-    )
-
-
-def _layers(plan: Plan, params: Mapping[str, Params]) -> dict[str, tuple[Method, ConvSpec, Params]]:
-    return {
-        r.path: (r.method, r.spec, params[r.path]) for r in plan.replaced if r.method is not None
-    }
-
-
-def _blank(row: PlanRow, kernel: Any) -> Params:
-    method = row.method
-    assert method is not None
-    shapes = jax.eval_shape(lambda kernel: fit_stacked(kernel, method, row.spec), kernel)
-    return {name: jnp.zeros(like.shape, like.dtype) for name, like in shapes.items()}
-
-
-def check_plan(plan: Plan, layers: Sequence[Layer]) -> None:
-    """Raise unless a model has the convolutions that a plan replaces.
-
-    Raises:
-        ValueError: naming the first that it has not.
-    """
-    found = {layer.path: layer for layer in layers}
-    for row in plan.replaced:
-        layer = found.get(row.path)
-        if layer is None or layer.spec is None:
-            raise ValueError(
-                f"the plan replaces {row.path!r}, but the model has no such convolution. "
-                "Make a plan for this model."
-            )
-        if layer.spec != row.spec:
-            raise ValueError(
-                f"the plan says that {row.path!r} is {row.spec}, but it is {layer.spec}."
-            )
-        if layer.obstacle is not None:
-            raise ValueError(
-                f"the plan replaces {row.path!r}, which cannot be replaced: {layer.obstacle}. "
-                "Make a plan for this model."
-            )
+    return framework.replace_convs(model, replacements(plan, fitted))
 
 
 def _fit_all(

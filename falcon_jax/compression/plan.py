@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from falcon_jax.frameworks.interface import Model, framework_of
+from falcon_jax.frameworks.interface import M, Model, defined_layers, framework_of
 from falcon_jax.frameworks.layers import Inputs, Layer
 from falcon_jax.methods.base import Cost, Method, Params
 from falcon_jax.methods.falcon import Falcon
 from falcon_jax.methods.fit import Solver, check_finite, check_solver, relative_error
-from falcon_jax.methods.registry import get_method
+from falcon_jax.methods.registry import stored_method
 from falcon_jax.nn.method_conv import fit_stacked, for_trained
 from falcon_jax.ops.geometry import ConvSpec
 from falcon_jax.paths import user_path
@@ -249,7 +249,7 @@ def _row_from_json(data: Mapping[str, Any]) -> PlanRow:
     return PlanRow(
         path=data["path"],
         spec=ConvSpec(**data["spec"]),
-        method=None if method is None else get_method(method["name"], **method["options"]),
+        method=None if method is None else stored_method(method["name"], method["options"]),
         reason=data["reason"],
         before=Cost(**data["before"]),
         after=Cost(**data["after"]),
@@ -442,3 +442,58 @@ def fit_error(kernel: Array, method: Method, spec: ConvSpec) -> float:
     safe = times_power_of_two(kernel, -safe_exponent(kernel)).astype(kernel.dtype)
     params = fit_stacked(safe, method, spec)
     return float(_approximation_error(safe, params, method=method, spec=spec))
+
+
+def check_plan(plan: Plan, layers: Sequence[Layer]) -> None:
+    """Raise unless a model has the convolutions that a plan replaces.
+
+    Raises:
+        ValueError: naming the first that it has not.
+    """
+    found = {layer.path: layer for layer in layers}
+    for row in plan.replaced:
+        layer = found.get(row.path)
+        if layer is None or layer.spec is None:
+            raise ValueError(
+                f"the plan replaces {row.path!r}, but the model has no such convolution. "
+                "Make a plan for this model."
+            )
+        if layer.spec != row.spec:
+            raise ValueError(
+                f"the plan says that {row.path!r} is {row.spec}, but it is {layer.spec}."
+            )
+        if layer.obstacle is not None:
+            raise ValueError(
+                f"the plan replaces {row.path!r}, which cannot be replaced: {layer.obstacle}. "
+                "Make a plan for this model."
+            )
+
+
+def compressed_blank(model: M, plan: Plan) -> M:
+    """Return what `compress` would make of a model, with zeros for fitted parameters.
+
+    Raises:
+        ValueError: if the plan does not fit the model.
+    """
+    framework: Any = framework_of(model)
+    check_plan(plan, defined_layers(model, plan.inputs))
+    kernels = framework.kernels(model, [row.path for row in plan.replaced])
+    return framework.replace_convs(
+        model, replacements(plan, {r.path: _blank(r, kernels[r.path]) for r in plan.replaced})
+    )
+
+
+def replacements(
+    plan: Plan, params: Mapping[str, Params]
+) -> dict[str, tuple[Method, ConvSpec, Params]]:
+    """Return method, spec and parameters of every replaced layer, as frameworks take them."""
+    return {
+        r.path: (r.method, r.spec, params[r.path]) for r in plan.replaced if r.method is not None
+    }
+
+
+def _blank(row: PlanRow, kernel: Any) -> Params:
+    method = row.method
+    assert method is not None
+    shapes = jax.eval_shape(lambda kernel: fit_stacked(kernel, method, row.spec), kernel)
+    return {name: jnp.zeros(like.shape, like.dtype) for name, like in shapes.items()}

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from jaxtyping import Array, Float, UInt8
 
 from falcon_jax.frameworks.interface import M, Model, framework_of
 from falcon_jax.methods.fit import check_finite
+from falcon_jax.solvers.scale import largest_exponent, times_power_of_two
 from falcon_jax.wording import aligned
 
 
@@ -31,7 +33,60 @@ class QuantizedArray(NamedTuple):
 
     def values(self) -> Float[Array, "*shape"]:
         """Return the entries, float32."""
-        return self.minimum + self.scale * self.codes.astype(jnp.float32)
+        largest = jnp.finfo(jnp.float32).max
+        part = jnp.where(jnp.isinf(255 * self.scale), 2.0**-8, 1.0).astype(jnp.float32)
+        entries = part * self.minimum + part * self.scale * self.codes.astype(jnp.float32)
+        return jnp.clip(entries, -part * largest, part * largest) / part
+
+    def packed(self, bits: int) -> "PackedArray":
+        """Return codes of so many bits without gaps between them."""
+        codes = np.asarray(self.codes).reshape(-1, 1)
+        shifts = np.arange(bits, dtype=np.uint8)[::-1]
+        return PackedArray(
+            codes=np.packbits(codes >> shifts & np.uint8(1)),
+            minimum=np.float32(self.minimum),
+            scale=np.float32(self.scale),
+        )
+
+
+class PackedArray(NamedTuple):
+    """A `QuantizedArray` as it is kept in files.
+
+    Attributes:
+        codes: of all entries, one after the other, most significant bits first; the last byte is
+            filled up with zeros.
+        minimum: the first point of the grid.
+        scale: from one point to the next.
+    """
+
+    codes: UInt8[np.ndarray, " bytes"]
+    minimum: np.float32
+    scale: np.float32
+
+    def values(self, shape: tuple[int, ...], bits: int) -> Float[np.ndarray, "*shape"]:
+        """Return the entries, float32, bit for bit as `QuantizedArray.values` has them.
+
+        Raises:
+            ValueError: if there are not as many codes as entries.
+        """
+        size = math.prod(shape)
+        if self.codes.shape != (packed_bytes(size, bits),):
+            raise ValueError(
+                f"{size} codes of {bits} bits take up {packed_bytes(size, bits)} bytes; got "
+                f"{self.codes.shape}."
+            )
+        digits = np.unpackbits(self.codes, count=size * bits).reshape(size, bits)
+        weights = 1 << np.arange(bits, dtype=np.uint16)[::-1]
+        codes = (digits * weights).sum(axis=1).astype(np.uint8).reshape(shape)
+        whole = QuantizedArray(
+            jnp.asarray(codes), jnp.asarray(self.minimum), jnp.asarray(self.scale)
+        )
+        return np.asarray(whole.values())
+
+
+def packed_bytes(size: int, bits: int) -> int:
+    """Return the bytes that so many codes take up."""
+    return -(-size * bits // 8)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,10 +111,14 @@ class Quantization:
     Attributes:
         rows: one for every quantised tensor, in the order of definition.
         params: trainable parameters of the model, as `profile` counts them.
+        bits: of a code.
+        codes: of every quantised tensor, by path; `save_compressed` writes them in its place.
     """
 
     rows: tuple[QuantizationRow, ...]
     params: int
+    bits: int
+    codes: Mapping[str, QuantizedArray] = dataclasses.field(repr=False, compare=False)
 
     @property
     def effective_params(self) -> float | int:
@@ -85,7 +144,8 @@ def quantize_linear(values: Float[ArrayLike, "*shape"], *, bits: int = 8) -> Qua
 
     ``codes = round((values - min) / scale)``, ``scale = (max - min) / (2^bits - 1)``
 
-    An entry is off by at most ``scale / 2``, and float32 rounding. Works under jit (``bits``
+    An entry is off by at most ``scale / 2``, and float32 rounding; ``scale`` is no less than the
+    smallest normal number, 1.2e-38, unless all entries are equal. Works under jit (``bits``
     static) and vmap, where one value that is not finite makes all of them NaN.
 
     Args:
@@ -96,7 +156,7 @@ def quantize_linear(values: Float[ArrayLike, "*shape"], *, bits: int = 8) -> Qua
         Codes of the shape of ``values``, minimum and scale.
 
     Raises:
-        ValueError: if there are no such bits, or values, or their range in float32, are not finite.
+        ValueError: if there are no such bits, or values, or ``scale`` in float32, are not finite.
 
     Reference:
         FSNet (Yang et al., 2019, arXiv 1902.03264), FSNet-WQ.
@@ -112,10 +172,17 @@ def quantize_linear(values: Float[ArrayLike, "*shape"], *, bits: int = 8) -> Qua
     check_finite(values, "the array")
     if not values.size:
         return QuantizedArray(values.astype(jnp.uint8), jnp.float32(0), jnp.float32(0))
-    minimum, last = jnp.min(values), 2**bits - 1
-    scale = (jnp.max(values) - minimum) / last
+    # Near the largest float the range would be infinite, near the smallest the steps 0.
+    exponent, last = largest_exponent(values), 2**bits - 1
+    near_one = times_power_of_two(values, -exponent)
+    least, tiny = jnp.min(near_one), jnp.asarray(jnp.finfo(jnp.float32).tiny)
+    step = (jnp.max(near_one) - least) / last
+    with np.errstate(over="ignore"):
+        scale = times_power_of_two(step, exponent)
     check_finite(scale, "the range of the array, in float32,")
-    codes = jnp.round((values - minimum) / jnp.where(scale > 0, scale, 1))
+    scale = jnp.where(step > 0, jnp.maximum(scale, tiny), 0)
+    step = jnp.maximum(step, times_power_of_two(tiny, -exponent))
+    minimum, codes = jnp.min(values), jnp.round((near_one - least) / step)
     return QuantizedArray(jnp.clip(codes, 0, last).astype(jnp.uint8), minimum, scale)
 
 
@@ -126,8 +193,10 @@ def quantize_weights(model: M, *, bits: int = 8, path: str = r".*") -> tuple[M, 
 
     Quantised are the kernels of convolutions and fully connected layers, and all parameters of a
     convolution under a method; no bias, no norm. Layers stacked by scan or vmap are one tensor. The
-    copy has floats on the grid and is no smaller: the report says what codes would take up. Unlike
-    the paper's counts, the report's leave out BatchNorm's running statistics.
+    copy computes with floats on the grid and is no smaller in memory; the report has the codes, and
+    files written with it (``save_compressed(..., quantization=report)``, `export.safetensors`) hold
+    them in place of the floats. Unlike the paper's counts, the report's leave out BatchNorm's
+    running statistics.
 
     Args:
         model: an NNX model, or a Linen module bound to its variables; it is not changed.
@@ -146,15 +215,51 @@ def quantize_weights(model: M, *, bits: int = 8, path: str = r".*") -> tuple[M, 
     """
     framework: Any = framework_of(model)
     rounded, rows = {}, []
+    codes: dict[str, QuantizedArray] = {}
     for name, values in _chosen(model, path).items():
         if isinstance(values, jax.ShapeDtypeStruct):
             raise ValueError("the model has shapes in place of weights; give one that has arrays.")
         check_finite(values, name)
-        rounded[name] = quantize_linear(values, bits=bits).values().astype(values.dtype)
+        try:
+            codes[name] = quantize_linear(values, bits=bits)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        rounded[name] = codes[name].values().astype(values.dtype)
         size = values.size * bits / 32 + 2
         rows.append(QuantizationRow(path=name, size=values.size, effective_size=size))
     params = sum(math.prod(array.shape) for array in framework.params(model).values())
-    return framework.with_params(model, rounded), Quantization(rows=tuple(rows), params=params)
+    return framework.with_params(model, rounded), Quantization(
+        rows=tuple(rows), params=params, bits=bits, codes=codes
+    )
+
+
+def packed_arrays(
+    arrays: Mapping[str, np.ndarray], quantization: Quantization
+) -> dict[str, PackedArray]:
+    """Return the codes of a model's quantised arrays, as files keep them.
+
+    Args:
+        arrays: of the model, by path.
+        quantization: what `quantize_weights` returned with it.
+
+    Raises:
+        ValueError: if an array is not there, or is no longer what its codes say.
+    """
+    packed = {}
+    for name, codes in quantization.codes.items():
+        kept = codes.packed(quantization.bits)
+        stored = name if name in arrays else f"params/{name}"  # of a Linen module
+        if stored not in arrays:
+            raise ValueError(f"the model has no {name}, which the quantization has codes of.")
+        array = arrays[stored]
+        values = kept.values(array.shape, quantization.bits).astype(array.dtype)
+        if not np.array_equal(values, array):
+            raise ValueError(
+                f"{name} is not what its codes say; give the model that quantize_weights returned "
+                "with them, not trained or folded since."
+            )
+        packed[stored] = kept
+    return packed
 
 
 def _chosen(model: Model, pattern: str) -> dict[str, Any]:

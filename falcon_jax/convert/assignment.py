@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from falcon_jax.convert.shown import shown
+from falcon_jax.wording import shown
 
 Transform = Callable[[np.ndarray], np.ndarray]
 Row = tuple[str, str | None] | tuple[str, str | None, Transform]

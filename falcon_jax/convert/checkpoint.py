@@ -1,11 +1,16 @@
 """From a file of weights to a stored model: its arrays, its plan, and where it came from."""
 
+import dataclasses
 import hashlib
 import os
 import pathlib
+import re
+from collections.abc import Sequence
 
 from flax import nnx
 
+from falcon_jax.compression.compress import compress
+from falcon_jax.compression.plan import Rule, make_plan
 from falcon_jax.convert.families import Head, torchvision
 from falcon_jax.convert.torch_file import load_torch
 from falcon_jax.methods.base import Method
@@ -14,7 +19,6 @@ from falcon_jax.storage.models import (
     Description,
     ImagePreprocessing,
     Stored,
-    compressed,
     save_stored,
     uncompressed,
 )
@@ -85,3 +89,25 @@ def require_absent(out: pathlib.Path) -> None:
     """
     if out.exists():
         raise FileExistsError(f"{out} is there already. Give another directory, or remove it.")
+
+
+def compressed(stored: Stored, method: Method | None, *, keep: Sequence[str] = ()) -> Stored:
+    """Return a model whose convolutions are replaced by a method, fitted to their kernels.
+
+    Args:
+        stored: a model that was not compressed yet; it is not changed.
+        method: what replaces them; None for none.
+        keep: regular expressions of the paths of those that stay; the first one used if empty.
+
+    Raises:
+        ValueError: if the model is compressed already, or a path matches nothing.
+    """
+    if stored.plan.replaced:
+        raise ValueError(
+            f"{len(stored.plan.replaced)} of its convolutions are replaced already; start from the "
+            "model as it was before."
+        )
+    keep = keep or [re.escape(stored.plan.rows[0].path)]
+    rules = [*(Rule(path=path, method=None) for path in keep), Rule(method=method)]
+    plan = make_plan(stored.model, rules, stored.description.sample)
+    return dataclasses.replace(stored, model=compress(stored.model, plan), plan=plan)

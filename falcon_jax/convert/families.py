@@ -12,10 +12,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Shaped
 
-from falcon_jax.convert.shown import shown
 from falcon_jax.models.resnet import ResNet
 from falcon_jax.models.vgg import ImageNetVGG
-from falcon_jax.wording import differences
+from falcon_jax.wording import differences, shown
 
 Head = Literal["keep", "new"]
 

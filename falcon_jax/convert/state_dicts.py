@@ -10,8 +10,8 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from falcon_jax.convert.shown import listed, shown
 from falcon_jax.convert.torch_pickle import Inert, Tensor
+from falcon_jax.wording import listed, shown
 
 _HOW = (
     "Save the weights alone, with torch.save(model.state_dict(), ...) or as .safetensors, from a "

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from falcon_jax.convert.shown import shown
 from falcon_jax.convert.state_dicts import read_safetensors, starts_like_safetensors, state_dict_of
 from falcon_jax.convert.torch_pickle import Storage, Tensor, read_pickle
 from falcon_jax.paths import user_path
+from falcon_jax.wording import shown
 
 
 def elements_of(data: bytes, dtype: np.dtype, order: str) -> np.ndarray:

@@ -14,7 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from falcon_jax.convert.shown import shown
+from falcon_jax.wording import shown
 
 _STORAGES: Mapping[str, np.dtype] = MappingProxyType(
     {
@@ -187,6 +187,7 @@ _CONSTANTS = MappingProxyType({b"N"[0]: None, 0x88: True, 0x89: False, b")"[0]: 
 _TEXTS = MappingProxyType({b"X"[0]: 4, 0x8C: 1, 0x8D: 8, b"T"[0]: 4, b"U"[0]: 1})
 _BYTES = MappingProxyType({b"B"[0]: 4, b"C"[0]: 1, 0x8E: 8, 0x96: 8})
 _TUPLES = MappingProxyType({0x85: 1, 0x86: 2, 0x87: 3})
+_EMPTY: Mapping[int, type[Any]] = MappingProxyType({b"]"[0]: list, b"}"[0]: dict})
 _EXTENSIONS = MappingProxyType({0x82: 1, 0x83: 2, 0x84: 4})
 _MEMO_SIZES = MappingProxyType({b"q"[0]: 1, b"r"[0]: 4, b"h"[0]: 1, b"j"[0]: 4})
 
@@ -230,6 +231,16 @@ class _Reader:
                 stack.append(_old_text(text) if code in b"TU" else _text(text))
             elif code in _TUPLES:
                 stack.append(self.pop_many(_TUPLES[code]))
+            elif code in _EMPTY:
+                stack.append(_EMPTY[code]())
+            elif code == b"("[0]:
+                self.marks.append(len(stack))
+            elif code == b"a"[0] and isinstance(stack[-2], list):
+                stack[-2].append(stack.pop())
+            elif code == b"0"[0]:
+                stack.pop()
+            elif code == b"2"[0]:
+                stack.append(stack[-1])
             else:
                 self.step(code)
         raise ValueError("its pickle is damaged: it is truncated")
@@ -237,16 +248,10 @@ class _Reader:
     def step(self, code: int) -> None:
         """Carry out an opcode that is not among the most frequent ones."""
         stack, name = self.stack, bytes([code])
-        if name == b"(":
-            self.marks.append(len(stack))
-        elif name == b"t":
+        if name == b"t":
             stack.append(tuple(self.after_mark()))
-        elif name == b"]":
-            stack.append([])
         elif name == b"l":
             stack.append(self.after_mark())
-        elif name == b"}":
-            stack.append({})
         elif name == b"d":
             items = self.after_mark()
             stack.append({})
@@ -336,12 +341,8 @@ class _Reader:
         elif name == b"\x91":
             self.after_mark()
             stack.append(Inert("a set"))
-        elif name == b"0":
-            stack.pop()
         elif name == b"1":
             self.after_mark()
-        elif name == b"2":
-            stack.append(stack[-1])
         elif name == b"\x97":
             stack.append(Inert("bytes"))
         elif name == b"\x98":

@@ -1,7 +1,5 @@
 """Random crops, flips and normalisation on the device, inside the jitted training step."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 
@@ -52,7 +50,7 @@ def augment(
     augmentation: Augmentation,
     part: Part | None = None,
 ) -> UInt8[Array, "batch h w c"]:
-    """Crops and flips each image at random, as the augmentation says.
+    """Crop and flip each image at random, as the augmentation says.
 
     Args:
         key: key of the whole batch.
@@ -78,7 +76,7 @@ def random_crop(
     padding: int,
     part: Part | None = None,
 ) -> UInt8[Array, "batch h w c"]:
-    """Puts zeros around each image and takes a crop of the original size at random.
+    """Put zeros around each image and take a crop of the original size at random.
 
     Args:
         key: key of the whole batch.
@@ -97,7 +95,7 @@ def random_crop(
 def crop(
     images: UInt8[Array, "batch h w c"], offsets: Int[Array, "batch 2"], padding: int
 ) -> UInt8[Array, "batch h w c"]:
-    """Puts zeros around each image and takes a crop of the original size at a given offset.
+    """Put zeros around each image and take a crop of the original size at a given offset.
 
     Args:
         images: images, (batch, h, w, c).
@@ -119,7 +117,7 @@ def crop(
 def random_flip(
     key: PRNGKeyArray, images: UInt8[Array, "batch h w c"], part: Part | None = None
 ) -> UInt8[Array, "batch h w c"]:
-    """Mirrors each image left to right with probability one half.
+    """Mirror each image left to right with probability one half.
 
     Args:
         key: key of the whole batch.
@@ -144,7 +142,7 @@ def normalize(
     std: Sequence[float],
     dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "batch h w c"]:
-    """Normalises each channel: (images / 255 - mean) / std, computed in float32.
+    """Normalise each channel: (images / 255 - mean) / std, computed in float32.
 
     Args:
         images: images, 0 to 255, (batch, h, w, c).

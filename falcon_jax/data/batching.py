@@ -1,7 +1,5 @@
 """Batches of a split: shuffled for training, padded and masked for evaluation, read ahead."""
 
-from __future__ import annotations
-
 import dataclasses
 import multiprocessing
 import os
@@ -25,7 +23,7 @@ _LOOK_EVERY_S = 1.0
 def read_ahead(
     read: Callable[[int], Rows], steps: range, *, workers: int
 ) -> Generator[Rows, None, None]:
-    """Makes the rows of each step, in order, some steps ahead of who takes them.
+    """Make the rows of each step, in order, some steps ahead of who takes them.
 
     Args:
         read: makes the rows of a step; it is pickled if there are workers.
@@ -150,7 +148,7 @@ def train_batches(
     start_step: int = 0,
     shard: tuple[int, int] = (0, 1),
 ) -> Batches:
-    """Batches of one epoch in an order that is a pure function of (seed, epoch).
+    """Yield the batches of one epoch in an order that is a pure function of (seed, epoch).
 
     A run restarted at a step of an epoch sees the batches that it would have seen, with any number
     of workers or processes. Images of a streamed split are cropped and mirrored at random; the
@@ -188,7 +186,7 @@ def train_batches(
 
 
 def eval_batches(split: AnySplit, batch_size: int, *, shard: tuple[int, int] = (0, 1)) -> Batches:
-    """Batches over a whole split, in order, each image counted exactly once by its mask.
+    """Yield the batches of a whole split, in order, each image counted exactly once by its mask.
 
     The last batch is padded with zero images of label 0 and mask 0, so that all batches have
     one shape. So are images that cannot be read, if the split leaves those out.

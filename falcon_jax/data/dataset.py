@@ -1,7 +1,5 @@
 """Image data sets: what sources take and give, splits in memory or streamed, held-out splits."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 
@@ -58,8 +56,8 @@ class Split:
         height, width, channels = self.images.shape[1:]
         return (height, width, channels)
 
-    def take(self, index: Int[np.ndarray, "m"]) -> Split:
-        """Returns a split of some of the images.
+    def take(self, index: Int[np.ndarray, "m"]) -> "Split":
+        """Return a split of some of the images.
 
         Args:
             index: their positions in this split, (m,).
@@ -72,7 +70,7 @@ class Split:
     def training_rows(
         self, order: Int32[np.ndarray, "n"], rows: range, *, seed: int, epoch: int
     ) -> Rows:
-        """Returns images of an epoch as they are stored.
+        """Return images of an epoch as they are stored.
 
         Args:
             order: positions of the epoch's images in the split, (n,).
@@ -88,7 +86,7 @@ class Split:
         return Rows(images=self.images[index], index=index, readable=np.ones(len(index), bool))
 
     def evaluation_rows(self, rows: range) -> Rows:
-        """Returns images as they are stored, in order.
+        """Return images as they are stored, in order.
 
         Args:
             rows: positions in the split.
@@ -202,7 +200,7 @@ def channel_statistics(
 
 
 def hold_out(split: AnySplit, fraction: float, seed: int) -> tuple[AnySplit, AnySplit | None]:
-    """Takes a stratified part out of a split, or nothing.
+    """Take a stratified part out of a split, or nothing.
 
     Args:
         split: the split to divide.
@@ -221,7 +219,7 @@ def hold_out(split: AnySplit, fraction: float, seed: int) -> tuple[AnySplit, Any
 
 
 def stratified_split(split: AnySplit, fraction: float, seed: int) -> tuple[AnySplit, AnySplit]:
-    """Divides a split in two, taking the same fraction of every class.
+    """Divide a split in two, taking the same fraction of every class.
 
     Each class gives round(fraction * count) images, at least one if it has two or more, and
     keeps at least one. Both parts keep the order of the images.

@@ -1,7 +1,5 @@
 """From the bytes of an image file to pixels, and to one size."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 import math
@@ -49,7 +47,7 @@ class Crop:
 
 
 def decode_rgb(data: bytes) -> Image.Image:
-    """Decodes an image file to RGB.
+    """Decode an image file to RGB.
 
     Grey images get three equal channels; palettes, CMYK and transparency are converted as PIL does.
     Of 16-bit samples the upper 8 bits are taken, grey or RGB; floats in [0, 1] are scaled. Of an
@@ -105,7 +103,7 @@ def header_problem(source: Path | bytes) -> str | None:
 def training_image(
     image: Image.Image, size: int, draws: Float64[np.ndarray, " draws"]
 ) -> UInt8[np.ndarray, "size size 3"]:
-    """Takes a random crop, resizes it and mirrors it with probability one half.
+    """Take a random crop, resize it and mirror it with probability one half.
 
     Args:
         image: the image, RGB.
@@ -122,7 +120,7 @@ def training_image(
 def evaluation_image(
     image: Image.Image, size: int, shorter_side: int, interpolation: str = "bilinear"
 ) -> UInt8[np.ndarray, "size size 3"]:
-    """Resizes the shorter side and takes the centre.
+    """Resize the shorter side and take the centre.
 
     Args:
         image: the image, RGB.
@@ -148,7 +146,7 @@ def evaluation_image(
 
 
 def random_crop(height: int, width: int, draws: Float64[np.ndarray, " draws"]) -> Crop:
-    """Draws a rectangle: area uniform in AREA, log(width / height) in log(RATIO), place anywhere.
+    """Draw a rectangle: area uniform in AREA, log(width / height) in log(RATIO), place anywhere.
 
     Ten rectangles are tried; if none fits into the image, the largest centred one with a ratio
     in RATIO is taken.
@@ -176,7 +174,7 @@ def random_crop(height: int, width: int, draws: Float64[np.ndarray, " draws"]) -
 
 
 def resized_crop(image: Image.Image, crop: Crop, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """Cuts a rectangle out of an image and resizes it.
+    """Cut a rectangle out of an image and resize it.
 
     Args:
         image: the image, RGB.
@@ -193,7 +191,7 @@ def resized_crop(image: Image.Image, crop: Crop, size: int) -> UInt8[np.ndarray,
 
 
 def eight_bits(values: Shaped[np.ndarray, "..."]) -> UInt8[np.ndarray, "..."]:
-    """Scales pixels to 0 to 255: x of 8 bits, x >> 8 of 16 bits, round(255 x) of floats in [0, 1].
+    """Scale pixels to 0 to 255: x of 8 bits, x >> 8 of 16 bits, round(255 x) of floats in [0, 1].
 
     >>> eight_bits(np.array([0, 255, 256, 65535], np.uint16)).tolist()
     [0, 0, 1, 255]
@@ -263,7 +261,7 @@ _CHUNK = 1024  # images interpolated at a time, to bound the float64 copies
 def resize_images(
     images: UInt8[np.ndarray, "n h w c"], image_size: int, mode: str = "auto"
 ) -> UInt8[np.ndarray, "n new_h new_w c"]:
-    """Brings images to image_size x image_size pixels.
+    """Bring images to image_size x image_size pixels.
 
     "pad" puts zeros around the image, evenly (an odd pixel goes below and to the right);
     "bilinear" interpolates, with the triangle filter widened when shrinking; "auto" pads if

@@ -1,7 +1,5 @@
 """Scikit-learn's handwritten digits: 1,797 real 8x8 images that come with the package."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from falcon_jax.data.dataset import SourceOptions, SourceSplits, Split, stratified_split
@@ -11,7 +9,7 @@ _TEST_SEED = 1797  # fixed, so that every run is scored on the same images
 
 
 def load_digits(options: SourceOptions, *, seed: int = 0) -> SourceSplits:
-    """Loads the digits: 8x8 grey images, ten classes.
+    """Load the digits: 8x8 grey images, ten classes.
 
     There is no official test split: a stratified 20% is set aside, always the same.
 

@@ -1,7 +1,5 @@
 """Made-up images whose class can be learned, for smoke runs and benchmarks."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from pathlib import Path
@@ -18,7 +16,7 @@ _NOISE = 32  # the noise is uniform in [-32, 32]
 
 
 def load_fake(options: SourceOptions, *, seed: int = 0) -> SourceSplits:
-    """Makes 2,000 training and 500 test images of ten classes, three channels.
+    """Make 2,000 training and 500 test images of ten classes, three channels.
 
     Args:
         options: image_size of the images.
@@ -39,7 +37,7 @@ def make_fake(
     num_classes: int = 10,
     channels: int = 3,
 ) -> SourceSplits:
-    """Makes images that are a random pattern of their class plus noise.
+    """Make images that are a random pattern of their class plus noise.
 
     Args:
         image_size: height and width, pixels.
@@ -86,7 +84,7 @@ def make_image_folder(
     seed: int = 0,
     quality: int = 90,
 ) -> Path:
-    """Writes train/ and val/, each with one folder a class, full of JPEG images of varying sizes.
+    """Write train/ and val/, each with one folder a class, full of JPEG images of varying sizes.
 
     A class is a checkered pattern of two colours in one direction, so that crops and mirror images
     show it, too; noise is added. Either the whole folder appears, or nothing.

@@ -1,7 +1,5 @@
 """A plain image folder: train/ and val/ (or test/), one subfolder a class in each."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import logging
@@ -39,20 +37,20 @@ class FolderRecords:
     paths: Shaped[np.ndarray, "n"]
 
     def path(self, position: int) -> Path:
-        """Returns the path of a file."""
+        """Return the path of a file."""
         return Path(self.root, os.fsdecode(self.paths[position].item()))
 
     def read(self, position: int) -> bytes:
-        """Returns the content of a file."""
+        """Return the content of a file."""
         return self.path(position).read_bytes()
 
     def name(self, position: int) -> str:
-        """Returns the path of a file, for messages."""
+        """Return the path of a file, for messages."""
         return str(self.path(position))
 
 
 def load_folder(options: SourceOptions, *, seed: int = 0) -> SourceSplits:
-    """Finds the images of a folder and checks that each begins as an image does.
+    """Find the images of a folder and check that each begins as an image does.
 
     Labels are the places of the class folders' names in alphabetical order. Images lie in class
     folders at any depth. Where there are both val/ and test/, val/ is the validation split; where
@@ -209,7 +207,7 @@ def _visible_folders(folder: Path) -> list[str]:
 
 
 def _files(folder: Path, passed: list[str]) -> Iterable[str]:
-    """Yields the files below a folder; notes links to folders that are read already, or above."""
+    """Yield the files below a folder; note links to folders that are read already, or above."""
     top = os.path.realpath(folder)
     seen = {top: str(folder)}
     for directory, below, names in os.walk(folder, followlinks=True, onerror=_fail):

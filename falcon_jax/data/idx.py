@@ -6,8 +6,6 @@ Format: two zero bytes, a type code (8: unsigned byte), the number of dimensions
 big-endian 32-bit integers, then the values.
 """
 
-from __future__ import annotations
-
 import gzip
 import logging
 import math
@@ -38,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 
 def load_idx(options: SourceOptions, *, seed: int = 0) -> SourceSplits:
-    """Loads the training and test images and labels of a directory.
+    """Load the training and test images and labels of a directory.
 
     The files are [SET-]{train,t10k,test}-{images-idx3,labels-idx1}-ubyte, with dots or underscores
     for hyphens if need be, gzipped or not, with .gz or without; SET is that of EMNIST's files, such
@@ -98,7 +96,7 @@ def load_idx(options: SourceOptions, *, seed: int = 0) -> SourceSplits:
 
 
 def read_idx(path: Path, dimensions: int) -> UInt8[np.ndarray, "..."]:
-    """Reads one idx file of unsigned bytes, gzipped if it begins so, whatever its name.
+    """Read one idx file of unsigned bytes, gzipped if it begins so, whatever its name.
 
     Args:
         path: the file.

@@ -1,7 +1,5 @@
 """From the name of a source to a data set ready for training."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping
 
@@ -69,7 +67,7 @@ class DataConfig(SourceOptions):
 
 
 def load_dataset(config: DataConfig, *, seed: int = 0) -> Dataset:
-    """Loads a data set, into memory or streamed, and holds out a validation split.
+    """Load a data set, into memory or streamed, and hold out a validation split.
 
     A folder, and a TFDS data set whose images vary in size, are streamed; anything else is held in
     memory and resized at once.

@@ -1,7 +1,5 @@
 """Splits too large for memory: images are read and decoded when a batch wants them."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 from collections.abc import Mapping
@@ -50,11 +48,11 @@ class Records(Protocol):
     """Encoded images that can be read in any order, also by other processes (it is pickled)."""
 
     def read(self, position: int) -> bytes:
-        """Returns the content of an image file."""
+        """Return the content of an image file."""
         ...
 
     def name(self, position: int) -> str:
-        """Returns what to call an image in messages: a path, or where it lies in a file."""
+        """Return what to call an image in messages: a path, or where it lies in a file."""
         ...
 
 
@@ -140,8 +138,8 @@ class StreamedSplit:
         """Shape of the images that the network sees, (h, w, c)."""
         return (self.settings.image_size, self.settings.image_size, CHANNELS)
 
-    def take(self, index: Int[np.ndarray, "m"]) -> StreamedSplit:
-        """Returns a split of some of the images.
+    def take(self, index: Int[np.ndarray, "m"]) -> "StreamedSplit":
+        """Return a split of some of the images.
 
         Args:
             index: their positions in this split, (m,).
@@ -154,7 +152,7 @@ class StreamedSplit:
     def training_rows(
         self, order: Int32[np.ndarray, "n"], rows: range, *, seed: int, epoch: int
     ) -> Rows:
-        """Reads images of an epoch, each cropped and mirrored at random.
+        """Read images of an epoch, each cropped and mirrored at random.
 
         The crop depends on nothing but (seed, epoch, position in the split). In place of an image
         that cannot be read stands the next one of the order that can.
@@ -191,7 +189,7 @@ class StreamedSplit:
         return Rows(images=images, index=index, readable=readable, unreadable=unreadable)
 
     def evaluation_rows(self, rows: range) -> Rows:
-        """Reads images in order, each resized and cut to its centre.
+        """Read images in order, each resized and cut to its centre.
 
         Args:
             rows: positions in the split.
@@ -217,7 +215,7 @@ class StreamedSplit:
         return Rows(images=images, index=index, readable=readable, unreadable=unreadable)
 
     def note_unreadable(self, unreadable: Mapping[int, str]) -> None:
-        """Counts and logs images that could not be read, or fails.
+        """Count and log images that could not be read, or fail.
 
         Args:
             unreadable: position in the split, and the reason, of each.
@@ -252,7 +250,7 @@ class StreamedSplit:
 def leave_out_broken(
     split: StreamedSplit, problems: Mapping[int, str], where: str
 ) -> StreamedSplit:
-    """Returns a split without the images that a check found to be broken, or fails.
+    """Return a split without the images that a check found to be broken, or fail.
 
     Args:
         split: the split that was checked.

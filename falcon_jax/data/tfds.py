@@ -1,7 +1,5 @@
 """TensorFlow Datasets as array_record files: prepared, checked, and read without TensorFlow."""
 
-from __future__ import annotations
-
 import difflib
 import http.client
 import importlib.util
@@ -31,7 +29,7 @@ from falcon_jax.wording import reason, some_of
 
 
 def import_tfds() -> ModuleType:
-    """Imports tensorflow_datasets.
+    """Import tensorflow_datasets.
 
     Returns:
         the package.
@@ -50,7 +48,7 @@ def import_tfds() -> ModuleType:
 
 
 def open_builder(directory: Path) -> Any:
-    """Opens a prepared data set.
+    """Open a prepared data set.
 
     Args:
         directory: the directory of the prepared data set.
@@ -140,18 +138,18 @@ class TfdsRecords:
         return self._source
 
     def read(self, position: int) -> bytes:
-        """Returns the content of an image file."""
+        """Return the content of an image file."""
         return self.source[position]["image"]
 
     def name(self, position: int) -> str:
-        """Returns what to call an image in messages."""
+        """Return what to call an image in messages."""
         return f"{self.directory}: image {position} of split {self.split}"
 
 
 def stream_split(
     directory: Path, split: str, num_classes: int, settings: StreamSettings
 ) -> StreamedSplit:
-    """Reads every record of a split once: its label, and whether it begins as an image does.
+    """Read every record of a split once: its label, and whether it begins as an image does.
 
     The labels are kept beside the data, if its directory can be written, and read from there as
     long as the data is the same.
@@ -253,7 +251,7 @@ _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
 def load_tfds(options: SourceOptions, *, seed: int = 0) -> SourceSplits:
-    """Loads a prepared data set that has the features "image" and "label" (a class label).
+    """Load a prepared data set that has the features "image" and "label" (a class label).
 
     Reads the splits "train" and "test", and "validation" where there is one. A data set that
     gives its images one size is held in memory; one whose images vary in size is streamed. The
@@ -328,7 +326,7 @@ def tfds_directory(data_dir: str) -> Path:
 
 
 def prepared_directory(name: str, data_dir: str) -> Path:
-    """Finds the directory of a prepared data set, looking at the disk only.
+    """Find the directory of a prepared data set, looking at the disk only.
 
     Args:
         name: name as TFDS has it: "name", "name/config", either with ":1.0.0" for a version.
@@ -421,7 +419,7 @@ _PROBE_SECONDS = 10
 
 
 def prepare(name: str, data_dir: str = "") -> Path:
-    """Downloads a TFDS data set and writes it as array_record files, unless that has been done.
+    """Download a TFDS data set and write it as array_record files, unless that has been done.
 
     What is missing is said before anything long is tried: TFDS itself retries an unreachable
     server for minutes.

@@ -4,7 +4,7 @@ A Linen module comes bound to its variables, ``module.bind(variables)``, and so 
 it: ``.unbind()`` gives module and variables.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from flax import linen as nn
@@ -59,6 +59,10 @@ class Framework(Protocol):
         """Return a model with other arrays, by path as `arrays` has them."""
         ...
 
+    def check_whole(self, model: Any) -> None:
+        """Raise if a model that has got its arrays still lacks something."""
+        ...
+
     def with_shapes(self, model: Any, inputs: Inputs | None) -> Any:
         """Return a model that has shapes, if it has no arrays."""
         ...
@@ -77,6 +81,10 @@ class Framework(Protocol):
 
     def inference(self, model: Any) -> Inference:
         """Return the model's call in evaluation as a pure function."""
+        ...
+
+    def named_inference(self, model: Any) -> Callable[..., Any]:
+        """Return the model's call in evaluation, operations in scopes named by module."""
         ...
 
 

@@ -247,7 +247,7 @@ def spec_or_sizes(make: Callable[[], ConvSpec], **sizes: Any) -> tuple[ConvSpec,
 
 
 def traced_jaxpr(forward: Callable[..., Any], *args: Any) -> Any:
-    """Return the jaxpr of ``forward(*args)``, traced anew down to the last jitted part.
+    """Return the closed jaxpr of ``forward(*args)``, traced anew down to the last jitted part.
 
     Args:
         forward: a function of arrays; of what it returns, the arrays are seen.
@@ -255,7 +255,7 @@ def traced_jaxpr(forward: Callable[..., Any], *args: Any) -> Any:
     """
     # In a context that never was before, JAX's cache holds nothing of jitted parts.
     with set_xla_metadata(falcon_jax_trace=uuid.uuid4().hex):
-        return jax.make_jaxpr(lambda *args: array_leaves(forward(*args)))(*args).jaxpr
+        return jax.make_jaxpr(lambda *args: array_leaves(forward(*args)))(*args)
 
 
 def array_leaves(value: Any) -> list[Any]:

@@ -32,8 +32,8 @@ from falcon_jax.frameworks.tracing import (
     read_trace,
 )
 from falcon_jax.methods.base import Method, Params
-from falcon_jax.nn.compressed import CompressedModule, ConvLike, with_methods
-from falcon_jax.ops.geometry import ConvSpec
+from falcon_jax.nn.compressed import CompressedModule, NamedConv, with_methods
+from falcon_jax.ops.geometry import ConvSpec, whole_kernel
 from falcon_jax.wording import differences
 
 Variables = Mapping[str, Any]
@@ -138,7 +138,7 @@ def find_layers(model: nn.Module, inputs: Inputs | None) -> list[Layer]:
         if missing:
             raise ValueError(f"{error} The variables given lack:\n{missing}") from error
         raise
-    trace = read_trace(jaxpr, _param_names(variables))
+    trace = read_trace(jaxpr.jaxpr, _param_names(variables))
     sizes = {f"{p}/{n}".lstrip("/"): math.prod(s) for p, ns in own.items() for n, s in ns.items()}
     layers = []
     for path, seen in watched.layers.items():
@@ -162,7 +162,7 @@ def find_layers(model: nn.Module, inputs: Inputs | None) -> list[Layer]:
 def intercepted_jaxpr(
     module: nn.Module, inputs: Inputs, variables: Variables, intercept: Callable[..., Any]
 ) -> Any:
-    """Return the jaxpr of a module's call with every method going through an interceptor.
+    """Return the closed jaxpr of a module's call with every method going through an interceptor.
 
     No collection is mutable, as in evaluation; where the module writes to one, all but parameters
     and batch statistics are, and where it writes to these, all.
@@ -297,7 +297,8 @@ def kernels(model: nn.Module, paths: Iterable[str]) -> dict[str, Any]:
     if model.scope is None:
         return {}
     params = named_params(unbound(model)[1])
-    return {path: params[f"{path}/kernel".lstrip("/")] for path in paths}
+    found = {path: params[f"{path}/kernel".lstrip("/")] for path in paths}
+    return {p: whole_kernel(k) if isinstance(k, jax.Array) else k for p, k in found.items()}
 
 
 def methods_of(model: nn.Module) -> dict[str, Method]:
@@ -350,6 +351,10 @@ def arrays(model: nn.Module) -> dict[str, Any]:
     return _named(unbound(model)[1])
 
 
+def check_whole(model: nn.Module) -> None:
+    """Do nothing: a module is bound to all that it has."""
+
+
 def arrays_like(model: nn.Module, names: Iterable[str]) -> dict[str, Any]:
     """Return the variables of the collections that names speak of, and the parameters."""
     collections = {name.split("/", 1)[0] for name in names} | {"params"}
@@ -398,6 +403,26 @@ def inference(model: nn.Module) -> Inference:
         return applied(module, state, *args, **kwargs), False
 
     return Inference(state=variables, call=call)
+
+
+def named_inference(model: nn.Module) -> Callable[..., Any]:
+    """Return the call of a bound module; operations are in scopes named by module."""
+    module, variables = unbound(model)
+
+    def named(
+        next_fun: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: nn.module.InterceptorContext,
+    ) -> Any:
+        with inside_layer("/".join(context.module.path)):
+            return next_fun(*args, **kwargs)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with nn.intercept_methods(named):
+            return applied(module, variables, *args, **kwargs)
+
+    return call
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -479,7 +504,7 @@ class _Watch:
         if path in self._replaced:
             method, spec = self._replaced[path]
             return _compressed(path, method, spec)
-        if isinstance(module, ConvLike):
+        if isinstance(module, NamedConv):
             spec = module.spec(x.shape[-1])
             return _compressed(path, module.method().for_layer(spec), spec)
         if isinstance(module, nn.Conv):

@@ -51,7 +51,7 @@ def fold(model: nn.Module, inputs: Inputs) -> nn.Module:
         )
     folded = {
         norm: conv
-        for norm, conv in conv_of_norm(jaxpr, types).items()
+        for norm, conv in conv_of_norm(jaxpr.jaxpr, types).items()
         if _fold(flat, norm, conv, methods[conv], epsilon=watched.epsilons[norm])
     }
     return with_folded(module, folded).bind(unflatten_dict(flat))

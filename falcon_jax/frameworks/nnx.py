@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array
 
 from falcon_jax.frameworks.layers import (
@@ -23,6 +25,7 @@ from falcon_jax.frameworks.layers import (
 )
 from falcon_jax.frameworks.tracing import Trace, inside_layer, mark_kernel, mark_output, read_trace
 from falcon_jax.methods.base import Method, Params
+from falcon_jax.nn.layers import DepthwiseConv
 from falcon_jax.nn.method_conv import (
     MethodConv,
     conv_like,
@@ -30,7 +33,7 @@ from falcon_jax.nn.method_conv import (
     conv_spec,
     standard_conv,
 )
-from falcon_jax.ops.geometry import ConvSpec
+from falcon_jax.ops.geometry import ConvSpec, whole_kernel
 
 Visit = Callable[[str, nnx.Module], nnx.Module | None]
 
@@ -123,10 +126,26 @@ def with_arrays(model: nnx.Module, named: Mapping[str, Any]) -> nnx.Module:
 
     def replaced(path: str, value: Any) -> Any:
         array = named[path]
-        return np.asarray(array) if isinstance(value, np.ndarray) else array
+        traced = isinstance(array, Tracer)
+        return np.asarray(array) if isinstance(value, np.ndarray) and not traced else array
 
     _map_arrays(replaced, new)
     return new
+
+
+def check_whole(model: nnx.Module) -> None:
+    """Raise if a model was made of shapes and has random streams, whose state is not saved.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    for path, variable in named_variables(model):
+        if isinstance(variable.get_raw_value(), jax.ShapeDtypeStruct):
+            raise ValueError(
+                f"build_model makes shapes in place of arrays, and the model's random stream at "
+                f"{path!r} is not in the directory; let build_model make the model itself, not "
+                "nnx.eval_shape of it."
+            )
 
 
 def arrays_like(model: nnx.Module, names: Iterable[str]) -> dict[str, Any]:
@@ -192,7 +211,7 @@ def _is_key(value: Any) -> bool:
 
 def is_leaf(value: Any) -> bool:
     """Return whether something is a layer, whose own modules do not matter."""
-    return isinstance(value, (nnx.Conv, nnx.ConvTranspose, nnx.Linear, MethodConv))
+    return isinstance(value, (nnx.Conv, nnx.ConvTranspose, nnx.Linear, DepthwiseConv))
 
 
 def clone(model: nnx.Module) -> nnx.Module:
@@ -343,7 +362,7 @@ def _with_children(value: Any, children: Mapping[str, Any]) -> Any:
 
 
 _GENERAL = (nnx.LinearGeneral, nnx.Einsum)
-_KERNELS = (nnx.Conv, nnx.ConvTranspose, nnx.Linear, *_GENERAL)
+_KERNELS = (nnx.Conv, nnx.ConvTranspose, nnx.Linear, DepthwiseConv, *_GENERAL)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -376,7 +395,8 @@ def find_layers(model: nnx.Module, inputs: Inputs | None = None) -> list[Layer]:
 
     Returns:
         Convolutions of every kind, fully connected layers, and under kind ``other`` the modules
-        that hold further parameters. Modules used in several places appear once.
+        that hold further parameters. Modules used in several places appear once; parameters of
+        several modules count where they are first.
     """
     modules = list(named_modules(model))
     normalised = {
@@ -390,40 +410,56 @@ def find_layers(model: nnx.Module, inputs: Inputs | None = None) -> list[Layer]:
         for variable in held_variables(module):
             holders.setdefault(id(variable), []).append(path)
     layers = []
+    counted_already: set[int] = set()
     for path, module in modules:
-        layer = _describe(path, module)
+        params = 0
+        for variable in held_variables(module):
+            if isinstance(variable, nnx.Param) and id(variable) not in counted_already:
+                counted_already.add(id(variable))
+                params += math.prod(variable.shape)
+        layer = _describe(path, module, params)
         if layer is None:
             continue
         if type(module) is nnx.Conv and layer.obstacle is None:
-            others = [p for p in holders.get(id(module.kernel), ()) if p != path]
             if id(module) in normalised:
                 layer = dataclasses.replace(layer, obstacle="kernel normalised anew in every call")
-            elif others:
-                shared = f"kernel shared with {others[0] or 'the model itself'!r}"
-                layer = dataclasses.replace(layer, obstacle=shared)
+            for name, variable in (("kernel", module.kernel), ("bias", module.bias)):
+                others = [p for p in holders.get(id(variable), ()) if p != path]
+                if others and layer.obstacle is None:
+                    shared = f"{name} shared with {others[0] or 'the model itself'!r}"
+                    layer = dataclasses.replace(layer, obstacle=shared)
         layers.append(layer)
     if inputs is None:
         return layers
     trace = _trace(model, inputs)
     layers = [
-        dataclasses.replace(layer, obstacle=layer.obstacle or trace.kernels.get(layer.path) or None)
+        dataclasses.replace(layer, obstacle=layer.obstacle or _traced_obstacle(layer, trace))
         for layer in layers
     ]
     order = {path: index for index, path in enumerate(trace.calls)}
     layers.sort(key=lambda layer: order.get(layer.path, len(order)))
+    names = _names_by_holder(model)
     sizes = {
-        path: math.prod(variable.shape)
+        names[path]: math.prod(variable.shape)
         for path, variable in named_variables(model)
         if isinstance(variable, nnx.Param)
     }
     return counted(layers, trace, sizes)
 
 
+def _traced_obstacle(layer: Layer, trace: Trace) -> str | None:
+    if obstacle := trace.kernels.get(layer.path):
+        return obstacle
+    if layer.kind == "conv" and f"{layer.path}/kernel".lstrip("/") in trace.used_outside:
+        return "kernel used elsewhere in the call, too"
+    return None
+
+
 def kernels(model: nnx.Module, paths: Iterable[str]) -> dict[str, Any]:
-    """Return the kernels of some convolutions by path; those that are only shapes are left out."""
+    """Return the kernels of some convolutions, or their shapes, by path."""
     modules: dict[str, Any] = dict(named_modules(model))
     found = {path: modules[path].kernel.get_value() for path in paths}
-    return {p: k for p, k in found.items() if not isinstance(k, jax.ShapeDtypeStruct)}
+    return {p: whole_kernel(k) if isinstance(k, jax.Array) else k for p, k in found.items()}
 
 
 def methods_of(model: nnx.Module) -> dict[str, Method]:
@@ -489,30 +525,44 @@ def weight_names(model: nnx.Module) -> list[str]:
 
 def inference(model: nnx.Module) -> Inference:
     """Return the call of a model in evaluation mode as a pure function of its arrays."""
-    graphdef, state = nnx.split(in_evaluation(model))
+    copied = in_evaluation(model)
 
     def call(state: Any, *args: Any, **kwargs: Any) -> tuple[Any, bool]:
-        merged = nnx.merge(graphdef, state, copy=True)
-        before = jax.tree.leaves(nnx.state(merged))
-        y = merged(*args, **kwargs)  # type: ignore[operator]
-        after = jax.tree.leaves(nnx.state(merged))
-        return y, any(a is not b for a, b in zip(before, after, strict=False))
+        # What the call writes, it writes to the variables of a clone, in partials and all.
+        cloned = with_arrays(copied, state)
+        before = [v.get_raw_value() for _, v in named_variables(cloned)]
+        y = cloned(*args, **kwargs)  # type: ignore[operator]
+        after = [v.get_raw_value() for _, v in named_variables(cloned)]
+        return y, len(before) != len(after) or any(map(operator.is_not, before, after))
 
-    return Inference(state=state, call=call)
+    return Inference(state=arrays(copied), call=call)
 
 
-def _describe(path: str, module: nnx.Module) -> Layer | None:
-    params = sum(
-        math.prod(leaf.shape)
-        for leaf in jax.tree.leaves(nnx.state(module, nnx.Param))
-        if hasattr(leaf, "shape")
-    )
+def named_inference(model: nnx.Module) -> Callable[..., Any]:
+    """Return the call of a model in evaluation mode; operations are in scopes named by module."""
+
+    def scope(path: str, module: nnx.Module) -> None:
+        cls = type(module)
+        if callable(module):
+
+            def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+                with inside_layer(path):
+                    return cls.__call__(self, *args, **kwargs)  # type: ignore[operator]
+
+            made = {"__call__": call, "__module__": cls.__module__}
+            module.__class__ = type(cls.__name__, (cls,), made)  # of a copy
+
+    found = inference(map_modules(scope, model))
+    return lambda *args, **kwargs: found.call(found.state, *args, **kwargs)[0]
+
+
+def _describe(path: str, module: nnx.Module, params: int) -> Layer | None:
     if isinstance(module, MethodConv):
         return Layer(
             path=path,
             kind="conv",
             params=params,
-            spec=module.spec,
+            spec=dataclasses.replace(module.spec, use_bias=module.bias is not None),
             obstacle=f"compressed already by {module.method}",
             method=module.method,
         )
@@ -535,6 +585,10 @@ def _describe(path: str, module: nnx.Module) -> Layer | None:
         return Layer(
             path=path, kind="conv", params=params, spec=spec, obstacle=obstacle, stack=stack
         )
+    if isinstance(module, DepthwiseConv):
+        spec = dataclasses.replace(module.spec, use_bias=module.bias is not None)
+        obstacle = f"{type(module).__name__} is a depthwise convolution already"
+        return Layer(path=path, kind="conv", params=params, spec=spec, obstacle=obstacle)
     if isinstance(module, nnx.ConvTranspose):
         spec = ConvSpec(
             kernel_size=module.kernel_size,
@@ -554,14 +608,14 @@ def _describe(path: str, module: nnx.Module) -> Layer | None:
         return Layer(path=path, kind="linear", params=params, linear_shape=shape)
     if isinstance(module, _GENERAL):
         return Layer(path=path, kind="linear", params=params, adds_bias=module.bias is not None)
-    own = sum(math.prod(v.shape) for v in held_variables(module) if isinstance(v, nnx.Param))
-    return Layer(path=path, kind="other", params=own) if own else None
+    return Layer(path=path, kind="other", params=params) if params else None
 
 
 def _trace(model: nnx.Module, inputs: Inputs) -> Trace:
     def marked(path: str, layer: ModuleCall, x: Any) -> Any:
         if isinstance(layer.module, nnx.Conv) and not isinstance(layer.module, MethodConv):
-            mark_kernel(path, layer.module.kernel[...], f"{path}/kernel".lstrip("/"))
+            with inside_layer(path):
+                mark_kernel(path, layer.module.kernel[...], f"{path}/kernel".lstrip("/"))
         with inside_layer(path):
             y = layer(x)
         return mark_output(path, y, x.shape)
@@ -569,13 +623,29 @@ def _trace(model: nnx.Module, inputs: Inputs) -> Trace:
     jaxpr = jaxpr_through(
         model, inputs, lambda module: is_leaf(module) or isinstance(module, _GENERAL), marked
     )
-    return read_trace(jaxpr, _param_names(model))
+    return read_trace(jaxpr.jaxpr, _param_names(model))
 
 
 def _param_names(model: nnx.Module) -> list[str | None]:
-    """Return the path of every parameter, None for other arrays, as a jaxpr's inputs go."""
-    params = {path for path, v in named_variables(model) if isinstance(v, nnx.Param)}
-    return [path if path in params else None for path in sorted(arrays(model))]
+    """Return the name of every parameter, None for other arrays, as a jaxpr's inputs go."""
+    names = _names_by_holder(model)
+    return [names.get(path) for path in sorted(arrays(model))]
+
+
+def _names_by_holder(model: nnx.Module) -> dict[str, str]:
+    """Return by path the parameters' names: the path of the module that holds one, and the rest.
+
+    Parameters in a container belong to the module that has the container.
+    """
+    paths = {id(v): path for path, v in named_variables(model) if isinstance(v, nnx.Param)}
+    names = {path: path for path in paths.values()}
+    for holder, module in named_modules(model):
+        for variable in held_variables(module):
+            path = paths.get(id(variable))
+            if path is not None and path.startswith(f"{holder}/" if holder else ""):
+                rest = path.removeprefix(f"{holder}/" if holder else "").replace("/", ".")
+                names[path] = f"{holder}/{rest}".lstrip("/")
+    return names
 
 
 def jaxpr_through(
@@ -584,7 +654,7 @@ def jaxpr_through(
     chosen: Callable[[nnx.Module], bool],
     around: Callable[[str, ModuleCall, Any], Any],
 ) -> Any:
-    """Return the jaxpr of a model's call in evaluation mode, with a function around some modules.
+    """Return the jaxpr of a call in evaluation mode, closed, with a function around some modules.
 
     Args:
         model: it is not changed.

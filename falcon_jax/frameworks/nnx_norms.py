@@ -76,7 +76,7 @@ def fold(model: nnx.Module, inputs: Inputs) -> nnx.Module:
     def chosen(module: nnx.Module) -> bool:
         return isinstance(module, nnx.Conv) or _is_batch_norm(module)
 
-    pairs = conv_of_norm(jaxpr_through(model, inputs, chosen, marked), types)
+    pairs = conv_of_norm(jaxpr_through(model, inputs, chosen, marked).jaxpr, types)
     new = {conv: _folded(modules[conv], modules[norm]) for norm, conv in pairs.items()}
     new = {conv: values for conv, values in new.items() if values is not None}
 

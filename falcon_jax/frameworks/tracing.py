@@ -5,17 +5,24 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
+from falcon_jax.ops.geometry import whole_kernel
+from falcon_jax.ops.linear import PRODUCTS
+
 _CALL, _KERNEL, _INSIDE = "falcon_jax layer ", "falcon_jax kernel ", "falcon_jax inside "
+_INPUT, _ANSWER, _FLAT = "falcon_jax input ", "falcon_jax answer ", "falcon_jax flat "
 
 # Primitives after which a parameter is still itself.
-_SAME = ("copy", "copy_p", "name", "optimization_barrier", "sharding_constraint", "stop_gradient")
+_SAME = (
+    *("copy", "copy_p", "name", "optimization_barrier", "reshard"),
+    *("sharding_constraint", "stop_gradient"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,8 +82,41 @@ def mark_kernel(path: str, kernel: Array, variable: str) -> None:
         variable: path of the variable that this should be.
     """
     # A reshape takes mapped axes to the front, so that they can be told from the kernel's.
-    flat = lax.reshape(kernel, (kernel.size,))
+    flat = lax.reshape(whole_kernel(kernel), (kernel.size,))
     checkpoint_name(flat, _KERNEL + json.dumps([path, variable, kernel.ndim]))
+
+
+def mark_input(path: str, x: Array) -> None:
+    """Note in a jaxpr what a layer gets in this call."""
+    checkpoint_name(lax.reshape(x, (x.size,)), _INPUT + json.dumps([path, x.shape]))
+
+
+def mark_answer(path: str, y: Array) -> Array:
+    """Return what a layer gives in this call, noted in a jaxpr; what follows uses this array."""
+    y = checkpoint_name(y, _ANSWER + json.dumps([path, y.shape]))
+    checkpoint_name(lax.reshape(y, (y.size,)), _FLAT + json.dumps([path, y.shape]))
+    return y
+
+
+MarkKind = Literal["kernel", "input", "answer", "flat"]
+
+
+def read_mark(eqn: Any) -> tuple[MarkKind, str, tuple[int, ...]] | None:
+    """Return kind, path and shape of a layer's mark; None of other equations.
+
+    The marked array has its mapped axes in front, and then one; an ``answer`` is as the layer
+    gave it. Of a kernel, the shape is its number of axes.
+    """
+    name = str(eqn.params.get("name", ""))
+    if name.startswith(_KERNEL):
+        path, _, axes = json.loads(name.removeprefix(_KERNEL))
+        return "kernel", path, (axes,)
+    kinds: dict[str, MarkKind] = {_INPUT: "input", _ANSWER: "answer", _FLAT: "flat"}
+    for prefix, kind in kinds.items():
+        if name.startswith(prefix):
+            path, shape = json.loads(name.removeprefix(prefix))
+            return kind, path, tuple(shape)
+    return None
 
 
 def read_trace(jaxpr: Any, names: Sequence[str | None]) -> Trace:
@@ -184,6 +224,10 @@ class _Reader:
             return None
         unknown: list[_Value | None] = [None] * len(eqn.outvars)
         name = eqn.primitive.name
+        if name == "custom_jvp_call" and PRODUCTS in _scopes(eqn):
+            params = frozenset[str]().union(*(v.params for v in given if v is not None))
+            taps = math.prod(eqn.invars[1].aval.shape[:-1])
+            self._count(taps * math.prod(eqn.outvars[0].aval.shape), params, times, layer)
         if name == "scan":
             # What is passed axis by axis has one axis less inside, and so have the stacked outputs.
             (body,) = jaxprs
@@ -215,7 +259,7 @@ class _Reader:
         self, eqn: Any, given: list[_Value | None], times: int, layer: str | None
     ) -> _Value | None:
         params = frozenset[str]().union(*(value.params for value in given if value is not None))
-        self._count(eqn, params, times, layer)
+        self._count(mult_adds_of(eqn), params, times, layer)
         name = str(eqn.params.get("name", ""))
         if name.startswith(_CALL):
             path, input_shape, output_shape = json.loads(name.removeprefix(_CALL))
@@ -254,8 +298,8 @@ class _Reader:
             return "stacked along an axis other than the first"
         return ""
 
-    def _count(self, eqn: Any, params: frozenset[str], times: int, layer: str | None) -> None:
-        mult_adds = times * mult_adds_of(eqn)
+    def _count(self, products: int, params: frozenset[str], times: int, layer: str | None) -> None:
+        mult_adds = times * products
         if layer is not None:
             self.inside[layer] += mult_adds if params else 0
             return
@@ -293,8 +337,12 @@ def _without_first_axis(value: _Value | None) -> _Value | None:
     return dataclasses.replace(value, axes=value.axes[1:])
 
 
+def _scopes(eqn: Any) -> list[str]:
+    return [getattr(scope, "name", "") for scope in eqn.source_info.name_stack.stack]
+
+
 def _innermost(eqn: Any) -> str | None:
     """Return the path of the layer that an equation is inside of, as far as its own names tell."""
-    names = [getattr(scope, "name", "") for scope in eqn.source_info.name_stack.stack]
+    names = _scopes(eqn)
     inside = [name.removeprefix(_INSIDE) for name in names if name.startswith(_INSIDE)]
     return inside[-1] if inside else None

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.nnx.nn.dtypes import promote_dtype
 from flax.typing import Dtype
 from jax import lax
@@ -17,8 +18,14 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from falcon_jax.ops.geometry import ConvSpec
+from falcon_jax.solvers.alternating import MANY_SWEEPS, SMALL, SMALL_TOLERANCE, STARTS, alternate
+from falcon_jax.solvers.moments import Moments, Quadratic, dense_kernel, quadratics
 
 Params = dict[str, Array]
+
+MOST_SWEEPS = 30  # of alternating steps
+WARM_SWEEPS = 1  # of those that go on from a fit
+SMALL_SWEEPS = 20  # of small kernels, at once
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +44,27 @@ class Cost:
         return Cost(params=self.params + other.params, mult_adds=self.mult_adds + other.mult_adds)
 
 
+def _in_metric(function: Callable[..., Params]) -> Callable[..., Params]:
+    """Return `fit_moments` for what belongs together, its result finite, in the kernel's type."""
+
+    @functools.wraps(function)
+    def fit_moments(
+        self: Any, kernel: Array, spec: ConvSpec, moments: Moments, start: Params | None = None
+    ) -> Params:
+        self.require(spec, kernel)
+        check_moments(moments, spec)
+        decided = self.for_layer(spec, kernel[None])
+        params = function(decided, kernel, spec, moments, start)
+        if not all(np.isfinite(np.asarray(value)).all() for value in params.values()):
+            raise ValueError(
+                f"the parameters of {self} for these moments are not finite; scale the inputs, or "
+                "the kernel, nearer to 1."
+            )
+        return {name: jnp.asarray(value, kernel.dtype) for name, value in params.items()}
+
+    return fit_moments
+
+
 class Method(abc.ABC):
     """A way to replace a standard convolution.
 
@@ -50,6 +78,8 @@ class Method(abc.ABC):
     """
 
     name: ClassVar[str]
+    # Settings that the method once had, which plans of then still name.
+    former_settings: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(cls, **options: Any):
         super().__init_subclass__(**options)
@@ -99,34 +129,84 @@ class Method(abc.ABC):
         """Return whether `apply` builds the standard kernel in every call."""
         return False
 
-    def fits_responses(self) -> bool:
-        """Return whether the method can be fitted by `fit_responses`."""
-        return False
-
-    def fit_responses(
+    @_in_metric
+    def fit_moments(
         self,
         kernel: Float[Array, "*kernel_shape"],
-        bias: Float[Array, " n"] | None,
         spec: ConvSpec,
-        responses: Float[Array, "samples n"],
-        targets: Float[Array, "samples n"],
-    ) -> tuple[Params, Float[Array, " n"] | None]:
-        """Return the parameters and the bias that bring the responses nearest to the targets.
+        moments: Moments,
+        start: Params | None = None,
+    ) -> Params:
+        """Return the parameters whose answers are nearest to those that a layer should give.
+
+        ``min E ||y - x K'||^2 + lam ||K - K'||^2``, K' the parameters' kernel
+
+        Here, the fit to the best kernel of all, and from there alternating steps over the
+        `factors`, each of them the optimum with the others fixed.
 
         Args:
-            kernel: of the trained convolution.
-            bias: of the trained convolution, or None.
+            kernel: trained, that the parameters' is drawn to, with `RIDGE` for ``lam``.
             spec: the convolution.
-            responses: what the trained convolution gives for the inputs that the method will get.
-            targets: what it gives for the inputs that it got in the trained network.
+            moments: of what the layer gets and should answer; ``moments.about_zero()`` for a layer
+                without a bias.
+            start: parameters to go on from by a few steps, for moments that changed a little.
 
         Returns:
-            The method's parameters, and a bias unless ``bias`` is None.
-
-        Raises:
-            TypeError: if the method cannot, as `fits_responses` says.
+            The parameters; `falcon_jax.solvers.moments.best_bias` of their kernel is the bias
+            that belongs to them.
         """
-        raise TypeError(f"{self.name} cannot be fitted to responses.")
+        dense = None if start else self.fit(dense_kernel(moments, kernel), spec)
+        names = self.factors(spec)
+        if not names:
+            return start or dense or {}
+        weights = FactorsToWeights(self, spec)
+        return self.alternated(weights, quadratics(moments, kernel), spec, dense, start, names)
+
+    def alternated(
+        self,
+        body: Callable[[Params], Array],
+        problems: Sequence[Quadratic],
+        spec: ConvSpec,
+        first: Params | None,
+        start: Params | None,
+        names: Sequence[str],
+        outer: str | None = None,
+    ) -> Params:
+        """Return the parameters that alternating steps over factors lead to.
+
+        Args:
+            body: parameters to weights, as `alternate` takes it.
+            problems: what weights cost, for each group.
+            spec: the convolution.
+            first: parameters to begin with.
+            start: or, parameters to go on from by a few steps.
+            names: of the factors.
+            outer: the one of them that the body's weights are multiplied by.
+        """
+        given = problems[0] if outer else problems
+        improved = functools.partial(alternate, body, problem=given, order=names, outer=outer)
+        if first is None:
+            assert start is not None
+            found, _ = improved(start, sweeps=WARM_SWEEPS, tolerance=0.0)
+        elif len(names) == 1 or problems[0].metric.shape[0] > SMALL:
+            found, _ = improved(first, sweeps=MOST_SWEEPS)
+        else:
+            # Local minima are many where weights are few, and so is their cost.
+            improved = functools.partial(
+                alternate,
+                FactorsToWeights(self, spec),
+                problem=problems,
+                order=names,
+                sweeps=MANY_SWEEPS,
+                tolerance=SMALL_TOLERANCE,
+                at_once=SMALL_SWEEPS,
+            )
+            fits = [improved(first)]
+            for index in range(STARTS):
+                drawn = self.init(jax.random.key(index), spec)
+                fits.append(improved(first | {name: drawn[name] for name in names}))
+            found, _ = min(fits, key=lambda fit: fit[1][-1])
+        return {name: jnp.asarray(value) for name, value in found.items()}
 
     def with_gain(self, params: Params, gain: Float[Array, "*stack n"]) -> Params | None:
         """Return parameters of a kernel whose output channels are multiplied by a gain.
@@ -187,6 +267,21 @@ class Method(abc.ABC):
             check_form(kernel, spec)
 
 
+@dataclasses.dataclass(frozen=True)
+class FactorsToWeights:
+    """A method's parameters to its kernel's weights; equal for equal methods and convolutions."""
+
+    method: Method
+    spec: ConvSpec
+
+    def __call__(self, params: Params) -> Float[Array, "groups inputs outputs"]:
+        """Return the weights of every group, taps first, then channels."""
+        spec = self.spec
+        kernel = self.method.kernel(params, spec)
+        groups, inputs = spec.feature_group_count, spec.taps * spec.group_in_features
+        return kernel.reshape(inputs, groups, -1).swapaxes(0, 1)
+
+
 def check_form(kernel: Float[Array, "*kernel_shape"], spec: ConvSpec) -> None:
     """Raise unless a kernel has the shape of a convolution's kernels, and floating-point numbers.
 
@@ -203,6 +298,24 @@ def check_form(kernel: Float[Array, "*kernel_shape"], spec: ConvSpec) -> None:
             f"the kernel has shape {kernel.shape}, but the convolution's kernels have shape "
             f"{spec.kernel_shape}: (*kernel_size, in_features / groups, out_features)."
         )
+
+
+def check_moments(moments: Moments, spec: ConvSpec) -> None:
+    """Raise unless moments are those of a convolution, and finite.
+
+    Raises:
+        ValueError: saying what they are.
+    """
+    groups = spec.feature_group_count
+    inputs, outputs = spec.taps * spec.group_in_features, spec.out_features // groups
+    if moments.cross.shape != (groups, inputs, outputs):
+        raise ValueError(
+            f"the moments are of (groups, inputs, outputs) {moments.cross.shape}, but those of "
+            f"{spec} are {(groups, inputs, outputs)}."
+        )
+    for name in ("second", "cross", "target_mean"):
+        if not np.isfinite(np.asarray(getattr(moments, name))).all():
+            raise ValueError(f"the moments are not finite ({name}); look for what the layer gets.")
 
 
 def standard_cost(spec: ConvSpec, input_shape: Sequence[int]) -> Cost:
@@ -235,7 +348,7 @@ def bias_cost(spec: ConvSpec, points: int) -> Cost:
     return Cost(params=n, mult_adds=points * n)
 
 
-def spatial_shape(spec: ConvSpec, input_shape: Sequence[Any]) -> tuple[int, ...]:
+def spatial_shape(spec: ConvSpec, input_shape: Sequence[Any]) -> tuple[Any, ...]:
     """Return the spatial sizes of an input of shape ``(..., *spatial, M)``.
 
     Raises:
@@ -278,6 +391,8 @@ def flatten_batch(
     """
     spatial = spatial_shape(spec, x.shape)
     batch = x.shape[: x.ndim - len(spatial) - 1]
+    if len(batch) == 1:
+        return x, batch
     return x.reshape(math.prod(batch), *spatial, x.shape[-1]), batch
 
 
@@ -350,7 +465,7 @@ def _batched(function: Callable[..., Array]) -> Callable[..., Array]:
         flat, batch = flatten_batch(x, spec)
         options = {"precision": precision} if takes_precision else {}
         y = function(self, params, flat, spec, **options)
-        return y.reshape(*batch, *y.shape[1:])
+        return y if len(batch) == 1 else y.reshape(*batch, *y.shape[1:])
 
     return apply
 
@@ -371,6 +486,7 @@ def _with_bias(function: Callable[..., Cost]) -> Callable[..., Cost]:
 _AROUND: dict[str, Callable[[Any], Any]] = {
     "init": _supported,
     "fit": _belonging,
+    "fit_moments": _in_metric,
     "apply": _batched,
     "cost": _with_bias,
 }

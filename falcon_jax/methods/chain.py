@@ -12,7 +12,15 @@ from jax import lax
 from jax.nn import initializers
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from falcon_jax.methods.base import Cost, Method, Params, scale_outputs, standard_cost, unit_gain
+from falcon_jax.methods.base import (
+    Cost,
+    FactorsToWeights,
+    Method,
+    Params,
+    scale_outputs,
+    standard_cost,
+    unit_gain,
+)
 from falcon_jax.methods.ranks import Budget, Energy
 from falcon_jax.methods.registry import get_method, method_from
 from falcon_jax.ops.convolution import conv
@@ -21,6 +29,7 @@ from falcon_jax.ops.geometry import ConvSpec
 from falcon_jax.ops.separable import pointwise_conv
 from falcon_jax.settings import is_whole
 from falcon_jax.solvers.low_rank import best_low_rank
+from falcon_jax.solvers.moments import Moments, dense_kernel, quadratics
 from falcon_jax.solvers.rank_selection import smallest_rank
 
 HALF = Budget(2.0)
@@ -191,8 +200,14 @@ class Chain(Method):
 
     def kernel(self, params: Params, spec: ConvSpec) -> Float[Array, "*kernel_shape"]:
         """Return the equivalent standard kernel, the product of the stages' over their channels."""
+        return self._joined(params, self._walk(spec, self.decided_rank(spec)))
+
+    def _joined(
+        self, params: Params, walk: Sequence[tuple[Stage, ConvSpec, Method | None]]
+    ) -> Float[Array, "*kernel_size m r"]:
+        """Return the product of the kernels of some stages."""
         whole: Array | None = None
-        for stage, own, method in self._walk(spec, self.decided_rank(spec)):
+        for stage, own, method in walk:
             if method is None:
                 kernel = params[stage.name].reshape(own.kernel_shape)
             else:
@@ -204,6 +219,37 @@ class Chain(Method):
                 whole = whole * kernel if stage.depthwise else whole @ kernel
         assert whole is not None
         return whole
+
+    def fit_moments(
+        self,
+        kernel: Float[Array, "*kernel_shape"],
+        spec: ConvSpec,
+        moments: Moments,
+        start: Params | None = None,
+    ) -> Params:
+        """Return the factors of alternating least squares, from those of the best kernel of all."""
+        last = self.last_stage
+        if start is None:
+            first = self.first_factors(kernel, spec, moments)
+            if first is None:
+                first = self.fit(dense_kernel(moments, kernel), spec)
+        else:
+            first = None
+        names = self.factors(spec)
+        problems = quadratics(moments, kernel)
+        stage, _, method = self._walk(spec, self.smallest_rank(spec))[-1]
+        if stage.axes or method is not None:
+            weights = FactorsToWeights(self, spec)
+            return self.alternated(weights, problems, spec, first, start, names)
+        # The last factor is outside of the taps: its step is a small system.
+        body = _BeforeLast(self, spec)
+        return self.alternated(body, problems, spec, first, start, names, outer=last)
+
+    def first_factors(
+        self, kernel: Float[Array, "*kernel_shape"], spec: ConvSpec, moments: Moments
+    ) -> Params | None:
+        """Return parameters to begin a fit to moments with; None for those of the best kernel."""
+        return None
 
     def apply(
         self,
@@ -250,6 +296,21 @@ class Chain(Method):
             total += standard_cost(own, shape) if method is None else method.cost(own, shape)
             spatial = own.output_shape(spatial)
         return total
+
+
+@dataclasses.dataclass(frozen=True)
+class _BeforeLast:
+    """A chain's parameters to the weights of all stages but the last."""
+
+    chain: Chain
+    spec: ConvSpec
+
+    def __call__(self, params: Params) -> Float[Array, "inputs rank"]:
+        chain, spec = self.chain, self.spec
+        walk = chain._walk(spec, chain.decided_rank(spec))[:-1]
+        kernel = chain._joined(params, walk)
+        whole = jnp.broadcast_to(kernel, (*spec.kernel_size, *kernel.shape[-2:]))
+        return whole.reshape(spec.taps * spec.in_features, -1)
 
 
 class LowRankChain(Chain):

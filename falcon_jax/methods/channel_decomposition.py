@@ -4,13 +4,15 @@ import dataclasses
 from collections.abc import Sequence
 from typing import ClassVar
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from falcon_jax.methods.base import Params
 from falcon_jax.methods.chain import HALF, ChainRank, Inner, LowRankChain, Stage
 from falcon_jax.methods.registry import register
 from falcon_jax.ops.geometry import ConvSpec
-from falcon_jax.solvers.responses import positive_part_regression, reduced_rank_regression
+from falcon_jax.solvers.alternating import low_rank
+from falcon_jax.solvers.moments import Moments, quadratics
 
 
 @register
@@ -20,14 +22,13 @@ class ChannelDecomposition(LowRankChain):
 
     ``K[..., m, n] = sum_r spatial[..., m, r] pointwise[r, n]``. From the kernel alone, the best
     approximation of rank d of the matrix ``[(D^2 M) x N]``; by `calibrate`, the one whose responses
-    on data are nearest to the original layer's, with a new bias.
+    to data are nearest to the original layer's, with a new bias.
 
     Attributes:
         rank: number d of channels between the two; ``full`` (``min(D^2 M, N)``) reproduces any
             kernel, an `Energy` is decided by the trained kernel, and a `Budget` gives the authors'
             ``d = int(M N h w / (ratio (h w M + N)))``.
         inner: method that the first convolution is given to.
-        relu: whether a ReLU follows the layer at once, so that `calibrate` compares positive parts.
 
     Reference:
         Zhang, Zou, He, Sun: Accelerating Very Deep Convolutional Networks for Classification and
@@ -36,14 +37,9 @@ class ChannelDecomposition(LowRankChain):
 
     rank: ChainRank = HALF
     inner: Inner | Sequence[Inner] = None
-    relu: bool = False
     name: ClassVar[str] = "channel_decomposition"
     last_stage: ClassVar[str] = "pointwise"
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not isinstance(self.relu, bool):
-            raise ValueError(f"relu is True or False; got {self.relu!r}.")
+    former_settings: ClassVar[frozenset[str]] = frozenset({"relu"})
 
     def supports(self, spec: ConvSpec) -> str | None:
         """Return None, or the reason why the method cannot replace such a convolution."""
@@ -66,26 +62,11 @@ class ChannelDecomposition(LowRankChain):
         """Return the kernel to d channels and the pointwise one: the factors are these."""
         return left, right
 
-    def fits_responses(self) -> bool:
-        """Return True."""
-        return True
-
-    def fit_responses(
-        self,
-        kernel: Float[Array, "*kernel_shape"],
-        bias: Float[Array, " n"] | None,
-        spec: ConvSpec,
-        responses: Float[Array, "samples n"],
-        targets: Float[Array, "samples n"],
-    ) -> tuple[Params, Float[Array, " n"] | None]:
-        """Return the parameters, and the bias, whose responses are nearest to the targets.
-
-        ``min || f(targets) - f(responses left right + offset) ||^2``, f the positive part if
-        ``relu``; the kernel is then ``[(D^2 M) x N] left right``.
-        """
-        self.require(spec, kernel)
-        regression = positive_part_regression if self.relu else reduced_rank_regression
-        rank = self.decided_rank(spec, kernel[None])
-        left, right, offset = regression(responses, targets, rank=rank, centred=bias is not None)
-        params = self.params_of((self.matrix(kernel) @ left, right), spec, rank)
-        return params, None if bias is None else (bias @ left) @ right + offset
+    def first_factors(
+        self, kernel: Float[Array, "*kernel_shape"], spec: ConvSpec, moments: Moments
+    ) -> Params:
+        """Return the best factors of all; without inner methods, nothing remains to be done."""
+        (problem,) = quadratics(moments, kernel)
+        rank = self.decided_rank(spec)
+        left, right = (jnp.asarray(f, kernel.dtype) for f in low_rank(problem, rank))
+        return self.params_of((left, right), spec, rank)

@@ -14,6 +14,7 @@ from falcon_jax.methods.ranks import RankMethod
 from falcon_jax.methods.registry import register
 from falcon_jax.ops.geometry import ConvSpec
 from falcon_jax.settings import is_number
+from falcon_jax.solvers.moments import Moments
 from falcon_jax.solvers.rank_selection import mean_kept_energy, smallest_rank
 
 Order = Literal["pw-dw", "dw-pw"]
@@ -101,6 +102,16 @@ class Decoupled(Method):
     def fit(self, kernel: Float[Array, "*kernel_shape"], spec: ConvSpec) -> Params:
         """Return the leading singular terms of the matrix of every filter."""
         return self._decided(spec, kernel[None]).fit(kernel, spec)
+
+    def fit_moments(
+        self,
+        kernel: Float[Array, "*kernel_shape"],
+        spec: ConvSpec,
+        moments: Moments,
+        start: Params | None = None,
+    ) -> Params:
+        """Return the fit of the separable method with as many terms."""
+        return self._decided(spec, kernel[None]).fit_moments(kernel, spec, moments, start)
 
     def kernel(self, params: Params, spec: ConvSpec) -> Float[Array, "*kernel_shape"]:
         """Return the equivalent standard kernel."""

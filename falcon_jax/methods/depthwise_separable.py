@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.nn import initializers
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from falcon_jax.gep import separable_kernel
 from falcon_jax.methods.base import (
+    WARM_SWEEPS,
     Cost,
     Params,
     scale_outputs,
@@ -22,7 +25,9 @@ from falcon_jax.methods.ranks import Rank, RankMethod
 from falcon_jax.methods.registry import register
 from falcon_jax.ops.geometry import ConvSpec
 from falcon_jax.ops.separable import depthwise_then_pointwise
+from falcon_jax.solvers.alternating import separable_als, separable_best
 from falcon_jax.solvers.low_rank import best_terms
+from falcon_jax.solvers.moments import Moments, dense_kernel, quadratics
 
 
 @register
@@ -76,6 +81,30 @@ class DepthwiseSeparable(RankMethod):
         return {
             "depthwise": depthwise.reshape(*spec.kernel_size, groups * m, k),
             "pointwise": pointwise.reshape(m, k, n),
+        }
+
+    def fit_moments(
+        self,
+        kernel: Float[Array, "*kernel_shape"],
+        spec: ConvSpec,
+        moments: Moments,
+        start: Params | None = None,
+    ) -> Params:
+        """Return the factors of alternating least squares, group by group."""
+        begin = self.fit(dense_kernel(moments, kernel), spec) if start is None else start
+        m, k = spec.group_in_features, self.terms(spec, kernel)
+        depthwise = np.asarray(begin["depthwise"], np.float64).reshape(spec.taps, -1, k)
+        found = []
+        for index, problem in enumerate(quadratics(moments, kernel)):
+            own = depthwise[:, index * m : (index + 1) * m]
+            if start is None:
+                found.append(separable_best(problem, own))
+            else:
+                found.append(separable_als(problem, own, sweeps=WARM_SWEEPS)[:2])
+        depthwise = np.concatenate([d for d, _ in found], axis=1)
+        return {
+            "depthwise": jnp.asarray(depthwise).reshape(*spec.kernel_size, -1, k),
+            "pointwise": jnp.asarray(np.concatenate([p for _, p in found], axis=-1)),
         }
 
     def kernel(self, params: Params, spec: ConvSpec) -> Float[Array, "*kernel_shape"]:

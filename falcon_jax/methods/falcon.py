@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.nn import initializers
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -22,11 +23,14 @@ from falcon_jax.methods.base import (
 )
 from falcon_jax.methods.ranks import Rank, RankMethod
 from falcon_jax.methods.registry import register
+from falcon_jax.ops.canonical import is_canonical
 from falcon_jax.ops.choice import falcon_form
 from falcon_jax.ops.convolution import conv
 from falcon_jax.ops.geometry import ConvSpec
 from falcon_jax.ops.separable import pointwise_then_depthwise
+from falcon_jax.solvers.alternating import falcon_best, falcon_sweep
 from falcon_jax.solvers.low_rank import best_terms
+from falcon_jax.solvers.moments import Moments, quadratics
 
 Impl = Literal["auto", "separable", "wide", "grouped", "gep"]
 
@@ -88,6 +92,31 @@ class Falcon(RankMethod):
         return {
             "pointwise": pointwise,
             "depthwise": depthwise.reshape(*spec.kernel_size, *depthwise.shape[1:]),
+        }
+
+    def fit_moments(
+        self,
+        kernel: Float[Array, "*kernel_shape"],
+        spec: ConvSpec,
+        moments: Moments,
+        start: Params | None = None,
+    ) -> Params:
+        """Return the factors of alternating least squares, group by group.
+
+        They start from the optimum of a metric that is a product of one of the taps and one of the
+        channels; no sweep makes the error larger.
+        """
+        k = self.terms(spec, kernel)
+        if start is None:
+            found = [falcon_best(problem, k) for problem in quadratics(moments, kernel)]
+            pointwise, depthwise = (np.concatenate(part, -1) for part in zip(*found, strict=True))
+        else:
+            pointwise = jnp.asarray(start["pointwise"], jnp.float32)
+            depthwise = jnp.asarray(start["depthwise"], jnp.float32).reshape(spec.taps, k, -1)
+            pointwise, depthwise = falcon_sweep(moments, kernel, pointwise, depthwise)
+        return {
+            "pointwise": jnp.asarray(pointwise),
+            "depthwise": jnp.asarray(depthwise).reshape(*spec.kernel_size, k, -1),
         }
 
     def kernel(self, params: Params, spec: ConvSpec) -> Float[Array, "*kernel_shape"]:
@@ -185,6 +214,8 @@ class Falcon(RankMethod):
 
 
 def _form(spec: ConvSpec, input_shape: Sequence[Any], rank: int) -> Impl:
+    if is_canonical():
+        return "wide"
     known = all(isinstance(n, int) for n in input_shape)  # not so in exported functions
     return falcon_form(
         points=math.prod(input_shape[:-1]) if known else None,

@@ -126,3 +126,17 @@ def method_settings(name: str) -> tuple[str, ...]:
     if not isinstance(name, str):
         raise ValueError(no_such("method", name, method_names()))
     return tuple(field.name for field in dataclasses.fields(_method_class(name)))  # type: ignore[arg-type]
+
+
+def stored_method(name: str, options: Mapping[str, Any]) -> Method:
+    """Return the method that a stored plan names, without settings that it no longer has.
+
+    Args:
+        name: as in ``Falcon.name``.
+        options: as `Method.options` gave them.
+
+    Raises:
+        ValueError: if there is no such method, or it never had such a setting.
+    """
+    former = _method_class(name).former_settings
+    return get_method(name, **{n: value for n, value in options.items() if n not in former})

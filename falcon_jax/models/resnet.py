@@ -156,6 +156,48 @@ def residual_stage(
     )
 
 
+def residual_stages(
+    block: Callable[..., BasicBlock | Bottleneck],
+    widths: Sequence[int],
+    counts: Sequence[int],
+    *,
+    strides: int,
+    unit: UnitFactory,
+    shortcut: bool,
+    dtype: Dtype | None,
+    rngs: nnx.Rngs,
+) -> tuple[list[nnx.List], int]:
+    """Return the stages of a network whose stem is as wide as its first stage, and its outputs.
+
+    Args:
+        block: class of the blocks.
+        widths: of the stages.
+        counts: of blocks, stage by stage.
+        strides: of the first stage; all others have stride 2.
+        unit: factory of the 3x3 units.
+        shortcut: whether the blocks have shortcuts.
+        dtype: of the computation.
+        rngs: for parameters.
+    """
+    inputs, stages = widths[0], []
+    for index, (features, count) in enumerate(zip(widths, counts, strict=True)):
+        stages.append(
+            residual_stage(
+                block,
+                inputs,
+                features,
+                count=count,
+                strides=2 if index else strides,
+                unit=unit,
+                shortcut=shortcut,
+                dtype=dtype,
+                rngs=rngs,
+            )
+        )
+        inputs = block.expansion * features  # type: ignore[attr-defined]
+    return stages, inputs
+
+
 def _after(y: Array, x: Array, shortcut: nnx.Module | None, residual: bool) -> Array:
     if residual:
         y = y + (x if shortcut is None else shortcut(x))  # type: ignore[operator]
@@ -235,25 +277,13 @@ class CifarResNet(nnx.Module):
         rngs: nnx.Rngs,
     ):
         widths = [scaled(features, width) for features in STAGE_WIDTHS]
-        inputs = widths[0]
-        self.stem = stem_unit(in_features, inputs, strides=1, activate=True, dtype=dtype, rngs=rngs)
-        self.stages = nnx.List()
-        for features, count in zip(widths, blocks, strict=True):
-            self.stages.append(
-                residual_stage(
-                    BasicBlock,
-                    inputs,
-                    features,
-                    count=count,
-                    strides=2,
-                    unit=unit,
-                    shortcut=shortcut,
-                    dtype=dtype,
-                    rngs=rngs,
-                )
-            )
-            inputs = features
-        self.head = dense(inputs, num_classes, dtype=dtype, rngs=rngs)
+        self.stem = stem_unit(
+            in_features, widths[0], strides=1, activate=True, dtype=dtype, rngs=rngs
+        )
+        options = {"unit": unit, "shortcut": shortcut, "dtype": dtype, "rngs": rngs}
+        stages, outputs = residual_stages(BasicBlock, widths, blocks, strides=2, **options)
+        self.stages = nnx.List(stages)
+        self.head = dense(outputs, num_classes, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w m"]) -> Float[Array, "b classes"]:
         """Return float32 logits for a batch of images."""
@@ -325,25 +355,14 @@ class ThreeStageResNet(nnx.Module):
         rngs: nnx.Rngs,
     ):
         widths = [scaled(features, width) for features in WIDTHS]
-        inputs = widths[0]
-        self.stem = stem_unit(in_features, inputs, strides=1, activate=True, dtype=dtype, rngs=rngs)
-        self.stages = nnx.List()
-        for index, features in enumerate(widths):
-            self.stages.append(
-                residual_stage(
-                    block,
-                    inputs,
-                    features,
-                    count=blocks,
-                    strides=2 if index else 1,
-                    unit=unit,
-                    shortcut=shortcut,
-                    dtype=dtype,
-                    rngs=rngs,
-                )
-            )
-            inputs = block.expansion * features  # type: ignore[attr-defined]
-        self.head = dense(inputs, num_classes, dtype=dtype, rngs=rngs)
+        self.stem = stem_unit(
+            in_features, widths[0], strides=1, activate=True, dtype=dtype, rngs=rngs
+        )
+        options = {"unit": unit, "shortcut": shortcut, "dtype": dtype, "rngs": rngs}
+        counts = (blocks,) * len(widths)
+        stages, outputs = residual_stages(block, widths, counts, strides=1, **options)
+        self.stages = nnx.List(stages)
+        self.head = dense(outputs, num_classes, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w m"]) -> Float[Array, "b classes"]:
         """Return float32 logits for a batch of images."""
@@ -427,23 +446,10 @@ class ResNet(nnx.Module):
             rngs=rngs,
         )
         self.stem = ConvUnit(stem, widths[0], dtype=dtype, rngs=rngs)
-        inputs, stages = widths[0], []
-        for index, (features, count) in enumerate(zip(widths, blocks, strict=True)):
-            stage = residual_stage(
-                block,
-                inputs,
-                features,
-                count=count,
-                strides=2 if index else 1,
-                unit=unit,
-                shortcut=shortcut,
-                dtype=dtype,
-                rngs=rngs,
-            )
-            stages.append(stage)
-            inputs = block.expansion * features  # type: ignore[attr-defined]
+        options = {"unit": unit, "shortcut": shortcut, "dtype": dtype, "rngs": rngs}
+        stages, outputs = residual_stages(block, widths, blocks, strides=1, **options)
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
-        self.head = dense(inputs, num_classes, dtype=dtype, rngs=rngs)
+        self.head = dense(outputs, num_classes, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w m"]) -> Float[Array, "b classes"]:
         """Return float32 logits for a batch of images."""

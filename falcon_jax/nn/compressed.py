@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -64,12 +64,26 @@ def method_conv(
     return apply_method(method, spec, params, bias, inputs, dtype=dtype, precision=precision)
 
 
-class ConvLike(nn.Module):
-    """Arguments of ``linen.Conv``; a subclass says which method carries the convolution out."""
+class NamedConv(nn.Module):
+    """A convolution by a method, with the arguments of ``linen.Conv``; a subclass names the method.
+
+    Attributes:
+        features: output channels N.
+        kernel_size: taps per spatial axis; a number for one axis.
+        strides: step between outputs.
+        padding: as in ``linen.Conv``.
+        input_dilation: distance between input points.
+        kernel_dilation: distance between taps.
+        feature_group_count: groups that the channels are split into.
+        use_bias: whether a bias is added.
+        dtype: of the computation; as inputs and parameters if None.
+        param_dtype: of the parameters.
+        precision: of products on accelerators, as in ``jax.lax``.
+        bias_init: makes the bias.
+    """
 
     features: int
     kernel_size: int | Sequence[int]
-    rank: Any = 1
     strides: PerAxis = 1
     padding: PaddingLike = "SAME"
     input_dilation: PerAxis = 1
@@ -81,9 +95,12 @@ class ConvLike(nn.Module):
     precision: lax.PrecisionLike = None
     bias_init: Initializer = nn.initializers.zeros_init()
 
+    method_class: ClassVar[type[Method]]
+
     def method(self) -> Method:
-        """Return the method."""
-        raise TypeError(f"{type(self).__name__} names no method.")
+        """Return the method, with the settings that the module has under the same names."""
+        fields = dataclasses.fields(self.method_class)  # type: ignore[arg-type]
+        return self.method_class(**{field.name: getattr(self, field.name) for field in fields})
 
     def spec(self, in_features: int) -> ConvSpec:
         """Return the geometry for inputs of so many channels."""

@@ -1,8 +1,9 @@
 """The one NNX module that every method can use, and how a trained convolution becomes one."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, ClassVar, TypedDict, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from falcon_jax.methods.base import Method, Params, apply_method
 from falcon_jax.methods.fit import Solver, check_finite, fit
 from falcon_jax.ops.convolution import conv_on_small_maps
-from falcon_jax.ops.geometry import ConvSpec, PaddingLike, PerAxis
+from falcon_jax.ops.geometry import ConvSpec, PerAxis, whole_kernel
 
 
 def conv_spec(conv: nnx.Conv) -> ConvSpec:
@@ -38,6 +39,10 @@ def conv_obstacle(conv: nnx.Conv) -> str | None:
     """Return why a convolution must stay whatever the method, or None."""
     if conv.mask is not None:
         return "masked kernel"
+    kind = type(conv.kernel)
+    own_access = kind.get_value is not nnx.Variable.get_value
+    if own_access or any(name.startswith("on_") for name in conv.kernel.get_metadata()):
+        return "kernel computed when it is read"
     if conv.conv_general_dilated not in (lax.conv_general_dilated, conv_on_small_maps):
         return "own convolution function"
     if conv.promote_dtype is not promote_dtype:
@@ -85,11 +90,29 @@ def fit_stacked(
 # What nnx.Conv has beside, as it is where nothing was asked for.
 _UNUSED = {
     "mask": None,
-    "kernel_init": nnx.initializers.lecun_normal(),
     "conv_general_dilated": lax.conv_general_dilated,
     "promote_dtype": promote_dtype,
     "preferred_element_type": None,
 }
+
+
+def _of_spec(name: str) -> Any:
+    """Return the property for a field of the spec; set, it gives the layer another geometry."""
+
+    def get(self: "MethodConv") -> Any:
+        return getattr(self.spec, name)
+
+    def put(self: "MethodConv", value: Any) -> None:
+        spec = dataclasses.replace(self.spec, **{name: value})
+        if spec.kernel_shape != self.spec.kernel_shape:
+            raise ValueError(
+                f"the parameters stand for kernels of shape {self.spec.kernel_shape}; with "
+                f"{name}={value!r} they would be of shape {spec.kernel_shape}."
+            )
+        self.method.require(spec)
+        self.spec = spec
+
+    return property(get, put)
 
 
 class MethodConv(nnx.Conv):
@@ -151,19 +174,18 @@ class MethodConv(nnx.Conv):
         self.dtype = dtype
         self.param_dtype = params[self.param_names[0]].dtype if params else param_dtype
         self.precision = precision
-        self.bias_init = bias_init
         for name, value in _UNUSED.items():
             setattr(self, name, value)
 
-    in_features = property(lambda self: self.spec.in_features)
-    out_features = property(lambda self: self.spec.out_features)
-    kernel_size = property(lambda self: self.spec.kernel_size)
-    strides = property(lambda self: self.spec.strides)
-    padding = property(lambda self: self.spec.padding)
-    input_dilation = property(lambda self: self.spec.input_dilation)
-    kernel_dilation = property(lambda self: self.spec.kernel_dilation)
-    feature_group_count = property(lambda self: self.spec.feature_group_count)
-    use_bias = property(lambda self: self.spec.use_bias)
+    in_features = _of_spec("in_features")
+    out_features = _of_spec("out_features")
+    kernel_size = _of_spec("kernel_size")
+    strides = _of_spec("strides")
+    padding = _of_spec("padding")
+    input_dilation = _of_spec("input_dilation")
+    kernel_dilation = _of_spec("kernel_dilation")
+    feature_group_count = _of_spec("feature_group_count")
+    use_bias = _of_spec("use_bias")
     kernel_shape = property(lambda self: self.spec.kernel_shape)
 
     @property
@@ -180,10 +202,17 @@ class MethodConv(nnx.Conv):
         """The method's parameters as arrays."""
         return {name: getattr(self, name)[...] for name in self.param_names}
 
-    def __call__(self, inputs: Float[ArrayLike, "*batch m"]) -> Float[Array, "*batch_out n"]:
-        """Convolve inputs of shape ``(..., *spatial, M)``, any number of batch axes."""
+    def __call__(
+        self, inputs: Float[ArrayLike, "*batch m"], out_sharding: Any = None
+    ) -> Float[Array, "*batch_out n"]:
+        """Convolve inputs of shape ``(..., *spatial, M)``, any number of batch axes.
+
+        Args:
+            inputs: the inputs.
+            out_sharding: how the output is laid out on a mesh of explicit axes, as in ``nnx.Conv``.
+        """
         bias = None if self.bias is None else self.bias[...]
-        return apply_method(
+        y = apply_method(
             self.method,
             self.spec,
             self.params,
@@ -192,6 +221,7 @@ class MethodConv(nnx.Conv):
             dtype=self.dtype,
             precision=self.precision,
         )
+        return y if out_sharding is None else jax.reshard(y, out_sharding)
 
 
 def _stack(method: Method, spec: ConvSpec, params: Params) -> int:
@@ -200,42 +230,50 @@ def _stack(method: Method, spec: ConvSpec, params: Params) -> int:
     return next((params[n].ndim - len(plain[n].shape) for n in params), 0)
 
 
-class ConvOptions(TypedDict, total=False):
-    """Keyword arguments that the modules below share with ``nnx.Conv`` and `MethodConv`."""
+C = TypeVar("C", bound="NamedConv")
 
-    padding: PaddingLike
-    input_dilation: PerAxis
-    kernel_dilation: PerAxis
-    feature_group_count: int
-    use_bias: bool
-    params: Params | None
-    bias: Array | None
-    dtype: Dtype | None
-    param_dtype: Dtype
-    precision: lax.PrecisionLike
-    bias_init: Initializer
-    rngs: nnx.Rngs | None
-
-
-_NAMED_LAYERS: dict[type[Method], type["ConvLike"]] = {}
+_NAMED_LAYERS: dict[type[Method], type["NamedConv"]] = {}
+_LAYOUT = ("out_sharding", "sharding", "sharding_names", "sharding_rules", "mesh")
 _GEOMETRY = ("padding", "input_dilation", "kernel_dilation", "feature_group_count", "use_bias")
 
 
-class ConvLike(MethodConv):
-    """A `MethodConv` made with the arguments of ``nnx.Conv``; a subclass names its method."""
+class NamedConv(MethodConv):
+    """A `MethodConv` made with the arguments of ``nnx.Conv``; a subclass names its method.
+
+    Args:
+        in_features: input channels M.
+        out_features: output channels N.
+        kernel_size: taps per spatial axis; a number for one axis.
+        strides: step between outputs.
+        **options: the settings of the method, such as ``rank``; ``padding``, ``input_dilation``,
+            ``kernel_dilation``, ``feature_group_count``, ``use_bias``, ``dtype``, ``param_dtype``,
+            ``precision``, ``bias_init`` and ``rngs`` as in ``nnx.Conv``; ``params`` and ``bias`` to
+            start from.
+
+    Raises:
+        ValueError: if the method cannot replace such a convolution, or ``rngs`` is missing.
+    """
 
     method_class: ClassVar[type[Method]]
 
+    def __init_subclass__(cls, **options: Any):
+        super().__init_subclass__(**options)
+        if "method_class" in vars(cls):  # and not a subclass of such a class
+            _NAMED_LAYERS[cls.method_class] = cls
+
     def __init__(
         self,
-        method: Method,
         in_features: int,
         out_features: int,
         kernel_size: int | Sequence[int],
-        strides: PerAxis,
-        conv: ConvOptions,
+        strides: PerAxis = 1,
+        **options: Any,
     ):
-        options: dict[str, Any] = dict(conv)
+        settings = {
+            field.name: options.pop(field.name)
+            for field in dataclasses.fields(self.method_class)  # type: ignore[arg-type]
+            if field.name in options
+        }
         geometry = {name: options.pop(name) for name in _GEOMETRY if name in options}
         spec = ConvSpec(
             in_features=in_features,
@@ -244,16 +282,25 @@ class ConvLike(MethodConv):
             strides=strides,
             **geometry,
         )
-        super().__init__(method, spec, **options)
+        super().__init__(self.method_class(**settings), spec, **options)
 
+    @classmethod
+    def from_conv(cls: type[C], conv: nnx.Conv, rank: Any = None, **settings: Any) -> C:
+        """Return the layer nearest to a trained convolution.
 
-L = TypeVar("L", bound=type[ConvLike])
+        Args:
+            conv: it is not changed.
+            rank: of a method that has one; the method's default if not given.
+            **settings: others of the method.
 
-
-def named_layer(cls: L) -> L:
-    """Make a class the one that `method_conv` returns for its method. Use as a decorator."""
-    _NAMED_LAYERS[cls.method_class] = cls
-    return cls
+        Raises:
+            ValueError: if the convolution cannot be replaced, with the reason.
+        """
+        if rank is not None:
+            settings["rank"] = rank
+        layer = fit_conv(conv, cls.method_class(**settings))
+        assert isinstance(layer, cls)
+        return layer
 
 
 def method_conv(method: Method, spec: ConvSpec, **options: Any) -> MethodConv:
@@ -303,22 +350,37 @@ def fit_conv(
     obstacle = conv_obstacle(conv) or method.supports(spec)
     if obstacle is not None:
         raise ValueError(f"{method} cannot replace {spec}: {obstacle}.")
-    kernel = conv.kernel[...]
+    kernel = whole_kernel(conv.kernel[...])
     check_finite(kernel, "the kernel")
     method = for_trained(method, kernel, spec)
     return conv_like(conv, method, fit_stacked(kernel, method, spec, solver, key))
 
 
 def conv_like(conv: nnx.Conv, method: Method, params: Params) -> MethodConv:
-    """Return the layer with given parameters and all else as in ``conv``."""
-    return method_conv(
+    """Return the layer with given parameters and all else as in ``conv``.
+
+    Parameters are of the kernel's type of variable, with its metadata but for the layout on a mesh,
+    which is that of other axes.
+
+    Args:
+        conv: the convolution, of arrays or of shapes; it is not changed.
+        method: how it is carried out.
+        params: the method's parameters.
+    """
+    layer = method_conv(
         method,
         conv_spec(conv),
         params=params,
-        bias=None if conv.bias is None else jnp.array(conv.bias[...]),
+        bias=None if conv.bias is None else jnp.zeros(conv.bias.shape),  # until below
         dtype=conv.dtype,
         precision=conv.precision,
     )
+    metadata = {n: v for n, v in conv.kernel.get_metadata().items() if n not in _LAYOUT}
+    for name in layer.param_names:
+        setattr(layer, name, type(conv.kernel)(params[name], **metadata))
+    if conv.bias is not None:
+        setattr(layer, "bias", conv.bias.copy())  # noqa: B010  # of any type of variable
+    return layer
 
 
 def standard_conv(layer: MethodConv) -> nnx.Conv | None:

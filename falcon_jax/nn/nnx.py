@@ -1,41 +1,29 @@
-"""NNX modules to be used like ``nnx.Conv``, one a method."""
+"""NNX modules to be used like ``nnx.Conv``, one per method: thin names over `MethodConv`."""
 
-from collections.abc import Sequence
-from typing import Unpack
-
-from flax import nnx
-
-from falcon_jax.methods.cp import CP, TermRank
+from falcon_jax.methods.channel_decomposition import ChannelDecomposition
+from falcon_jax.methods.cp import CP
+from falcon_jax.methods.decoupled import Decoupled
 from falcon_jax.methods.depthwise_separable import DepthwiseSeparable
-from falcon_jax.methods.falcon import Falcon, Impl
-from falcon_jax.methods.ranks import Rank
-from falcon_jax.methods.tucker import ChannelRanks, Tucker
-from falcon_jax.nn.method_conv import ConvLike, ConvOptions, fit_conv, named_layer
-from falcon_jax.ops.geometry import PerAxis
+from falcon_jax.methods.falcon import Falcon
+from falcon_jax.methods.filter_summary import DifferentiableFilterSummary, FilterSummary
+from falcon_jax.methods.spatial_decomposition import SpatialDecomposition
+from falcon_jax.methods.tensor_train import TensorTrain
+from falcon_jax.methods.tucker import Tucker
+from falcon_jax.nn.method_conv import NamedConv
 
 
-@named_layer
-class FalconConv(ConvLike):
+class FalconConv(NamedConv):
     """A rank-k FALCON convolution, to be used like ``nnx.Conv``.
 
     Parameters: ``pointwise`` of shape ``(M / groups, k, N)``, ``depthwise`` of shape
-    ``(*kernel_size, k, N)`` and ``bias`` of shape ``(N,)`` or None.
-
-    Args:
-        in_features: input channels M.
-        out_features: output channels N.
-        kernel_size: taps per spatial axis; a number for one axis.
-        strides: step between outputs.
-        rank: number k of terms, or ``full``.
-        impl: ``auto``, ``separable``, ``wide``, ``grouped`` or ``gep``; see `Falcon`.
-        **conv: ``padding``, ``input_dilation``, ``kernel_dilation``, ``feature_group_count``,
-            ``use_bias``, ``dtype``, ``param_dtype``, ``precision``, ``bias_init`` and ``rngs`` as
-            in ``nnx.Conv``; ``params`` and ``bias`` to start from.
+    ``(*kernel_size, k, N)`` and ``bias`` of shape ``(N,)``. Settings: ``rank``, the number k of
+    terms, and ``impl``; see `Falcon`.
 
     Reference:
         FALCON, Sections 3.3 and 3.4.
 
     >>> import jax.numpy as jnp
+    >>> from flax import nnx
     >>> layer = FalconConv(16, 32, (3, 3), rank=2, rngs=nnx.Rngs(0))
     >>> layer(jnp.ones((1, 8, 8, 16))).shape
     (1, 8, 8, 32)
@@ -43,46 +31,13 @@ class FalconConv(ConvLike):
 
     method_class = Falcon
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        kernel_size: int | Sequence[int],
-        strides: PerAxis = 1,
-        *,
-        rank: Rank = 1,
-        impl: Impl = "auto",
-        **conv: Unpack[ConvOptions],
-    ):
-        method = Falcon(rank=rank, impl=impl)
-        super().__init__(method, in_features, out_features, kernel_size, strides, conv)
 
-    @classmethod
-    def from_conv(cls, conv: nnx.Conv, rank: Rank = 1, *, impl: Impl = "auto") -> "FalconConv":
-        """Return the FALCON layer nearest to a trained convolution.
-
-        Raises:
-            ValueError: if the convolution cannot be replaced, with the reason.
-        """
-        layer = fit_conv(conv, Falcon(rank=rank, impl=impl))
-        assert isinstance(layer, cls)
-        return layer
-
-
-@named_layer
-class DepthwiseSeparableConv(ConvLike):
+class DepthwiseSeparableConv(NamedConv):
     """A depthwise-then-pointwise convolution of rank k, to be used like ``nnx.Conv``.
 
     Parameters: ``depthwise`` of shape ``(*kernel_size, M, k)``, ``pointwise`` of shape
-    ``(M / groups, k, N)`` and ``bias`` of shape ``(N,)`` or None.
-
-    Args:
-        in_features: input channels M.
-        out_features: output channels N.
-        kernel_size: taps per spatial axis; a number for one axis.
-        strides: step between outputs.
-        rank: depthwise kernels per input channel, or ``full``.
-        **conv: as in `FalconConv`.
+    ``(M / groups, k, N)`` and ``bias`` of shape ``(N,)``. Settings: ``rank``, the number of
+    depthwise kernels per input channel; see `DepthwiseSeparable`.
 
     Reference:
         FALCON, Section 3.6.1.
@@ -90,118 +45,109 @@ class DepthwiseSeparableConv(ConvLike):
 
     method_class = DepthwiseSeparable
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        kernel_size: int | Sequence[int],
-        strides: PerAxis = 1,
-        *,
-        rank: Rank = 1,
-        **conv: Unpack[ConvOptions],
-    ):
-        method = DepthwiseSeparable(rank=rank)
-        super().__init__(method, in_features, out_features, kernel_size, strides, conv)
 
-    @classmethod
-    def from_conv(cls, conv: nnx.Conv, rank: Rank = 1) -> "DepthwiseSeparableConv":
-        """Return the depthwise separable layer nearest to a trained convolution (GEP-in).
+class DecoupledConv(NamedConv):
+    """A sum of pointwise and depthwise convolutions, to be used like ``nnx.Conv``.
 
-        Raises:
-            ValueError: if the convolution cannot be replaced, with the reason.
-        """
-        layer = fit_conv(conv, DepthwiseSeparable(rank=rank))
-        assert isinstance(layer, cls)
-        return layer
+    Parameters: those of `FalconConv`, or of `DepthwiseSeparableConv` for the other order, and
+    ``bias`` of shape ``(N,)``. Settings: ``order``, ``terms`` and ``energy``; see `Decoupled`.
+
+    Reference:
+        Guo et al.: Network Decoupling, BMVC 2018.
+    """
+
+    method_class = Decoupled
 
 
-@named_layer
-class TuckerConv(ConvLike):
+class TuckerConv(NamedConv):
     """Pointwise, spatial and pointwise convolution, to be used like ``nnx.Conv``.
 
     Parameters: ``inner`` of shape ``(M, R_in)``, ``core`` of shape ``(*kernel_size, R_in, R_out)``,
-    ``outer`` of shape ``(R_out, N)`` and ``bias`` of shape ``(N,)`` or None.
-
-    Args:
-        in_features: input channels M.
-        out_features: output channels N.
-        kernel_size: taps per spatial axis; a number for one axis.
-        strides: step between outputs.
-        rank: ``(R_in, R_out)``, one number for both, ``full`` or a `Budget`.
-        **conv: as in `FalconConv`.
+    ``outer`` of shape ``(R_out, N)`` and ``bias`` of shape ``(N,)``. Settings: ``rank``, which is
+    ``(R_in, R_out)``, one number for both, ``full`` or a `Budget`; see `Tucker`.
 
     Reference:
-        Kim et al., ICLR 2016; see `Tucker`.
+        Kim et al., ICLR 2016.
     """
 
     method_class = Tucker
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        kernel_size: int | Sequence[int],
-        strides: PerAxis = 1,
-        *,
-        rank: ChannelRanks,
-        **conv: Unpack[ConvOptions],
-    ):
-        method = Tucker(rank=rank)
-        super().__init__(method, in_features, out_features, kernel_size, strides, conv)
 
-    @classmethod
-    def from_conv(cls, conv: nnx.Conv, rank: ChannelRanks = "vbmf") -> "TuckerConv":
-        """Return the Tucker layer fitted to a trained convolution, by HOSVD and HOOI.
-
-        Raises:
-            ValueError: if the convolution cannot be replaced, with the reason.
-        """
-        layer = fit_conv(conv, Tucker(rank=rank))
-        assert isinstance(layer, cls)
-        return layer
-
-
-@named_layer
-class CPConv(ConvLike):
-    """Pointwise, one depthwise step an axis, pointwise; to be used like ``nnx.Conv``.
+class CPConv(NamedConv):
+    """Pointwise, one depthwise step per axis, pointwise; to be used like ``nnx.Conv``.
 
     Parameters: ``inner`` of shape ``(M, R)``, ``axis0``, ``axis1``, ... of shape ``(D, R)``,
-    ``outer`` of shape ``(R, N)`` and ``bias`` of shape ``(N,)`` or None.
-
-    Args:
-        in_features: input channels M.
-        out_features: output channels N.
-        kernel_size: taps per spatial axis; a number for one axis.
-        strides: step between outputs.
-        rank: number R of terms, or a `Budget`.
-        **conv: as in `FalconConv`.
+    ``outer`` of shape ``(R, N)`` and ``bias`` of shape ``(N,)``. Settings: ``rank``, the number R
+    of terms or a `Budget`; see `CP`.
 
     Reference:
-        Lebedev et al., ICLR 2015; see `CP`.
+        Lebedev et al., ICLR 2015.
     """
 
     method_class = CP
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        kernel_size: int | Sequence[int],
-        strides: PerAxis = 1,
-        *,
-        rank: TermRank,
-        **conv: Unpack[ConvOptions],
-    ):
-        method = CP(rank=rank)
-        super().__init__(method, in_features, out_features, kernel_size, strides, conv)
 
-    @classmethod
-    def from_conv(cls, conv: nnx.Conv, rank: TermRank = "vbmf") -> "CPConv":
-        """Return the CP layer fitted to a trained convolution, by alternating least squares.
+class TensorTrainConv(NamedConv):
+    """Pointwise, one convolution along each axis, pointwise; to be used like ``nnx.Conv``.
 
-        Raises:
-            ValueError: if the convolution cannot be replaced, with the reason.
-        """
-        layer = fit_conv(conv, CP(rank=rank))
-        assert isinstance(layer, cls)
-        return layer
+    Parameters: ``inner``, ``axis0``, ``axis1``, ..., ``outer`` and ``bias`` of shape ``(N,)``.
+    Settings: ``rank``; see `TensorTrain`.
+
+    Reference:
+        Oseledets, SIAM J. Sci. Comput. 2011.
+    """
+
+    method_class = TensorTrain
+
+
+class SpatialDecompositionConv(NamedConv):
+    """A vertical convolution, then a horizontal one, to be used like ``nnx.Conv``.
+
+    Parameters: ``vertical`` of shape ``(h, 1, M, r)``, ``horizontal`` of shape ``(1, w, r, N)`` and
+    ``bias`` of shape ``(N,)``. Settings: ``rank`` and ``inner``; see `SpatialDecomposition`.
+
+    Reference:
+        Jaderberg et al., BMVC 2014.
+    """
+
+    method_class = SpatialDecomposition
+
+
+class ChannelDecompositionConv(NamedConv):
+    """A convolution to fewer channels, then a pointwise one; to be used like ``nnx.Conv``.
+
+    Parameters: ``spatial`` of shape ``(*kernel_size, M, d)``, ``pointwise`` of shape ``(d, N)`` and
+    ``bias`` of shape ``(N,)``. Settings: ``rank``, ``inner`` and ``relu``; see
+    `ChannelDecomposition`.
+
+    Reference:
+        Zhang et al., TPAMI 2016.
+    """
+
+    method_class = ChannelDecomposition
+
+
+class FilterSummaryConv(NamedConv):
+    """A convolution whose filters are segments of one vector, to be used like ``nnx.Conv``.
+
+    Parameters: ``summary`` of shape ``(L,)`` and ``bias`` of shape ``(N,)``. Settings: ``ratio``,
+    ``step`` and ``reorder``; see `FilterSummary`.
+
+    Reference:
+        FSNet (Yang et al., 2019), Section 3.1.
+    """
+
+    method_class = FilterSummary
+
+
+class DifferentiableFilterSummaryConv(NamedConv):
+    """A filter summary with learned locations, to be used like ``nnx.Conv``.
+
+    Parameters: ``summary`` of shape ``(L,)``, ``shift`` of shape ``(N,)`` and ``bias`` of shape
+    ``(N,)``. Settings: ``ratio``; see `DifferentiableFilterSummary`.
+
+    Reference:
+        FSNet (Yang et al., 2019), Section 3.2.
+    """
+
+    method_class = DifferentiableFilterSummary

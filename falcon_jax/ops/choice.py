@@ -26,9 +26,9 @@ class Row:
     most_points: int | None = None
     most_taps: int | None = None
 
-    def applies(self, *, points: int, taps: int) -> bool:
+    def applies(self, *, points: int | None, taps: int) -> bool:
         """Return whether the row speaks of such a convolution."""
-        few_points = self.most_points is None or points <= self.most_points
+        few_points = self.most_points is None or (points is not None and points <= self.most_points)
         return few_points and (self.most_taps is None or taps <= self.most_taps)
 
 
@@ -70,11 +70,12 @@ _FALCON: Mapping[str, FalconRow] = MappingProxyType(
 )
 
 
-def depthwise_form(*, points: int, taps: int, backend: str | None = None) -> DepthwiseForm:
+def depthwise_form(*, points: int | None, taps: int, backend: str | None = None) -> DepthwiseForm:
     """Return the fastest form of a depthwise convolution.
 
     Args:
-        points: of its input's or its output's map, whichever has more.
+        points: of its input's or its output's map, whichever has more; None if not known, as in
+            exported functions.
         taps: of its kernel.
         backend: ``cpu``, ``gpu``, ...; JAX's default backend if not given.
 

@@ -5,11 +5,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
+from falcon_jax.ops.canonical import is_canonical
 from falcon_jax.ops.geometry import (
     Padding,
+    known,
     output_shape,
     pad,
     pad_boundary,
@@ -48,16 +51,8 @@ def conv_on_small_maps(
     Returns:
         The convolution.
     """
-    *kernel_size, _, n = rhs.shape
-    kernel_size, spatial = tuple(kernel_size), lhs.shape[1:-1]
-    pairs = padding if isinstance(padding, str) else tuple(map(tuple, padding))
-    geometry: dict[str, Any] = {
-        "strides": tuple(window_strides),
-        "input_dilation": tuple(lhs_dilation),
-        "kernel_dilation": tuple(rhs_dilation),
-    }
-    sizes = output_shape(spatial, kernel_size, padding=pairs, **geometry)
-    if feature_group_count > 1 or math.prod(kernel_size) == 1 or math.prod(sizes) > _SMALL:
+
+    def standard() -> Array:
         return lax.conv_general_dilated(
             lhs,
             rhs,
@@ -68,6 +63,25 @@ def conv_on_small_maps(
             feature_group_count=feature_group_count,
             **options,
         )
+
+    *kernel_size, _, n = rhs.shape
+    kernel_size, spatial = tuple(kernel_size), lhs.shape[1:-1]
+    if (
+        is_canonical()
+        or not known(*spatial)
+        or feature_group_count > 1
+        or math.prod(kernel_size) == 1
+    ):
+        return standard()
+    pairs = padding if isinstance(padding, str) else tuple(map(tuple, padding))
+    geometry: dict[str, Any] = {
+        "strides": tuple(window_strides),
+        "input_dilation": tuple(lhs_dilation),
+        "kernel_dilation": tuple(rhs_dilation),
+    }
+    sizes = output_shape(spatial, kernel_size, padding=pairs, **geometry)
+    if math.prod(sizes) > _SMALL:
+        return standard()
     pairs = padding_pairs(pairs, spatial, kernel_size, **geometry)
     form = (geometry["strides"], pairs, geometry["input_dilation"], geometry["kernel_dilation"])
     taps = tap_slices(form, pad(form, lhs), kernel_size)
@@ -111,7 +125,7 @@ def conv(
     """
     kernel_size = kernel.shape[:-2]
     x, padding = pad_boundary(x, padding, kernel_size, kernel_dilation=kernel_dilation)
-    pairs = padding_pairs(
+    pairs: Padding = padding_pairs(
         padding,
         x.shape[1:-1],
         kernel_size,
@@ -119,6 +133,12 @@ def conv(
         input_dilation=input_dilation,
         kernel_dilation=kernel_dilation,
     )
+    if not known(*x.shape[1:-1]):
+        if isinstance(padding, str) and max(input_dilation, default=1) == 1 and padding != "CAUSAL":
+            pairs = padding
+        else:  # lax takes no pairs of symbolic sizes
+            x = pad((strides, pairs, input_dilation, kernel_dilation), x)
+            pairs, input_dilation = "VALID", (1,) * len(input_dilation)
     rank = len(kernel_size)
     channels_last = (0, rank + 1, *range(1, rank + 1))
     kernel_layout = (rank + 1, rank, *range(rank))
@@ -148,6 +168,8 @@ def max_pool_2x2(x: Float[Array, "b h w c"]) -> Float[Array, "b h_half w_half c"
     Returns:
         Output of shape ``(batch, height // 2, width // 2, channels)``.
     """
+    if is_canonical() or not known(*x.shape[1:3]):  # nothing says that there is a second row
+        return nnx.max_pool(x, (2, 2), strides=(2, 2))
     x = x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]
     rows = jnp.maximum(x[:, ::2], x[:, 1::2])
     return jnp.maximum(rows[:, :, ::2], rows[:, :, 1::2])

@@ -13,14 +13,18 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from falcon_jax.ops.canonical import is_canonical
 from falcon_jax.ops.choice import DEPTHWISE_FORMS, DepthwiseForm, depthwise_form
-from falcon_jax.ops.convolution import conv
 from falcon_jax.ops.geometry import (
     Geometry,
+    Padding,
     PaddingLike,
     PerAxis,
+    Size,
     canonical_padding,
+    covered,
     dilated,
+    known,
     output_sizes,
     pad,
     pad_boundary,
@@ -28,7 +32,7 @@ from falcon_jax.ops.geometry import (
     per_axis,
     tap_slices,
 )
-from falcon_jax.ops.linear import Arrays, accumulator, add_up, linear_call
+from falcon_jax.ops.linear import PRODUCTS, Arrays, accumulator, add_up, linear_call
 from falcon_jax.settings import no_such
 
 Pairing = tuple[int, int, int]  # (tap, input pixel, output pixel), all counted in row-major order
@@ -157,8 +161,10 @@ def kernel_gradient(
     In chunks of the batch that fit the cache, since every tap reads both arrays anew; chunks of
     small maps are larger, or there is too little to do in each.
     """
-    per_image = max(math.prod(padded.shape[1:]), math.prod(dy.shape[1:]), 1)
     batch = dy.shape[0]
+    if not known(*padded.shape, *dy.shape):
+        return _chunk_gradient(geometry, padded, dy, kernel_size)
+    per_image = max(math.prod(padded.shape[1:]), math.prod(dy.shape[1:]), 1)
     elements = _ELEMENTS[math.prod(dy.shape[1:-1]) <= _SMALL_MAP]
     chunk = _largest_divisor(batch, at_most=max(elements // per_image, 2))
     if chunk == batch:
@@ -187,7 +193,8 @@ def _chunk_gradient(
     dtype = accumulator(padded, dy)
     axis = dy.ndim - 2
     at_most = max(_MOST_PRODUCTS // math.prod(kernel_size), 1)
-    unrolled = _largest_divisor(dy.shape[axis], at_most=at_most)
+    points = dy.shape[axis]
+    unrolled = _largest_divisor(points, at_most=at_most) if known(points) else 1
 
     def every(points: Array, start: int) -> Array:
         return lax.slice_in_dim(points, start, None, unrolled, axis).astype(dtype)
@@ -198,8 +205,11 @@ def _chunk_gradient(
         for points in tap_slices(geometry, padded, kernel_size)
     ]
     stacked = lax.optimization_barrier(jnp.stack(sums))
-    rows = math.prod(stacked.shape[1:-1])
-    columns = stacked.reshape(len(sums), rows, dy.shape[-1]).sum(axis=1)
+    if not known(*stacked.shape):
+        columns = stacked.sum(axis=tuple(range(1, stacked.ndim - 1)))
+    else:
+        rows = math.prod(stacked.shape[1:-1])
+        columns = stacked.reshape(len(sums), rows, dy.shape[-1]).sum(axis=1)
     return columns.reshape(*kernel_size, dy.shape[-1])
 
 
@@ -258,7 +268,8 @@ def depthwise_conv(
     if impl not in DEPTHWISE_FORMS:
         raise ValueError(no_such("impl of depthwise_conv", impl, DEPTHWISE_FORMS))
     batch = x.shape[: x.ndim - axes - 1]
-    x = x.reshape(math.prod(batch), *x.shape[x.ndim - axes - 1 :])
+    if len(batch) != 1:
+        x = x.reshape(math.prod(batch), *x.shape[x.ndim - axes - 1 :])
     kernel_size = kernel.shape[:-1]
     strides = per_axis("strides", strides, axes)
     kernel_dilation = per_axis("kernel_dilation", kernel_dilation, axes)
@@ -280,27 +291,38 @@ def depthwise_conv(
         kernel_dilation=kernel_dilation,
     )
     geometry = (strides, pairs, input_dilation, kernel_dilation)
-    outputs = output_sizes(geometry, x.shape[1:-1], kernel_size)
+    spatial = x.shape[1:-1]
+    if is_canonical():
+        y = _grouped(geometry, x, kernel, pairs if known(*spatial) else padding)
+        return y if len(batch) == 1 else y.reshape(*batch, *y.shape[1:])
+    if not known(*spatial):
+        geometry = (strides, covered(geometry, spatial, kernel_size), *geometry[2:])
+        impl = "grouped" if impl == "grouped" else "shifted"
     if impl == "auto":
-        impl = depthwise_form(
-            points=max(math.prod(x.shape[1:-1]), math.prod(outputs)), taps=math.prod(kernel_size)
-        )
-    y: Array = (
-        _grouped(geometry, x, kernel) if impl == "grouped" else _convolve(impl, geometry, x, kernel)
-    )
-    return y.reshape(*batch, *y.shape[1:])
+        points = max(math.prod(spatial), math.prod(output_sizes(geometry, spatial, kernel_size)))
+        impl = depthwise_form(points=points, taps=math.prod(kernel_size))
+    if impl == "grouped":
+        y = _grouped(geometry, x, kernel)
+    else:
+        with jax.named_scope(PRODUCTS):
+            y = _convolve(impl, geometry, x, kernel)
+    return y if len(batch) == 1 else y.reshape(*batch, *y.shape[1:])
 
 
-def _grouped(geometry: Geometry, x: Array, kernel: Array) -> Array:
+def _grouped(geometry: Geometry, x: Array, kernel: Array, padding: Padding | None = None) -> Array:
     strides, pairs, input_dilation, kernel_dilation = geometry
-    dtype = jnp.result_type(x, kernel)
-    return conv(
+    dtype, axes = jnp.result_type(x, kernel), len(strides)
+    channels_last = (0, axes + 1, *range(1, axes + 1))
+    return lax.conv_general_dilated(
         x.astype(dtype),
         kernel[..., None, :].astype(dtype),
-        strides=strides,
-        padding=pairs,
-        input_dilation=input_dilation,
-        kernel_dilation=kernel_dilation,
+        strides,
+        pairs if padding is None else padding,
+        lhs_dilation=input_dilation,
+        rhs_dilation=kernel_dilation,
+        dimension_numbers=lax.ConvDimensionNumbers(
+            channels_last, (axes + 1, axes, *range(axes)), channels_last
+        ),
         feature_group_count=x.shape[-1],
     )
 
@@ -367,8 +389,8 @@ def _flipped(kernel: Array) -> Array:
 def _transposed(
     geometry: Geometry,
     kernel_size: tuple[int, ...],
-    inputs: tuple[int, ...],
-    outputs: tuple[int, ...],
+    inputs: tuple[Size, ...],
+    outputs: tuple[Size, ...],
 ) -> Geometry:
     """Return the geometry that carries output gradients back to the input, the kernel flipped."""
     strides, pairs, input_dilation, kernel_dilation = geometry
@@ -379,4 +401,7 @@ def _transposed(
         before = dilated(k, dk) - 1 - low
         needed = dilated(n, di) - 1 + dilated(k, dk)
         back.append((before, needed - before - dilated(out, s)))
-    return input_dilation, tuple(back), strides, kernel_dilation
+    found = (input_dilation, tuple(back), strides, kernel_dilation)
+    if known(*inputs, *outputs):
+        return found
+    return input_dilation, covered(found, outputs, kernel_size), strides, kernel_dilation

@@ -6,13 +6,17 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import max_dim
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from falcon_jax.settings import as_whole, as_wholes
 
-Pairs = tuple[tuple[int, int], ...]
+Size = Any  # a whole number, or in jax.export a symbolic one
+Pairs = tuple[tuple[Size, Size], ...]
 Padding = str | Pairs
 # What users may give.
 PerAxis = int | Sequence[int] | None
@@ -70,18 +74,28 @@ def canonical_padding(padding: PaddingLike, axes: int) -> Padding:
     )
 
 
-def dilated(size: int, dilation: int) -> int:
+def known(*sizes: Size) -> bool:
+    """Return whether sizes are numbers, none of them symbolic as in an exported function."""
+    return all(isinstance(size, int) for size in sizes)
+
+
+def at_least(least: int, size: Size) -> Size:
+    """Return the larger of a number and a size, which may be symbolic."""
+    return max(size, least) if known(size) else max_dim(size, least)
+
+
+def dilated(size: Size, dilation: int) -> Size:
     """Return the extent of ``size`` points that lie ``dilation`` apart.
 
     >>> dilated(3, 2)
     5
     """
-    return (size - 1) * dilation + 1 if size > 0 else 0
+    return size if dilation == 1 else at_least(0, (size - 1) * dilation + 1)
 
 
 def padding_pairs(
     padding: Padding,
-    spatial: Sequence[int],
+    spatial: Sequence[Size],
     kernel_size: Sequence[int],
     *,
     strides: Sequence[int],
@@ -96,7 +110,7 @@ def padding_pairs(
 
     Args:
         padding: a name out of ``PADDING_NAMES`` or explicit ``(low, high)`` pairs.
-        spatial: sizes of the input's spatial axes, before input dilation.
+        spatial: sizes of the input's spatial axes, before input dilation; symbolic ones, too.
         kernel_size: taps per axis.
         strides: step between outputs, per axis.
         input_dilation: distance between input points, per axis.
@@ -111,7 +125,8 @@ def padding_pairs(
     padding = canonical_padding(padding, len(kernel_size))
     if not isinstance(padding, str):
         points = [dilated(n, di) for n, di in zip(spatial, input_dilation, strict=True)]
-        if any(n + low + high < 0 for n, (low, high) in zip(points, padding, strict=True)):
+        left = [n + low + high for n, (low, high) in zip(points, padding, strict=True)]
+        if any(known(n) and n < 0 for n in left):
             raise ValueError(
                 f"padding {padding} takes more away than the {points} points that there are along "
                 "the axes; give pairs that leave 0 points or more."
@@ -130,7 +145,7 @@ def padding_pairs(
             pairs.append(((extent - 1) // 2, extent // 2))
         else:
             points = dilated(n, di)
-            total = max((math.ceil(points / s) - 1) * s + extent - points, 0)
+            total = at_least(0, ((points + s - 1) // s - 1) * s + extent - points)
             low = total // 2 if padding == "SAME" else total - total // 2
             pairs.append((low, total - low))
     return tuple(pairs)
@@ -170,14 +185,14 @@ def pad_boundary(
 
 
 def output_shape(
-    spatial: Sequence[int],
+    spatial: Sequence[Size],
     kernel_size: Sequence[int],
     *,
     strides: Sequence[int],
     padding: Padding,
     input_dilation: Sequence[int],
     kernel_dilation: Sequence[int],
-) -> tuple[int, ...]:
+) -> tuple[Size, ...]:
     """Return the spatial output sizes of a convolution.
 
     ``H' = (dilated(H) + low + high - dilated(D)) // stride + 1``, at least 0.
@@ -201,20 +216,17 @@ def output_shape(
         input_dilation=input_dilation,
         kernel_dilation=kernel_dilation,
     )
-    wrapped = padding in BOUNDARY_MODES
-    sizes = []
-    for n, k, s, di, dk, (low, high) in zip(
-        spatial, kernel_size, strides, input_dilation, kernel_dilation, pairs, strict=True
-    ):
+    if padding in BOUNDARY_MODES:
         # Flax wraps or reflects first and dilates the longer input afterwards.
-        points = dilated(n + low + high, di) if wrapped else dilated(n, di) + low + high
-        sizes.append(max((points - dilated(k, dk)) // s + 1, 0))
-    return tuple(sizes)
+        spatial = [n + low + high for n, (low, high) in zip(spatial, pairs, strict=True)]
+        pairs = ((0, 0),) * len(pairs)
+    geometry = (tuple(strides), pairs, tuple(input_dilation), tuple(kernel_dilation))
+    return output_sizes(geometry, spatial, kernel_size)
 
 
 def output_sizes(
-    geometry: Geometry, spatial: Sequence[int], kernel_size: Sequence[int]
-) -> tuple[int, ...]:
+    geometry: Geometry, spatial: Sequence[Size], kernel_size: Sequence[int]
+) -> tuple[Size, ...]:
     """Return the spatial output sizes where padding is given by pairs.
 
     Args:
@@ -225,14 +237,28 @@ def output_sizes(
     Returns:
         One size per axis.
     """
-    strides, pairs, input_dilation, kernel_dilation = geometry
-    return output_shape(
-        spatial,
-        kernel_size,
-        strides=strides,
-        padding=pairs,
-        input_dilation=input_dilation,
-        kernel_dilation=kernel_dilation,
+    return tuple(
+        at_least(0, (dilated(n, di) + low + high - dilated(k, dk)) // s + 1)
+        for n, k, s, (low, high), di, dk in zip(spatial, kernel_size, *geometry, strict=True)
+    )
+
+
+def covered(geometry: Geometry, spatial: Sequence[Size], kernel_size: Sequence[int]) -> Pairs:
+    """Return the padding with an end that lets every tap take ``stride`` points per output.
+
+    Of symbolic sizes `tap_slices` knows then that they fit; the results are the same.
+
+    Args:
+        geometry: strides, padding, input dilation and kernel dilation.
+        spatial: sizes of the input's spatial axes.
+        kernel_size: taps per axis.
+    """
+    outputs = output_sizes(geometry, spatial, kernel_size)
+    return tuple(
+        (low, out * s + dilated(k, dk) - 1 - dilated(n, di) - low)
+        for out, n, k, s, (low, _), di, dk in zip(
+            outputs, spatial, kernel_size, *geometry, strict=True
+        )
     )
 
 
@@ -250,7 +276,8 @@ def tap_slices(
 
     Args:
         geometry: strides, padding, input dilation and kernel dilation.
-        padded: what `pad` returns, of shape ``(batch, *padded, channels)``.
+        padded: what `pad` returns, of shape ``(batch, *padded, channels)``; where sizes are
+            symbolic, as `covered` has it.
         kernel_size: taps per axis.
 
     Returns:
@@ -259,15 +286,16 @@ def tap_slices(
     strides, _, _, kernel_dilation = geometry
     extents = [dilated(k, d) for k, d in zip(kernel_size, kernel_dilation, strict=True)]
     outputs = [
-        max((n - extent) // s + 1, 0)
+        at_least(0, (n - extent) // s + 1)
         for n, extent, s in zip(padded.shape[1:-1], extents, strides, strict=True)
     ]
     for tap in itertools.product(*map(range, kernel_size)):
         starts = [t * d for t, d in zip(tap, kernel_dilation, strict=True)]
         # An axis without outputs gives an empty slice.
-        starts = [start if n else 0 for start, n in zip(starts, outputs, strict=True)]
+        starts = [0 if n == 0 else start for start, n in zip(starts, outputs, strict=True)]
         stops = [
-            start + dilated(n, s) for start, n, s in zip(starts, outputs, strides, strict=True)
+            start + (dilated(n, s) if known(n) else n * s)
+            for start, n, s in zip(starts, outputs, strides, strict=True)
         ]
         yield lax.slice(
             padded, (0, *starts, 0), (padded.shape[0], *stops, padded.shape[-1]), (1, *strides, 1)
@@ -426,3 +454,11 @@ def _whole(name: str, value: Any) -> int:
     if number is None:
         raise ValueError(f"{name} is a whole number; got {value!r}.")
     return number
+
+
+def whole_kernel(kernel: Float[Array, "*stacked_kernel_shape"]) -> Array:
+    """Return a kernel that lies whole on every device of a mesh with explicit axes."""
+    layout = jax.typeof(kernel).sharding
+    if all(axis is None for axis in layout.spec):
+        return kernel
+    return jax.reshard(kernel, NamedSharding(layout.mesh, PartitionSpec()))

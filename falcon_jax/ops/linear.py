@@ -11,10 +11,15 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
+# The scope of a depthwise convolution, whose multiply-adds no single operation tells.
+PRODUCTS = "falcon_jax depthwise products"
+
 
 def accumulator(*arrays: Array) -> jnp.dtype:
     """Return the type that products are summed in: half-precision terms in float32."""
-    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+    dtype = jnp.result_type(*arrays)
+    with jax.numpy_dtype_promotion("standard"):  # a choice, which strict promotion is not about
+        return jnp.promote_types(dtype, jnp.float32)
 
 
 def add_up(terms: Iterable[Array]) -> Array:

@@ -9,8 +9,9 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from falcon_jax.ops.canonical import is_canonical
 from falcon_jax.ops.depthwise import depthwise_conv
-from falcon_jax.ops.geometry import Padding, per_axis
+from falcon_jax.ops.geometry import Padding, known, per_axis
 
 
 def pointwise_conv(
@@ -38,7 +39,29 @@ def pointwise_conv(
     """
     m_group, n = kernel.shape
     groups = feature_group_count
-    if groups == 1:
+    if is_canonical() and x.ndim > 2:
+        axes = x.ndim - 2
+        layout = (0, axes + 1, *range(1, axes + 1))
+        return lax.conv_general_dilated(
+            x,
+            kernel.reshape(*(1,) * axes, m_group, n),
+            (1,) * axes,
+            "VALID",
+            dimension_numbers=lax.ConvDimensionNumbers(
+                layout, (axes + 1, axes, *range(axes)), layout
+            ),
+            feature_group_count=groups,
+            precision=precision,
+        )
+    if not known(*x.shape):  # symbolic sizes cannot always be joined, nor need they be
+        by_group = x.reshape(*x.shape[:-1], groups, m_group)
+        y = jnp.einsum(
+            "...gm,mgn->...gn",
+            by_group,
+            kernel.reshape(m_group, groups, n // groups),
+            precision=precision,
+        )
+    elif groups == 1:
         rows = math.prod(x.shape[:-1])
         y = jnp.matmul(x.reshape(rows, m_group), kernel, precision=precision)
     else:
@@ -95,8 +118,7 @@ def pointwise_then_depthwise(
     )
     k, n = pointwise.shape[1:]
     if wide and feature_group_count == 1:
-        z = mix(x, pointwise.reshape(-1, k * n))
-        mixed = [z[..., r * n : (r + 1) * n] for r in range(k)]
+        mixed = jnp.split(mix(x, pointwise.reshape(-1, k * n)), k, axis=-1)
     else:
         mixed = [mix(x, pointwise[:, r]) for r in range(k)]
     terms = (
@@ -226,8 +248,10 @@ def separable_conv(
         )
     batch = x.shape[: x.ndim - axes - 1]
     function = pointwise_then_depthwise if first == "pointwise" else depthwise_then_pointwise
+    if len(batch) != 1:
+        x = x.reshape(math.prod(batch), *x.shape[x.ndim - axes - 1 :])
     y = function(
-        x.reshape(math.prod(batch), *x.shape[x.ndim - axes - 1 :]),
+        x,
         depthwise,
         pointwise,
         strides=per_axis("strides", strides, axes),
@@ -237,4 +261,4 @@ def separable_conv(
         feature_group_count=feature_group_count,
         precision=precision,
     )
-    return y.reshape(*batch, *y.shape[1:])
+    return y if len(batch) == 1 else y.reshape(*batch, *y.shape[1:])

@@ -1,14 +1,12 @@
 """The report of a compression experiment: one table, its files and two plots."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from falcon_jax.paths import user_path, write_whole
+from falcon_jax.paths import read_json, user_path, write_whole
 from falcon_jax.report.plots import plot_tradeoff
 from falcon_jax.report.table import (
     Column,
@@ -22,7 +20,6 @@ from falcon_jax.report.table import (
     write_json,
 )
 from falcon_jax.settings import is_number, is_whole
-from falcon_jax.storage.directories import read_json
 from falcon_jax.wording import shown
 
 COLUMNS = (
@@ -44,7 +41,7 @@ _SHARES = ("accuracy_before", "accuracy_after")
 
 
 def write_report(rows: Sequence[Row], directory: str | os.PathLike[str]) -> str:
-    """Writes the table of an experiment as text, CSV and JSON, and its two plots.
+    """Write the table of an experiment as text, CSV and JSON, and its two plots.
 
     The files are report.txt, report.csv, report.json, accuracy_vs_params.png and
     accuracy_vs_mult_adds.png. The plots show the accuracy after fine-tuning, or before where a

@@ -1,7 +1,5 @@
 """The machine that a measurement was made on."""
 
-from __future__ import annotations
-
 import os
 import platform
 from pathlib import Path
@@ -11,7 +9,7 @@ import numpy as np
 
 
 def describe_machine() -> dict[str, str | int]:
-    """Says what a measurement ran on: processor, cores, devices, versions.
+    """Say what a measurement ran on: processor, cores, devices, versions.
 
     Returns:
         "cpu", "cores" (those this process may use), "devices" (JAX's), "python", "jax" and

@@ -1,7 +1,5 @@
 """Accuracy against size or cost, one labelled point per model (Figures 1 and 4 of the paper)."""
 
-from __future__ import annotations
-
 import io
 import itertools
 import math
@@ -67,7 +65,7 @@ def place_labels(
     obstacles: Sequence[Box] = (),
     paths: Sequence[Sequence[tuple[float, float]]] = (),
 ) -> list[Box]:
-    """Finds a place near each point for its label.
+    """Find a place near each point for its label.
 
     Each label in turn takes the cheapest of some places around its point, given where the others
     lie; a few rounds of that.
@@ -159,7 +157,7 @@ _LEADER_LENGTH = 12.0  # points (1/72 inch); a label farther from its mark gets 
 def plot_tradeoff(
     rows: Sequence[Row], *, x: str, x_label: str, path: str | os.PathLike[str]
 ) -> None:
-    """Plots accuracy in percent against parameters or mult-adds in millions.
+    """Plot accuracy in percent against parameters or mult-adds in millions.
 
     Rows of one method that differ in rank are joined by a line. Rows of the method "standard"
     are drawn as stars, with a dotted line at their accuracy.
@@ -209,7 +207,7 @@ def plot_tradeoff(
 
 
 def series(rows: Sequence[Row]) -> list[list[int]]:
-    """Groups rows that are joined by a line: one method, each rank once, ascending.
+    """Group rows that are joined by a line: one method, each rank once, ascending.
 
     A row that repeats a rank of its method begins another series.
 

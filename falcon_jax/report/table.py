@@ -1,7 +1,5 @@
 """Tables of rows as text, Markdown, CSV and JSON, and numbers as people read them."""
 
-from __future__ import annotations
-
 import csv
 import dataclasses
 import io
@@ -137,7 +135,7 @@ def markdown_table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
 
 
 def write_csv(path: str | os.PathLike[str], rows: Sequence[Row], columns: Sequence[Column]) -> None:
-    """Writes the values themselves, unformatted, under the columns' names.
+    """Write the values themselves, unformatted, under the columns' names.
 
     Args:
         path: the file.
@@ -155,7 +153,7 @@ def write_csv(path: str | os.PathLike[str], rows: Sequence[Row], columns: Sequen
 
 
 def write_json(path: str | os.PathLike[str], payload: Any) -> None:
-    """Writes JSON, indented; the same payload gives the same bytes.
+    """Write JSON, indented; the same payload gives the same bytes.
 
     Args:
         path: the file.

@@ -1,8 +1,4 @@
-"""Second moments of what a convolution gets and what it should answer: all that a fit needs.
-
-A least-squares fit of a layer sees its data through a few matrices only. They are added up batch
-by batch, so that the memory does not grow with the data.
-"""
+"""Second moments of what a convolution gets and should answer, and what weights cost by them."""
 
 import dataclasses
 import functools
@@ -10,8 +6,10 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
 from jax import lax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from falcon_jax.ops.geometry import ConvSpec, pad, pad_boundary, padding_pairs, tap_slices
 
@@ -151,17 +149,14 @@ def _updated(
     spec: ConvSpec,
 ) -> Moments:
     groups = spec.feature_group_count
-    patches = _patches(x, spec, chosen)
-    target = _points(y, chosen)
-    rows = (-1, spec.taps, groups, spec.group_in_features)
-    patches = patches.reshape(rows).transpose(2, 0, 1, 3).reshape(groups, -1, rows[1] * rows[3])
-    target = target.reshape(-1, groups, spec.out_features // groups).swapaxes(0, 1)
+    patches = patches_at(x, spec, chosen)
+    target = points_at(y, chosen).reshape(-1, groups, spec.out_features // groups).swapaxes(0, 1)
     count = target.shape[1]
     if weights is None:
         share = jnp.full((1, count, 1), 1 / max(count, 1))
         total = jnp.asarray(float(count))
     else:
-        weight = _points(weights[..., None], chosen).reshape(1, count, 1)
+        weight = points_at(weights[..., None], chosen).reshape(1, count, 1)
         total = weight.sum()
         share = weight / jnp.where(total > 0, total, 1)
     x_mean, y_mean = (share * patches).sum(1), (share * target).sum(1)
@@ -180,6 +175,30 @@ def _updated(
     )
 
 
+def patches_at(
+    x: Float[Array, "b *spatial m"], spec: ConvSpec, chosen: Int[Array, "b points"] | None
+) -> Float[Array, "groups b_points inputs"]:
+    """Return what a convolution's kernel is multiplied by at some points of its output.
+
+    Args:
+        x: what the convolution gets.
+        spec: the convolution.
+        chosen: points of each example's output, in row-major order; all if None.
+    """
+    groups = spec.feature_group_count
+    rows = (-1, spec.taps, groups, spec.group_in_features)
+    patches = _patches(x, spec, chosen).reshape(rows).transpose(2, 0, 1, 3)
+    return patches.reshape(groups, -1, rows[1] * rows[3])
+
+
+def points_at(
+    y: Float[Array, "b *spatial c"], chosen: Int[Array, "b points"] | None
+) -> Float[Array, "b points c"]:
+    """Return the channels at some points of a map, or at all."""
+    flat = y.reshape(y.shape[0], math.prod(y.shape[1:-1]), y.shape[-1])
+    return flat if chosen is None else jnp.take_along_axis(flat, chosen[..., None], axis=1)
+
+
 def _patches(x: Array, spec: ConvSpec, chosen: Array | None) -> Float[Array, "b points taps m"]:
     x, padding = pad_boundary(
         x, spec.padding, spec.kernel_size, kernel_dilation=spec.kernel_dilation
@@ -194,9 +213,153 @@ def _patches(x: Array, spec: ConvSpec, chosen: Array | None) -> Float[Array, "b 
     )
     geometry = spec.strides, pairs, spec.input_dilation, spec.kernel_dilation
     slices = tap_slices(geometry, pad(geometry, x), spec.kernel_size)
-    return jnp.stack([_points(tap, chosen) for tap in slices], axis=2)
+    return jnp.stack([points_at(tap, chosen) for tap in slices], axis=2)
 
 
-def _points(y: Float[Array, "b *spatial c"], chosen: Array | None) -> Float[Array, "b points c"]:
-    flat = y.reshape(y.shape[0], math.prod(y.shape[1:-1]), y.shape[-1])
-    return flat if chosen is None else jnp.take_along_axis(flat, chosen[..., None], axis=1)
+RIDGE = 1e-4  # of the mean eigenvalue of C
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quadratic:
+    """``trace(W^T A W) - 2 trace(W^T b)`` of one group's weights W, taps first, then channels.
+
+    Attributes:
+        taps: points of the kernel.
+        metric: A, positive definite.
+        linear: b.
+        constant: what is added, so that weights without error give 0: the targets' variance and
+            ``lam ||K||^2``.
+    """
+
+    taps: int
+    metric: Float[np.ndarray, "inputs inputs"]
+    linear: Float[np.ndarray, "inputs outputs"]
+    constant: float
+
+    @property
+    def channels(self) -> int:
+        """Input channels M."""
+        return self.metric.shape[0] // self.taps
+
+    @property
+    def outputs(self) -> int:
+        """Output channels N of the group."""
+        return self.linear.shape[1]
+
+    def __call__(self, weights: Float[np.ndarray, "inputs outputs"]) -> float:
+        """Return the error of weights."""
+        return float(np.sum(weights * (self.metric @ weights - 2 * self.linear))) + self.constant
+
+    def by_output(
+        self, weights: Float[np.ndarray, "inputs outputs"]
+    ) -> Float[np.ndarray, " outputs"]:
+        """Return the error of the weights of each output channel, but for the constant."""
+        return np.sum(weights * (self.metric @ weights - 2 * self.linear), axis=0)
+
+    def dense(self) -> Float[np.ndarray, "inputs outputs"]:
+        """Return the best weights of all, ``A^-1 b``."""
+        return solve(self.metric, self.linear)
+
+
+def quadratics(
+    moments: Moments,
+    kernel: Float[Array, "*kernel_size m n"] | Float[np.ndarray, "*kernel_size m n"],
+    *,
+    ridge: float = RIDGE,
+) -> list[Quadratic]:
+    """Return what a kernel's weights cost, for each group.
+
+    Args:
+        moments: of the layer; ``moments.about_zero()`` for one without a bias.
+        kernel: trained, ``(*kernel_size, M / groups, N)``, that the weights are drawn to.
+        ridge: lam, in units of the mean eigenvalue of C.
+    """
+    groups, inputs = moments.input_mean.shape
+    taps = inputs // kernel.shape[-2]
+    targets = np.asarray(kernel, np.float64).reshape(inputs, groups, -1).swapaxes(0, 1)
+    found = []
+    for index, target in enumerate(targets):
+        second = np.array(moments.second[index], np.float64)
+        mean = np.trace(second) / inputs
+        # Without any input, the kernel itself is best.
+        lam = ridge * mean if mean > 0 else 1.0
+        second += second.T
+        second /= 2
+        second[np.diag_indices(inputs)] += lam
+        found.append(
+            Quadratic(
+                taps=taps,
+                metric=second,
+                linear=np.asarray(moments.cross[index], np.float64) + lam * target,
+                constant=float(np.sum(np.asarray(moments.variance[index], np.float64)))
+                + lam * float(np.sum(target**2)),
+            )
+        )
+    return found
+
+
+def dense_kernel(
+    moments: Moments, kernel: Float[Array, "*kernel_size m n"], *, ridge: float = RIDGE
+) -> Float[Array, "*kernel_size m n"]:
+    """Return the kernel that is best of all, in the type and shape of a trained one."""
+    groups = [problem.dense() for problem in quadratics(moments, kernel, ridge=ridge)]
+    return jnp.asarray(np.concatenate(groups, axis=1).reshape(kernel.shape), kernel.dtype)
+
+
+def best_bias(
+    moments: Moments,
+    kernel: Float[Array, "*kernel_size m n"] | Float[np.ndarray, "*kernel_size m n"],
+) -> Float[np.ndarray, " n"]:
+    """Return the bias with which a kernel's mean answers are the targets'."""
+    groups, inputs = moments.input_mean.shape
+    weights = np.asarray(kernel, np.float64).reshape(inputs, groups, -1)
+    means = np.einsum("ign,gi->gn", weights, np.asarray(moments.input_mean, np.float64))
+    return (np.asarray(moments.target_mean, np.float64) - means).reshape(-1)
+
+
+def explained(moments: Moments, kernel: Float[Array, "*kernel_size m n"]) -> float:
+    """Return the share of the targets' variance that a kernel (with `best_bias`) explains."""
+    groups, inputs = moments.input_mean.shape
+    weights = np.asarray(kernel, np.float64).reshape(inputs, groups, -1).swapaxes(0, 1)
+    total = float(np.sum(np.asarray(moments.variance, np.float64)))
+    second, cross = (np.asarray(a, np.float64) for a in (moments.second, moments.cross))
+    # einsum of three would not use a matrix product
+    share = float(np.sum(weights * (2 * cross - second @ weights)))
+    return share / total if total > 0 else 1.0
+
+
+def solve(
+    matrix: Float[np.ndarray, "p p"], right: Float[np.ndarray, "p q"]
+) -> Float[np.ndarray, "p q"]:
+    """Return ``matrix^-1 right`` of a symmetric matrix, positive definite but for rounding."""
+    try:
+        return scipy.linalg.cho_solve(scipy.linalg.cho_factor(matrix, lower=True), right)
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(matrix)
+        floor = np.abs(values).max() * len(values) * np.finfo(matrix.dtype).eps
+        inverse = np.where(values > floor, 1 / np.where(values > floor, values, 1), 0)
+        return vectors @ (inverse[:, None] * (vectors.T @ right))
+
+
+def root(
+    matrix: Float[np.ndarray, "p p"],
+) -> tuple[Float[np.ndarray, "p p"], Float[np.ndarray, "p p"]]:
+    """Return the symmetric square root of a semidefinite matrix, and its pseudo-inverse."""
+    values, vectors = np.linalg.eigh(matrix)
+    floor = max(values.max(), 0) * len(values) * np.finfo(matrix.dtype).eps
+    kept = values > floor
+    roots = np.sqrt(np.where(kept, values, 0))
+    inverse = np.where(kept, 1 / np.where(kept, roots, 1), 0)
+    return (vectors * roots) @ vectors.T, (vectors * inverse) @ vectors.T
+
+
+def partial_traces(
+    problem: Quadratic,
+) -> tuple[Float[np.ndarray, "taps taps"], Float[np.ndarray, "m m"]]:
+    """Return ``S_t`` and ``S_m``, the partial traces, with ``A ~ S_t (x) S_m``."""
+    t, m = problem.taps, problem.channels
+    blocks = problem.metric.reshape(t, m, t, m)
+    taps = np.einsum("tmum->tu", blocks)
+    channels = np.einsum("tmtk->mk", blocks)
+    total = np.trace(taps)
+    return taps / total if total > 0 else taps, channels

@@ -16,16 +16,20 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import SingleDeviceSharding
 
-from falcon_jax.compression.compress import compressed_blank
-from falcon_jax.compression.plan import Plan
+from falcon_jax.compression.plan import Plan, compressed_blank
+from falcon_jax.compression.quantization import (
+    PackedArray,
+    Quantization,
+    packed_arrays,
+    packed_bytes,
+)
 from falcon_jax.frameworks.interface import Model, framework_of
-from falcon_jax.paths import user_path
+from falcon_jax.paths import read_json, user_path
 from falcon_jax.settings import is_whole
 from falcon_jax.storage.directories import (
     MANIFEST,
     array_digest,
     check_manifest,
-    read_json,
     standing,
     unlisted_file,
     whole_directory,
@@ -46,6 +50,7 @@ def save_compressed(
     *,
     overwrite: bool = False,
     metadata: Mapping[str, Any] | None = None,
+    quantization: Quantization | None = None,
 ) -> None:
     """Save a compressed model with its plan.
 
@@ -60,31 +65,37 @@ def save_compressed(
             one stands there as a whole, or is found by `load_compressed`; a directory with other
             files in it is not replaced.
         metadata: plain data of the caller's, JSON, kept in ``metadata.json``.
+        quantization: what `quantize_weights` returned with the model: codes are saved in place of
+            the floats that they stand for, and loaded as these.
 
     Raises:
-        ValueError: if the model is not what the plan makes, or a Linen module is not bound.
+        ValueError: if the model is not what the plan makes, or not what the codes stand for, or a
+            Linen module is not bound.
         FileExistsError: if the directory is there, or holds other files than a saved model.
         OSError: if it cannot be written.
     """
     directory = _place(path)
     if standing(directory).exists():
         _check_replaceable(directory, overwrite)
-    named = {n: np.asarray(array) for n, array in framework_of(model).arrays(model).items()}
+    framework = framework_of(model)
+    named = {n: np.asarray(array) for n, array in framework.arrays(model).items()}
     _check_carried_out(model, plan)
-    data = {
-        "version": _VERSION,
-        "plan": plan.to_json(),
-        "arrays": {
-            name: {"shape": array.shape, "dtype": str(array.dtype), "sha256": array_digest(array)}
-            for name, array in named.items()
-        },
+    described: dict[str, dict[str, Any]] = {
+        name: {"shape": array.shape, "dtype": str(array.dtype), "sha256": array_digest(array)}
+        for name, array in named.items()
     }
+    kept: dict[str, Any] = dict(named)
+    if quantization is not None:
+        for name, packed in packed_arrays(named, quantization).items():
+            described[name]["bits"] = quantization.bits
+            kept |= {name: {k: np.asarray(v) for k, v in packed._asdict().items()}}
+    data = {"version": _VERSION, "plan": plan.to_json(), "arrays": described}
     with whole_directory(directory) as unfinished:
         with _checkpointer() as checkpointer:
             checkpointer.save(
                 unfinished,
                 args=ocp.args.Composite(
-                    arrays=ocp.args.StandardSave(_nested(named)),  # type: ignore[call-arg]
+                    arrays=ocp.args.StandardSave(_nested(kept)),  # type: ignore[call-arg]
                     plan=ocp.args.JsonSave(data),  # type: ignore[call-arg]
                 ),
             )
@@ -145,7 +156,10 @@ class Saved:
             nnx.eval_shape(lambda: _blank(directory, traced(), plan, saved))
         compressed: Any = _blank(directory, build_model(), plan, saved)
         arrays = _read_arrays(directory, data, saved)
-        return framework_of(compressed).with_arrays(compressed, arrays)
+        framework: Any = framework_of(compressed)
+        loaded = framework.with_arrays(compressed, arrays)
+        framework.check_whole(loaded)
+        return loaded
 
 
 def open_compressed(path: str | os.PathLike[str]) -> Saved:
@@ -290,7 +304,17 @@ def _read_arrays(
     directory: pathlib.Path, data: Mapping[str, Any], saved: Mapping[str, Any]
 ) -> dict[str, jax.Array]:
     sharding = SingleDeviceSharding(jax.devices()[0])
-    like = {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for n, a in saved.items()}
+
+    def shape(array: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+    bits = {name: _bits(directory, name, data) for name in saved}
+    like = {
+        name: shape(array)
+        if bits[name] is None
+        else jax.tree.map(shape, _packed(array, bits[name]))
+        for name, array in saved.items()
+    }
     try:
         with _checkpointer() as checkpointer:
             restore = ocp.args.StandardRestore(_nested(like))  # type: ignore[call-arg]
@@ -300,11 +324,41 @@ def _read_arrays(
         raise ValueError(
             f"{directory} is damaged: its arrays cannot be read ({reason(error)})."
         ) from None
-    named: dict[Any, Any] = flatten_dict(restored, sep="/")
+    flat: dict[Any, Any] = flatten_dict(restored, sep="/")
+    named = {
+        name: flat[name] if bits[name] is None else _unpacked(flat, name, like, bits[name])
+        for name, like in saved.items()
+    }
     for name, array in named.items():
         if array_digest(np.asarray(array)) != data["arrays"][name].get("sha256"):
             raise ValueError(f"{directory} is damaged: {shown(name, 200)} is not what was saved.")
     return named
+
+
+def _bits(directory: pathlib.Path, name: str, data: Mapping[str, Any]) -> int | None:
+    """Return the bits of the codes that an array was saved as; None if it was saved as it is."""
+    bits = data["arrays"][name].get("bits")
+    if bits is not None and (not is_whole(bits) or not 1 <= bits <= 8):
+        raise ValueError(f"{directory} is damaged: it says that codes have {shown(bits, 40)} bits.")
+    return bits
+
+
+def _packed(like: jax.ShapeDtypeStruct, bits: int | None) -> dict[str, jax.ShapeDtypeStruct]:
+    """Return the shapes of what an array's codes are saved as."""
+    assert bits is not None
+    number = jax.ShapeDtypeStruct((), np.float32)
+    codes = jax.ShapeDtypeStruct((packed_bytes(math.prod(like.shape), bits),), np.uint8)
+    return {"codes": codes, "minimum": number, "scale": number}
+
+
+def _unpacked(flat: Mapping[str, Any], name: str, like: Any, bits: int | None) -> jax.Array:
+    assert bits is not None
+    packed = PackedArray(
+        codes=np.asarray(flat[f"{name}/codes"]),
+        minimum=np.float32(flat[f"{name}/minimum"]),
+        scale=np.float32(flat[f"{name}/scale"]),
+    )
+    return jnp.asarray(packed.values(like.shape, bits).astype(like.dtype))
 
 
 def _checkpointer() -> ocp.Checkpointer:

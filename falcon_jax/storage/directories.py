@@ -7,17 +7,16 @@ import json
 import os
 import pathlib
 import shutil
-import stat
 import tempfile
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from falcon_jax.wording import reason, shown
+from falcon_jax.paths import read_json
+from falcon_jax.wording import shown
 
 MANIFEST = "manifest.json"
-_LARGEST = 2**26  # bytes of a JSON file
 
 
 def array_digest(array: np.ndarray) -> str:
@@ -86,24 +85,6 @@ def unlisted_file(directory: pathlib.Path) -> str | None:
             if path not in listed:
                 return path
     return None
-
-
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """Return the plain data of a JSON file.
-
-    Raises:
-        ValueError: if it is none, naming it.
-        OSError: if it cannot be read.
-    """
-    about = os.stat(path)
-    if not stat.S_ISREG(about.st_mode):
-        raise ValueError(f"{shown(path)} should be a file of JSON, but is no file.")
-    if about.st_size > _LARGEST:
-        raise ValueError(f"{shown(path)} is too large for what it should hold.")
-    try:
-        return json.loads(pathlib.Path(path).read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{shown(path)} is damaged: it is no JSON ({reason(error)}).") from None
 
 
 def _listed(directory: pathlib.Path) -> dict[str, str]:

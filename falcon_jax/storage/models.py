@@ -3,18 +3,15 @@
 import dataclasses
 import math
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from falcon_jax.compression.compress import compress
 from falcon_jax.compression.plan import Plan, Rule, make_plan
 from falcon_jax.data.streamed import StreamSettings
-from falcon_jax.methods.base import Method
 from falcon_jax.models.registry import get_model, get_unit, same_key_rngs
 from falcon_jax.models.units import standard_unit
 from falcon_jax.paths import user_path
@@ -168,28 +165,6 @@ class Stored:
     model: nnx.Module
     plan: Plan
     description: Description
-
-
-def compressed(stored: Stored, method: Method | None, *, keep: Sequence[str] = ()) -> Stored:
-    """Return a model whose convolutions are replaced by a method, fitted to their kernels.
-
-    Args:
-        stored: a model that was not compressed yet; it is not changed.
-        method: what replaces them; None for none.
-        keep: regular expressions of the paths of those that stay; the first one used if empty.
-
-    Raises:
-        ValueError: if the model is compressed already, or a path matches nothing.
-    """
-    if stored.plan.replaced:
-        raise ValueError(
-            f"{len(stored.plan.replaced)} of its convolutions are replaced already; start from the "
-            "model as it was before."
-        )
-    keep = keep or [re.escape(stored.plan.rows[0].path)]
-    rules = [*(Rule(path=path, method=None) for path in keep), Rule(method=method)]
-    plan = make_plan(stored.model, rules, stored.description.sample)
-    return dataclasses.replace(stored, model=compress(stored.model, plan), plan=plan)
 
 
 def uncompressed(model: nnx.Module, description: Description) -> Stored:

@@ -27,7 +27,7 @@ from falcon_jax.storage.directories import (
 from falcon_jax.training.interruption import Stopped
 from falcon_jax.training.network import Arrays
 from falcon_jax.training.step import TrainState
-from falcon_jax.wording import reason, shown, some_of
+from falcon_jax.wording import reason, some_of
 
 DAMAGED = "damaged"
 
@@ -47,7 +47,7 @@ def set_damaged_aside(directory: pathlib.Path) -> None:
                 try:
                     check_manifest(folder)
                 except (ValueError, OSError) as error:
-                    set_aside(folder, shown(error))
+                    set_aside(folder, reason(error, 1000))
     wait_for_all(f"checked {directory}")
 
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar, get_args
 from ml_collections import ConfigDict
 
 from falcon_jax.data.loading import DataConfig
+from falcon_jax.export.stored_formats import FORMATS
 from falcon_jax.methods.fit import Solver
 from falcon_jax.models.registry import MODELS
 from falcon_jax.settings import (
@@ -20,6 +21,7 @@ from falcon_jax.settings import (
     below,
     check_fields,
     checked,
+    each,
     must_be,
     named,
     one_of,
@@ -114,9 +116,10 @@ class CompressionConfig:
             standard model was trained; or a stored model, such as converted weights.
         solver: how kernels are fitted, ``exact`` or ``adamw``; ``random`` starts from a network
             that was never trained.
-        calibration_batches: training batches for methods that are fitted to responses, too; 0 for
-            fits to kernels only.
-        batchnorm_batches: training batches for BatchNorm statistics after the fit; 0 for none.
+        calibration_batches: training batches whose answers layers are fitted to, without labels; 0
+            for fits to kernels only.
+        batchnorm_batches: training batches for BatchNorm statistics after fits to kernels only; 0
+            for none.
         rules: pairs of a regular expression and a method's name, a group like a variant's, or
             None; the first that matches a layer's whole path decides, then the variant's method
             takes the rest.
@@ -204,6 +207,8 @@ class ExperimentConfig:
         batchnorm: what BatchNorm normalises by in training: ``synchronised``, the whole batch; or
             ``per_replica`` (ghost), the rows of each device, whose running statistics are averaged.
         log: what is shown and kept.
+        export: formats that every model is written in, beside the stored one, out of
+            ``falcon_jax.export.FORMATS``.
     """
 
     seed: int = checked(0, at_least(0))
@@ -216,6 +221,7 @@ class ExperimentConfig:
     parallel: str = checked("jit", one_of(("jit", "pmap")))
     batchnorm: str = checked("synchronised", one_of(("synchronised", "per_replica")))
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    export: tuple[str, ...] = checked((), each(named(FORMATS)))
 
     def __post_init__(self):
         check_fields(self)

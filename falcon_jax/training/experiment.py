@@ -24,6 +24,7 @@ from falcon_jax.data.augmentation import normalize
 from falcon_jax.data.batching import train_batches
 from falcon_jax.data.dataset import Dataset
 from falcon_jax.data.loading import load_dataset
+from falcon_jax.export.stored_formats import FORMATS, export_stored, require_packages
 from falcon_jax.models.registry import get_model
 from falcon_jax.models.units import UnitFactory, standard_unit
 from falcon_jax.paths import user_path
@@ -196,6 +197,10 @@ class Workspace:
             if plan is not None:
                 stored = Stored(model=model, plan=plan, description=description)
             save_stored(self.workdir / label / "model", stored, overwrite=True)
+            for name in self.config.export:
+                count = max(self.config.compression.calibration_batches, 1)
+                batches = self.inputs(self.config.finetune, count)
+                export_stored(stored, name, self.workdir / label / FORMATS[name], batches=batches)
             write_json(self.workdir / label / "result.json", row)
 
     def _description(self, variant: Variant | None) -> Description:
@@ -307,6 +312,7 @@ def begin(
         OSError: if files are missing or cannot be written.
     """
     workdir = user_path(workdir)
+    require_packages(config.export)
     dataset = load_dataset(config.data, seed=config.seed)
     mean, std = dataset.mean, dataset.std
     if is_stored(config.compression.start):
@@ -400,14 +406,15 @@ def _compressed(
 def _fitted_to_data(
     workspace: Workspace, source: nnx.Module, model: nnx.Module, plan: Plan
 ) -> nnx.Module:
-    """Return a compressed model after a look at a few training batches, without labels."""
+    """Return a compressed model after a look at a few training batches, without labels.
+
+    Layers that answer as the original ones did go with the BatchNorm statistics that these had.
+    """
     compression, recipe = workspace.config.compression, workspace.config.finetune
-    if compression.calibration_batches and any(
-        row.method is not None and row.method.fits_responses() for row in plan.replaced
-    ):
+    if compression.calibration_batches and plan.replaced:
         batches = list(workspace.inputs(recipe, compression.calibration_batches))
         model = calibrate(source, model, plan, batches)
-    if compression.batchnorm_batches:
+    elif compression.batchnorm_batches:
         batches = workspace.inputs(recipe, compression.batchnorm_batches)
         model = reestimate_batchnorm(model, batches)
     return model

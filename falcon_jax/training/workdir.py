@@ -11,8 +11,8 @@ from typing import Any
 
 import jax
 
+from falcon_jax.paths import read_json
 from falcon_jax.report.table import write_json
-from falcon_jax.storage.directories import read_json
 from falcon_jax.wording import shown
 
 # Fields that say where the data is, what to run or what to show, and change no result.

@@ -12,11 +12,11 @@ from safetensors.numpy import save_file
 
 import falcon_jax as fj
 from falcon_jax.cli import main as cli
-from falcon_jax.compression import open_compressed
 from falcon_jax.models import ResNet
 from falcon_jax.models import resnet as residual
 from falcon_jax.storage import compressed as storage
 from falcon_jax.storage import models as stored
+from falcon_jax.storage import open_compressed
 from tests.convert.test_torchvision import small_resnet, small_weights
 
 

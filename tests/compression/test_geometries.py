@@ -40,10 +40,36 @@ def convolutions(draw):
     return size, m, n, options, draw(st.sampled_from(METHODS)), draw(st.integers(0, 99))
 
 
+STRIDED = {"strides": (2, 1), "padding": "SAME", "kernel_dilation": 1, "feature_group_count": 2}
+CAUSAL = {"strides": 2, "padding": "CAUSAL", "kernel_dilation": 2, "feature_group_count": 1}
+SOLID = {
+    "strides": 1,
+    "padding": ((1, 0), (2, 2), (0, 0)),
+    "input_dilation": 2,
+    "feature_group_count": 3,
+}
+
+
+@pytest.mark.parametrize(
+    ("size", "groups", "options", "method"),
+    [
+        ((3, 2), 2, STRIDED, METHODS[0]),
+        ((3,), 1, CAUSAL, METHODS[-1]),
+        ((2, 3, 1), 3, SOLID, METHODS[0]),
+    ],
+)
+def test_at_full_rank_a_convolution_is_reproduced(size, groups, options, method):
+    _check_reproduced(size, 2 * groups, 3 * groups, {"use_bias": True, **options}, method, 0)
+
+
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(convolutions())
 def test_at_full_rank_every_convolution_is_reproduced(case):
-    size, m, n, options, method, seed = case
+    _check_reproduced(*case)
+
+
+def _check_reproduced(size, m, n, options, method, seed):
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(2, *(7, 6, 5)[: len(size)], m)).astype(np.float32)
     layer = nnx.Conv(m, n, size, rngs=nnx.Rngs(0), **options)

@@ -92,3 +92,16 @@ def test_a_plan_that_was_not_traced_prints_no_mult_adds():
     assert plan.before.mult_adds == 0
     assert plan.before.params == 3 * 9 * 4 + 4 + 4 * 9 * 4 + 4 + 8 + 8 + 25
     assert "->" in str(plan)
+
+
+def test_a_plan_with_a_setting_of_then_still_loads(plan, tmp_path):
+    data = plan.to_json()
+    row = next(row for row in data["rows"] if row["method"])
+    row["method"] = {"name": "channel_decomposition", "options": {"rank": 2, "relu": True}}
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    loaded = fj.Plan.load(tmp_path / "plan.json")
+    assert fj.ChannelDecomposition(rank=2) in [row.method for row in loaded.replaced]
+    row["method"]["options"]["never"] = 1
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="never"):
+        fj.Plan.load(tmp_path / "plan.json")

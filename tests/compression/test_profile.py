@@ -165,3 +165,41 @@ def test_a_sample_that_does_not_fit_is_refused():
     model = nnx.eval_shape(lambda: nnx.Linear(4, 5, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError):
         fj.profile(model, SAMPLE)
+
+
+class OwnDepthwise(nnx.Module):
+    """A depthwise convolution as a module, one as a function, and parameters in a container."""
+
+    def __init__(self, rngs):
+        self.a = fj.DepthwiseConv(3, (3, 3), strides=2, rngs=rngs)
+        self.taps = nnx.Param(jnp.ones((3, 5, 3)))
+        self.mixing = nnx.data({"matrix": nnx.Param(jnp.ones((3, 7)))})
+
+    def __call__(self, x):
+        return fj.depthwise_conv(self.a(x), self.taps[...]) @ self.mixing["matrix"][...]
+
+
+def test_depthwise_convolutions_count_like_any_convolution():
+    profile = fj.profile(OwnDepthwise(nnx.Rngs(0)), SAMPLE)
+    rows = {row.path: (row.kind, row.params, row.mult_adds, row.remark) for row in profile.rows}
+    grouped = nnx.Conv(3, 3, (3, 3), strides=2, feature_group_count=3, rngs=nnx.Rngs(0))
+    (plain,) = fj.profile(grouped, SAMPLE).rows
+    assert rows["a"] == ("conv", plain.params, plain.mult_adds, "") == ("conv", 30, 16 * 30, "")
+    assert rows[""] == ("other", 45 + 21, 16 * 45 + 16 * 21, "")
+
+
+class Gains(nnx.Module):
+    def __init__(self, rngs):
+        self.conv = conv(3, 4, rngs=rngs)
+        self.gains = nnx.data([nnx.Param(jnp.ones(4)), {"unused": nnx.Param(jnp.ones(4))}])
+
+    def __call__(self, x):
+        return self.conv(x) * jnp.broadcast_to(self.gains[0][...], (2, 8, 8, 4))
+
+
+def test_parameters_in_containers_are_not_said_to_be_unused():
+    rows = {row.path: row for row in fj.profile(Gains(nnx.Rngs(0)), SAMPLE).rows}
+    assert (rows[""].params, rows[""].remark) == (
+        8,
+        "elementwise or looked up: no product to count",
+    )

@@ -84,7 +84,37 @@ def test_arrays_and_bits_that_cannot_be():
         with pytest.raises(ValueError, match="the array holds values that are not finite"):
             fj.quantize_linear(values.at[1].set(value))
     with pytest.raises(ValueError, match="the range of the array"):
-        fj.quantize_linear(jnp.array([-3e38, 3e38]))
+        fj.quantize_linear(jnp.array([-3e38, 3e38]), bits=1)
+
+
+@pytest.mark.parametrize("bits", [2, 8])
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16, np.float32])
+@pytest.mark.parametrize("size", [2.0**-126, 1e-38, 1e-37, 1e-30, 6e-8, 6e4, 1e38, 3.3e38])
+def test_extreme_and_half_precision_arrays_are_rounded_like_any_other(size, dtype, bits):
+    with np.errstate(over="ignore", under="ignore"):
+        values = (np.linspace(-1, 1, 999) ** 3 * size).astype(dtype)
+    if not np.isfinite(values.astype(np.float32)).all():
+        return
+    quantized = fj.quantize_linear(values, bits=bits)
+    exact = values.astype(np.float64)
+    entries = np.asarray(quantized.values(), np.float64)
+    step = max((exact.max() - exact.min()) / (2**bits - 1), float(np.finfo(np.float32).tiny))
+    assert np.abs(entries - exact).max() <= 0.5001 * step + np.finfo(np.float32).tiny
+    assert np.isfinite(entries).all()
+    if exact.max() > 256 * np.finfo(np.float32).tiny:
+        assert (int(quantized.codes.min()), int(quantized.codes.max())) == (0, 2**bits - 1)
+        jitted = jax.jit(fj.quantize_linear, static_argnames="bits")(values, bits=bits)
+        assert int(jnp.abs(jitted.codes.astype(int) - quantized.codes).max()) <= 1
+        np.testing.assert_allclose(jitted.scale, quantized.scale, rtol=1e-6)
+
+
+def test_weights_that_cannot_be_rounded_are_named():
+    model = Small(nnx.Rngs(0))
+    path, variable = next((p, v) for p, v in named_variables(model) if p.endswith("kernel"))
+    for value, bits in ((jnp.nan, 8), (-3e38, 1)):
+        variable.set_value(jnp.full(variable.shape, 3e38).at[0].set(value))
+        with pytest.raises(ValueError, match=f"^{path}"):
+            fj.quantize_weights(model, bits=bits)
 
 
 class Several(nnx.Module):
@@ -211,3 +241,46 @@ def test_the_published_effective_size_of_resnet_110():
     assert report.params + statistics(small) == summaries
     effective = report.effective_params + statistics(small)
     assert (f"{effective / 1e6:.3f}M", f"{standard / effective:.1f}") == ("0.125M", "13.9")
+
+
+@pytest.mark.parametrize("bits", [1, 3, 8])
+def test_packed_codes_are_bits_one_after_the_other(bits):
+    values = draw(3, 5)
+    quantized = fj.quantize_linear(values, bits=bits)
+    packed = quantized.packed(bits)
+    text = "".join(f"{code:0{bits}b}" for code in np.asarray(quantized.codes).ravel())
+    text += "0" * (-len(text) % 8)
+    expected = [int(text[i : i + 8], 2) for i in range(0, len(text), 8)]
+    np.testing.assert_array_equal(packed.codes, expected)
+    np.testing.assert_array_equal(packed.values((3, 5), bits), quantized.values())
+    with pytest.raises(ValueError, match="codes of"):
+        packed.values((4, 5), bits)
+
+
+@pytest.mark.parametrize("bits", [8, 5])
+def test_saved_models_hold_the_codes(tmp_path, bits):
+    model = Small(nnx.Rngs(0), m=32, n=32)
+    plan = fj.make_plan(model, [fj.Rule(method=fj.FilterSummary())], images(1))
+    quantized, report = fj.quantize_weights(fj.compress(model, plan), bits=bits)
+    fj.save_compressed(tmp_path / "codes", quantized, plan, quantization=report)
+    loaded = fj.load_compressed(tmp_path / "codes", lambda: Small(nnx.Rngs(1), m=32, n=32))
+    for (name, a), (_, b) in zip(named_variables(loaded), named_variables(quantized), strict=True):
+        if not isinstance(a, nnx.RngState):
+            np.testing.assert_array_equal(a.get_value(), b.get_value(), err_msg=name)
+    trained = fj.compress(model, plan)
+    with pytest.raises(ValueError, match="is not what its codes say"):
+        fj.save_compressed(tmp_path / "other", trained, plan, quantization=report)
+    assert not (tmp_path / "other").exists()
+
+
+def test_files_of_codes_are_small(tmp_path):
+    model = fj.models.vgg8_cifar(width=0.5, rngs=nnx.Rngs(0))
+    plan = fj.make_plan(model, [fj.Rule(method=None)], images(1))
+    small, report = fj.quantize_weights(model)
+    sizes = {}
+    for name, options in (("floats", {}), ("codes", {"quantization": report})):
+        fj.save_compressed(tmp_path / name, small, plan, **options)
+        sizes[name] = sum(f.stat().st_size for f in (tmp_path / name).rglob("*") if f.is_file())
+    # What the plan and the directory take up is the same in both.
+    fixed = 4 * (report.params - report.effective_params)
+    assert sizes["codes"] < 4 * report.effective_params + 60_000 < fixed

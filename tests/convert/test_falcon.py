@@ -99,9 +99,15 @@ def authors_model(torch):
 
 @pytest.mark.parametrize(
     ("arch", "rank"),
-    [("vgg16", 3), ("vgg19", 0), ("vgg19", 1), ("vgg19", 2), ("resnet18", 0), ("resnet18", 2),
-     ("resnet34", 1)],
-)  # fmt: skip
+    [
+        ("vgg16", 3),
+        ("resnet18", 2),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("vgg19", 0), ("vgg19", 1), ("vgg19", 2), ("resnet18", 0), ("resnet34", 1))
+        ),
+    ],
+)
 def test_logits_are_those_of_the_authors_models(
     arch, rank, authors_model, randomize, arrays, logits_of
 ):

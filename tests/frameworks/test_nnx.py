@@ -1,15 +1,20 @@
 """What NNX allows in a model: seen, compressed, deployed and saved, or refused in words."""
 
+import copy
 import dataclasses
+import functools
+import pickle
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, PartitionSpec
 
 import falcon_jax as fj
-from falcon_jax.compression import open_compressed
+from falcon_jax.frameworks.nnx import clone
+from falcon_jax.storage import open_compressed
 from tests.compression.networks import images
 
 FULL = [fj.Rule(method=fj.Falcon(rank="full"))]
@@ -118,6 +123,135 @@ def test_kernels_that_are_not_the_layers_own_stay_with_their_reason(cls, reasons
     np.testing.assert_allclose(fj.compress(model, plan)(images()), expected, atol=1e-4)
 
 
+class TiedBias(nnx.Module):
+    def __init__(self, rngs):
+        self.a, self.b, self.c = (conv(3, 3, rngs) for _ in range(3))
+        self.b.bias = self.a.bias
+
+    def __call__(self, x):
+        return self.c(self.b(self.a(x)))
+
+
+class ReadElsewhere(nnx.Module):
+    """Uses one kernel for the way back, too, and decides by another one."""
+
+    def __init__(self, rngs):
+        self.a, self.b, self.c = (conv(3, 3, rngs) for _ in range(3))
+
+    def __call__(self, x):
+        y = self.c(self.b(self.a(x)))
+        penalty = jnp.sum(self.b.kernel[...] ** 2)
+        return jax.lax.conv_transpose(y, self.a.kernel[...], (1, 1), "SAME"), penalty
+
+
+class Halved(nnx.Param):
+    def get_value(self, *args, **options):
+        return super().get_value(*args, **options) / 2
+
+
+class ComputedWhenRead(nnx.Module):
+    def __init__(self, rngs):
+        self.a, self.c = conv(3, 3, rngs), conv(3, 3, rngs)
+        self.a.kernel = Halved(self.a.kernel[...])
+
+    def __call__(self, x):
+        return self.c(self.a(x))
+
+
+@pytest.mark.parametrize(
+    ("cls", "reasons"),
+    [
+        (TiedBias, {"a": "bias shared with 'b'", "b": "bias shared with 'a'"}),
+        (ReadElsewhere, dict.fromkeys("ab", "kernel used elsewhere in the call, too")),
+        (ComputedWhenRead, {"a": "kernel computed when it is read"}),
+    ],
+)
+def test_what_the_layer_does_not_have_for_itself_stays_with_its_reason(cls, reasons):
+    model = cls(nnx.Rngs(0))
+    plan = fj.make_plan(model, FULL, images())
+    assert {row.path: row.reason for row in plan.rows if row.method is None} == reasons
+    small = fj.compress(model, plan)
+    for a, b in zip(*map(jax.tree.leaves, (small(images()), model(images()))), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_parameters_of_two_modules_count_once():
+    for cls in (Tied, TiedBias):
+        model = cls(nnx.Rngs(0))
+        there = sum(a.size for a in jax.tree.leaves(nnx.state(model, nnx.Param)))
+        assert fj.profile(model, images()).params == there
+
+
+class Frozen(nnx.Param):
+    pass
+
+
+def test_compressed_layers_keep_the_type_and_the_metadata_of_their_variables():
+    layer = nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0), bias_metadata={"group": "late"})
+    layer.kernel = Frozen(layer.kernel[...], group="early")
+    small = fj.compress(layer, fj.make_plan(layer, FULL))
+    for name in ("pointwise", "depthwise"):
+        variable = getattr(small, name)
+        assert (type(variable), variable.group) == (Frozen, "early")
+    assert small.bias.group == "late"
+    small.bias[...] += 1
+    assert not layer.bias[...].any()
+
+
+def test_compressed_models_are_pickled_and_copied():
+    model, x = TiedBias(nnx.Rngs(0)), images()
+    small = fj.compress(model, fj.make_plan(model, FULL, x))
+    for new in (pickle.loads(pickle.dumps(small)), copy.deepcopy(small), nnx.clone(small)):
+        np.testing.assert_array_equal(new(x), small(x))
+
+
+def test_attributes_of_a_compressed_layer_can_be_set():
+    layer = nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0))
+    small, x = fj.compress(layer, fj.make_plan(layer, FULL)), images()
+    for name in vars(layer):
+        if name not in ("kernel", "bias", "kernel_shape") and not name.startswith("_"):
+            setattr(small, name, getattr(layer, name))
+    np.testing.assert_allclose(small(x), layer(x), atol=1e-5)
+    for each in (layer, small):
+        each.strides, each.padding, each.use_bias = (2, 1), "VALID", False
+    np.testing.assert_allclose(small(x), layer(x), atol=1e-5)
+    assert (small.strides, small.padding, small.use_bias) == ((2, 1), "VALID", False)
+    with pytest.raises(ValueError, match="they would be of shape"):
+        small.kernel_size = (5, 5)
+
+
+class LaidOut(nnx.Module):
+    """Says where its activations lie, as kernels split over channels want it."""
+
+    def __init__(self, rngs):
+        self.a, self.b = conv(3, 8, rngs), conv(8, 8, rngs)
+
+    def __call__(self, x):
+        rows = jax.typeof(x).sharding.spec[0]
+        return self.b(self.a(x), out_sharding=PartitionSpec(rows, None, None, "m"))
+
+
+@pytest.mark.parametrize("split", [2, 3])
+def test_models_on_a_mesh_of_explicit_axes(split):
+    mesh = jax.make_mesh((2, 4), ("data", "m"), axis_types=2 * (AxisType.Explicit,))
+    x = images()
+    model = LaidOut(nnx.Rngs(0))
+    expected = nnx.clone(model).b(model.a(x))
+    with jax.set_mesh(mesh):
+        model = LaidOut(nnx.Rngs(0))
+        layout = PartitionSpec(*("m" if axis == split else None for axis in range(4)))
+        model.b.kernel.set_value(jax.device_put(model.b.kernel[...], layout))
+        sample = jax.device_put(x, PartitionSpec("data"))
+        plan = fj.make_plan(model, FULL, sample)
+        assert [row.path for row in plan.replaced] == ["a", "b"]
+        small = fj.compress(model, plan)
+        y = small(sample)
+        assert jax.typeof(y).sharding.spec == PartitionSpec("data", None, None, "m")
+        np.testing.assert_allclose(y, expected, atol=1e-4)
+        gradient = jax.grad(lambda x: jnp.sum(nnx.clone(small)(x) ** 2))(sample)
+        assert jax.typeof(gradient).sharding.spec[0] == "data"
+
+
 class Block(nnx.Module):
     def __init__(self, rngs):
         self.conv = conv(3, 3, rngs)
@@ -154,6 +288,17 @@ class Counter(nnx.Module):
         return self.conv(x) * self.count[...]
 
 
+class PartialCounter(nnx.Module):
+    """Counts in a module that Flax does not see."""
+
+    def __init__(self, rngs):
+        self.stem = conv(3, 3, rngs)
+        self.counted = functools.partial(Counter(rngs))
+
+    def __call__(self, x):
+        return self.counted(self.stem(x))
+
+
 class Noise(nnx.Module):
     def __init__(self, rngs):
         self.conv, self.rngs = conv(3, 3, rngs), rngs
@@ -172,11 +317,11 @@ class Recurrent(nnx.Module):
         return self.rnn(self.conv(x).mean(axis=1))
 
 
-@pytest.mark.parametrize("cls", [Remat, Cond, Counter, Noise, Recurrent])
+@pytest.mark.parametrize("cls", [Remat, Cond, Counter, PartialCounter, Noise, Recurrent])
 def test_deploy_is_pure_and_gives_what_the_model_gives(cls):
     model, x = cls(nnx.Rngs(0)), images()
     before = jax.device_get(jax.tree.leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param))))
-    expected = nnx.clone(model)(x)
+    expected = clone(model)(x)
     for deployed in (fj.deploy(model, x, chunk=1), fj.deploy(model)):
         for _ in range(2):
             np.testing.assert_allclose(deployed(x), expected, atol=1e-5)
@@ -184,6 +329,8 @@ def test_deploy_is_pure_and_gives_what_the_model_gives(cls):
     jax.tree.map(np.testing.assert_array_equal, after, before)
     if cls is Counter:
         assert model.count[...] == 0
+    if cls is PartialCounter:
+        assert model.counted.func.count[...] == 0
 
 
 @dataclasses.dataclass

@@ -220,10 +220,13 @@ def test_gradients_and_jit():
     assert all(bool(jnp.any(g != 0)) for g in gradients.values())
 
 
-CHAINS = [
-    fj.SpatialDecomposition(rank="full", inner=fj.Decoupled(terms=3)),
+SLOW = [
     fj.ChannelDecomposition(rank="full", inner=fj.SpatialDecomposition(rank="full")),
     fj.SpatialDecomposition(rank=fj.Energy(0.8), inner=fj.Decoupled(energy=0.9)),
+]
+CHAINS = [
+    fj.SpatialDecomposition(rank="full", inner=fj.Decoupled(terms=3)),
+    *(pytest.param(method, marks=pytest.mark.slow) for method in SLOW),
 ]
 
 

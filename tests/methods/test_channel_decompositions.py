@@ -90,7 +90,9 @@ def test_ranks_by_vbmf_are_those_of_the_planted_kernel():
     assert fj.Tucker().for_layer(spec, jnp.stack([noise, kernel])).rank == (5, 7)
 
 
-@pytest.mark.parametrize("method", [fj.Tucker(rank=fj.Budget(4.0)), fj.CP(rank=8)])
+@pytest.mark.parametrize(
+    "method", [fj.Tucker(rank=fj.Budget(4.0)), pytest.param(fj.CP(rank=8), marks=pytest.mark.slow)]
+)
 def test_whole_models(method, tmp_path):
     model = fj.models.vgg8_cifar(rngs=nnx.Rngs(0))
     x = draw(2, 32, 32, 3)

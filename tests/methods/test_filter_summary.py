@@ -254,7 +254,10 @@ def test_every_location_can_be_learned_from_the_start():
 
 @pytest.mark.parametrize(
     "method",
-    [fj.FilterSummary(ratio=4, reorder=True), fj.DifferentiableFilterSummary(ratio=4)],
+    [
+        fj.FilterSummary(ratio=4, reorder=True),
+        pytest.param(fj.DifferentiableFilterSummary(ratio=4), marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_whole_models(method, tmp_path):

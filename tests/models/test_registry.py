@@ -6,8 +6,14 @@ from flax import nnx
 import falcon_jax as fj
 from falcon_jax.models import MODELS, get_model, method_unit, model_shapes
 
+CASES = [(n, c) for n in MODELS for c in (1, 3)][::5]
+LARGE = ("resnet101", "resnet152", "resnet110", "resnet164")
 
-@pytest.mark.parametrize(("name", "channels"), [(n, c) for n in MODELS for c in (1, 3)][::5])
+
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [pytest.param(n, c, marks=[pytest.mark.slow] if n.startswith(LARGE) else []) for n, c in CASES],
+)
 def test_forward_shapes(name, channels):
     model = model_shapes(name, num_classes=7, in_features=channels, dtype=jnp.bfloat16)
     logits = nnx.eval_shape(lambda model: model(jnp.ones((2, 32, 32, channels))), model)

@@ -9,9 +9,15 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from falcon_jax.solvers.alternating import falcon_als, falcon_closed
-from falcon_jax.solvers.multilinear import alternate, low_rank, separable_als
-from falcon_jax.solvers.quadratic import Quadratic
+from falcon_jax.solvers.alternating import (
+    alternate,
+    falcon_als,
+    falcon_best,
+    falcon_closed,
+    low_rank,
+    separable_als,
+)
+from falcon_jax.solvers.moments import Quadratic
 
 pytestmark = pytest.mark.slow
 
@@ -101,19 +107,18 @@ def test_dense_and_low_rank_are_exact(kind):
     assert problem(whole[0] @ whole[1]) == pytest.approx(dense, 1e-6, 1e-6)
 
 
-# Fewer points than unknowns leave many local minima, which one start does not leave.
-STUCK = pytest.mark.xfail(reason="a local minimum; more starts are needed")
-
-
-@pytest.mark.parametrize("kind", ["plain", pytest.param("few", marks=STUCK), "dead"])
+@pytest.mark.parametrize("kind", ["plain", "few", "dead"])
 @pytest.mark.parametrize("rank", [1, 2])
 def test_falcon_comes_near_to_the_best_of_many_starts(kind, rank):
     problem = _problem(kind)
     start = falcon_closed(problem, rank)
     *_, errors = falcon_als(problem, *start, sweeps=200, tolerance=1e-6)
     _falls(errors)
+    # Fewer points than unknowns leave many local minima, which one start does not leave.
+    pointwise, depthwise = falcon_best(problem, rank)
+    weights = np.einsum("mkn,tkn->tmn", pointwise, depthwise).reshape(T * M, N)
     best = _best(problem, _falcon, ((M, rank, N), (T, rank, N)))
-    assert errors[-1] <= 1.01 * best
+    assert problem(weights) <= 1.01 * best
 
 
 @pytest.mark.parametrize("kind", ["plain", "few", "dead"])
@@ -131,14 +136,19 @@ def _tucker(factors):
     return jnp.einsum("ma,tab->tmb", factors["inner"], factors["core"]).reshape(T * M, -1)
 
 
-@pytest.mark.parametrize("kind", [pytest.param("plain", marks=STUCK), "dead"])
+@pytest.mark.parametrize("kind", ["plain", "dead"])
 def test_tucker_comes_near_to_the_best_of_many_starts(kind):
     problem = _problem(kind)
     left, right = low_rank(problem, 3)
     blocks = left.reshape(T, M, 3)
     inner = np.linalg.svd(blocks.transpose(1, 0, 2).reshape(M, -1))[0][:, :2]
-    start = {"inner": inner, "core": np.einsum("ma,tmb->tab", inner, blocks), "outer": right}
-    _, errors = alternate(_tucker, start, problem, outer="outer", sweeps=200, tolerance=1e-6)
-    _falls(errors)
+    starts = [{"inner": inner, "core": np.einsum("ma,tmb->tab", inner, blocks), "outer": right}]
+    rng = np.random.default_rng(3)
+    starts += [{n: rng.normal(size=v.shape) for n, v in starts[0].items()} for _ in range(10)]
+    found = []
+    for start in starts:
+        _, errors = alternate(_tucker, start, problem, outer="outer", sweeps=200, tolerance=1e-6)
+        _falls(errors)
+        found.append(errors[-1])
     best = _best(problem, _tucker2, ((M, 2), (T, 2, 3), (3, N)))
-    assert errors[-1] <= 1.01 * best
+    assert min(found) <= 1.01 * best

@@ -46,6 +46,28 @@ def test_nnx_there_and_back(network, tmp_path):
     np.testing.assert_array_equal(loaded(images()), small(images()))
 
 
+class Two(nnx.Module):
+    def __init__(self, rngs):
+        self.a, self.b = (nnx.Conv(3, 3, (3, 3), rngs=rngs) for _ in range(2))
+
+    def __call__(self, x):
+        return self.b(self.a(x))
+
+
+def test_the_builder_may_make_shapes(saved, tmp_path):
+    model = Two(nnx.Rngs(0))
+    plan = fj.make_plan(model, RULES, images())
+    small = fj.compress(model, plan)
+    fj.save_compressed(tmp_path / "model", small, plan)
+    loaded = fj.load_compressed(
+        tmp_path / "model", lambda: nnx.eval_shape(lambda: Two(nnx.Rngs(1)))
+    )
+    assert_same(loaded, small)
+    np.testing.assert_array_equal(loaded(images()), small(images()))
+    with pytest.raises(ValueError, match="random stream at 'dropout/rngs/count' is not in"):
+        fj.load_compressed(saved[0], lambda: nnx.eval_shape(lambda: Small(nnx.Rngs(0))))
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_linen_there_and_back(name, tmp_path):
     module = NETWORKS[name]()

@@ -4,11 +4,11 @@ import os
 
 import pytest
 
+from falcon_jax.paths import read_json
 from falcon_jax.storage.directories import (
     MANIFEST,
     check_manifest,
     data_digest,
-    read_json,
     unlisted_file,
     write_manifest,
 )

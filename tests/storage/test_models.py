@@ -8,12 +8,12 @@ import pytest
 from flax import nnx
 
 import falcon_jax as fj
+from falcon_jax.convert.checkpoint import compressed
 from falcon_jax.frameworks.nnx import arrays
 from falcon_jax.storage.directories import write_manifest
 from falcon_jax.storage.models import (
     Description,
     ImagePreprocessing,
-    compressed,
     load_stored,
     read_description,
     save_stored,

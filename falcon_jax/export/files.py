@@ -1,0 +1,74 @@
+"""Files that stand whole or not at all, and packages that only some exports need."""
+
+import contextlib
+import importlib
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from falcon_jax.export.graph import is_open
+from falcon_jax.paths import user_path
+
+
+def optional(module: str, what: str, extra: str) -> Any:
+    """Import a package of an optional extra.
+
+    Args:
+        module: its name.
+        what: needs it; the beginning of a sentence.
+        extra: of falcon-jax that brings it.
+
+    Raises:
+        ImportError: saying what to install.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ImportError(
+            f'{what} needs {package} ({error}): pip install "falcon-jax[{extra}]"'
+        ) from None
+
+
+Shape = tuple[int | str, ...]
+
+
+def shown_shape(shape: Sequence[Any]) -> Shape:
+    """Return a shape with names and expressions for open sizes."""
+    return tuple(str(n) if is_open(n) else int(n) for n in shape)
+
+
+def writable(path: str | os.PathLike[str]) -> pathlib.Path:
+    """Return the absolute path of a file that is to be written.
+
+    Raises:
+        OSError: if there is no such directory, or nothing can be written there.
+    """
+    file = pathlib.Path(os.path.abspath(user_path(path)))
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"there is no directory {file.parent} to write {file.name} into.")
+    if file.is_dir():
+        raise IsADirectoryError(f"{file} is a directory; give the path of a file.")
+    if not os.access(file.parent, os.W_OK):
+        raise PermissionError(f"{file.name} cannot be written into {file.parent}: no permission.")
+    return file
+
+
+@contextlib.contextmanager
+def writing(file: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Write a file beside its place; what is written beside it goes with it.
+
+    Args:
+        file: where it is to stand.
+
+    Yields:
+        Where to write it.
+    """
+    with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as folder:
+        unfinished = pathlib.Path(folder) / file.name
+        yield unfinished
+        # What the file refers to comes first.
+        for made in sorted(unfinished.parent.iterdir(), key=lambda made: made == unfinished):
+            made.replace(file.parent / made.name)

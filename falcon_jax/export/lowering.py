@@ -1,0 +1,242 @@
+"""From a jaxpr to a graph of ONNX: one rule for each primitive."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from falcon_jax.export.graph import Graph, Tensor, UnmappedError, constant, identity, is_open
+from falcon_jax.frameworks.tracing import inner_jaxprs
+
+INSIDE = "falcon_jax inside "
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """An equation of a jaxpr that is to be added to a graph.
+
+    Attributes:
+        name: of its primitive.
+        params: of the primitive.
+        inputs: what it is applied to.
+        outputs: shapes and types of what it gives.
+        graph: to add to.
+        opset: version of ONNX's operators.
+    """
+
+    name: str
+    params: dict[str, Any]
+    inputs: list[Tensor]
+    outputs: list[Any]
+    graph: Graph
+    opset: int
+
+    def made(
+        self, name: str, order: Sequence[int] | None = None, index: int = 0, **has: Any
+    ) -> Tensor:
+        """Return an output that a tensor of the graph holds."""
+        like = self.outputs[index]
+        order = identity(len(like.shape)) if order is None else tuple(order)
+        return Tensor(shape=like.shape, dtype=np.dtype(like.dtype), name=name, order=order, **has)
+
+    def unmapped(self, why: str = "") -> UnmappedError:
+        """Return the error that says that there is no counterpart, and where."""
+        where = f"in {self.graph.path!r}" if self.graph.path else "in the model itself"
+        return UnmappedError(
+            f"the operation {self.name!r} {where} cannot be mapped to ONNX"
+            + (f": {why}." if why else "; leave it out of what is exported, or write it otherwise.")
+        )
+
+
+Rule = Callable[[Step], Sequence[Tensor]]
+_RULES: dict[str, Rule] = {}
+_ELEMENTWISE: set[str] = set()
+_LAZY: set[str] = set()
+
+
+def rule(*names: str, elementwise: bool = False, lazy: bool = False) -> Callable[[Rule], Rule]:
+    """Make a function the one that adds primitives of these names. Use as a decorator.
+
+    Args:
+        *names: of the primitives.
+        elementwise: whether every entry depends on entries at the same place only.
+        lazy: whether the rule takes constants, too; otherwise what is made of constants is computed
+            beforehand.
+    """
+
+    def enter(function: Rule) -> Rule:
+        _RULES.update(dict.fromkeys(names, function))
+        _ELEMENTWISE.update(names if elementwise else ())
+        _LAZY.update(names if lazy else ())
+        return function
+
+    return enter
+
+
+# Primitives whose output is their input.
+_SAME = {
+    "copy",
+    "copy_p",
+    "name",
+    "optimization_barrier",
+    "sharding_constraint",
+    "stop_gradient",
+    "pvary",
+}
+# Those whose own parameters hold all that they compute.
+_CALLS = {
+    "jit",
+    "pjit",
+    "closed_call",
+    "core_call",
+    "custom_jvp_call",
+    "custom_vjp_call",
+    "custom_vjp_call_jaxpr",
+    "remat",
+    "remat2",
+    "checkpoint",
+    "composite",
+    "falcon_linear_call",
+}
+
+
+def lower(
+    jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Tensor], graph: Graph, opset: int
+) -> list[Tensor]:
+    """Add what a jaxpr computes to a graph.
+
+    Args:
+        jaxpr: open.
+        consts: of its constants.
+        inputs: of its inputs.
+        graph: it gets the nodes.
+        opset: version of ONNX's operators.
+
+    Returns:
+        The outputs.
+
+    Raises:
+        UnmappedError: naming an operation that has no counterpart, and its module.
+    """
+    known: dict[Any, Tensor] = dict(zip(jaxpr.invars, inputs, strict=True))
+    fixed = dict(zip(jaxpr.constvars, consts, strict=True))
+
+    def read(variable: Any) -> Tensor:
+        if hasattr(variable, "val"):
+            return _constant(variable.val, variable.aval.dtype, graph)
+        if variable not in known:
+            known[variable] = _constant(fixed[variable], variable.aval.dtype, graph)
+        return known[variable]
+
+    outer = graph.path
+    for eqn in _needed(jaxpr):
+        graph.path = _path(eqn) or outer
+        step = Step(
+            name=eqn.primitive.name,
+            params=eqn.params,
+            inputs=[read(v) for v in eqn.invars],
+            outputs=[v.aval for v in eqn.outvars],
+            graph=graph,
+            opset=opset,
+        )
+        known |= dict(zip(eqn.outvars, _lowered(eqn, step), strict=True))
+    graph.path = outer
+    return [read(v) for v in jaxpr.outvars]
+
+
+def lower_closed(closed: Any, inputs: Sequence[Tensor], graph: Graph, opset: int) -> list[Tensor]:
+    """Add what a closed jaxpr, or an open one without constants, computes to a graph."""
+    jaxpr = getattr(closed, "jaxpr", closed)
+    return lower(jaxpr, getattr(closed, "consts", ()), inputs, graph, opset)
+
+
+def _needed(jaxpr: Any) -> list[Any]:
+    """Return the equations that outputs depend on."""
+    needed = {v for v in jaxpr.outvars if not hasattr(v, "val")}
+    kept = []
+    for eqn in reversed(jaxpr.eqns):
+        if needed.intersection(eqn.outvars):
+            kept.append(eqn)
+            needed.update(v for v in eqn.invars if not hasattr(v, "val"))
+    return kept[::-1]
+
+
+def _path(eqn: Any) -> str:
+    names = [getattr(scope, "name", "") for scope in eqn.source_info.name_stack.stack]
+    inside = [name.removeprefix(INSIDE) for name in names if name.startswith(INSIDE)]
+    return inside[-1] if inside else ""
+
+
+def _constant(value: Any, dtype: Any, graph: Graph) -> Tensor:
+    if _is_key(dtype):
+        raise _random(graph)
+    return constant(np.asarray(value, dtype))
+
+
+def _is_key(dtype: Any) -> bool:
+    return jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def _random(graph: Graph) -> UnmappedError:
+    where = f" in {graph.path!r}" if graph.path else ""
+    return UnmappedError(
+        f"random numbers are drawn{where}, which ONNX does not; export what is computed without."
+    )
+
+
+def _lowered(eqn: Any, step: Step) -> Sequence[Tensor]:
+    if step.name in _SAME:
+        return step.inputs
+    if step.name not in _LAZY | _CALLS and all(t.value is not None for t in step.inputs):
+        found = _computed(eqn, step)
+        if found is not None:
+            return found
+    if step.name in _RULES:
+        found = _RULES[step.name](step)
+        if found is not NotImplemented:
+            return found
+    inner = inner_jaxprs(tuple(step.params.values()))
+    if step.name in _CALLS and inner and len(inner[0].invars) == len(step.inputs):
+        closed = next(
+            (v for v in step.params.values() if getattr(v, "jaxpr", None) is inner[0]), inner[0]
+        )
+        return lower_closed(closed, step.inputs, step.graph, step.opset)
+    raise step.unmapped()
+
+
+def _computed(eqn: Any, step: Step) -> list[Tensor] | None:
+    """Return the outputs of an equation of constants; None if they depend on open sizes."""
+    if step.name == "dim_as_value" or _mentions_open(step.params):
+        return None
+    values = [np.asarray(t.value) for t in step.inputs]
+    if step.name in _ELEMENTWISE:
+        # What is the same along an axis stays so.
+        small = np.broadcast_shapes(*(v.shape for v in values))
+        values = [np.broadcast_to(v, small) if v.ndim == len(small) else v for v in values]
+        return [
+            constant(y, like.shape)
+            for y, like in zip(_bound(eqn, values, step), step.outputs, strict=True)
+        ]
+    sizes = [n for t in (*step.inputs, *step.outputs) for n in t.shape]
+    if any(map(is_open, sizes)):
+        return None
+    whole = [np.broadcast_to(v, t.shape) for v, t in zip(values, step.inputs, strict=True)]
+    return [constant(y) for y in _bound(eqn, whole, step)]
+
+
+def _bound(eqn: Any, values: list[np.ndarray], step: Step) -> list[np.ndarray]:
+    if any(_is_key(like.dtype) for like in step.outputs):
+        raise _random(step.graph)
+    y = eqn.primitive.bind(*map(jnp.asarray, values), **eqn.params)
+    return [np.asarray(part) for part in (y if eqn.primitive.multiple_results else [y])]
+
+
+def _mentions_open(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_mentions_open, value.values()))
+    if isinstance(value, (tuple, list)):
+        return any(map(_mentions_open, value))
+    return is_open(value)

@@ -1,0 +1,1 @@
+"""Flax models of either framework, NNX and Linen, behind one interface."""

@@ -1,0 +1,356 @@
+"""A model's call as a list of equations: what reaches its layers, and what they answer.
+
+Jitted, checkpointed and scanned parts that call a layer are written out, so that everything between
+two layers can be computed by itself.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, PRNGKeyArray
+
+from falcon_jax.frameworks.tracing import inner_jaxprs, read_mark
+
+# Primitives that do no more than what they call.
+_CALLS = (
+    "pjit",
+    "jit",
+    "closed_call",
+    "core_call",
+    "custom_jvp_call",
+    "custom_vjp_call",
+    "custom_vjp_call_jaxpr",
+    "remat",
+    "remat2",
+    "checkpoint",
+)
+
+Known = Mapping[Any, Array]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Site:
+    """One call of a layer, as variables of a program.
+
+    Attributes:
+        path: of the layer.
+        kernel: its kernel, or another parameter of it; mapped axes first, then one.
+        input: what it gets, likewise.
+        output: what it gives, likewise.
+        answer: what it gives, as what follows uses it.
+        input_shape: without mapped axes.
+        output_shape: without mapped axes.
+        start: position in the program before which nothing depends on the layer.
+    """
+
+    path: str
+    kernel: Any
+    input: Any
+    output: Any
+    answer: Any
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    start: int
+
+
+class Program:
+    """A model's call as a list of equations.
+
+    Args:
+        closed: jaxpr of the call, with layers marked.
+        names: of its first inputs, the variables.
+        values: of the variables, by name, as they are when something is computed.
+    """
+
+    def __init__(self, closed: Any, names: Sequence[str], values: Mapping[str, Any]):
+        flat = _written_out(closed)
+        self.values = values
+        self.eqns: list[Any] = list(flat.jaxpr.eqns)
+        self._names = dict(zip(flat.jaxpr.invars, names, strict=False))
+        self._data = list(flat.jaxpr.invars[len(names) :])
+        self._constants = dict(zip(flat.jaxpr.constvars, flat.consts, strict=True))
+        self._maker = {v: i for i, eqn in enumerate(self.eqns) for v in eqn.outvars}
+        self._dynamic = set(self._data)
+        for eqn in self.eqns:
+            if any(v in self._dynamic for v in _variables(eqn.invars)):
+                self._dynamic.update(eqn.outvars)
+        self.outputs = tuple(_variables(flat.jaxpr.outvars))
+        self.sites = tuple(_sites(self.eqns))
+        self.hidden = tuple(dict.fromkeys(_hidden(self.eqns)))
+        self._gradient: Any = None
+        self._gradient_names: list[str] = []
+        self._compiled: dict[Any, Any] = {}
+
+    def start(self, arrays: Sequence[Any]) -> dict[Any, Array]:
+        """Return the state before the first equation, of a batch of inputs."""
+        return {v: jnp.asarray(a) for v, a in zip(self._data, arrays, strict=True)}
+
+    def depends_on_data(self, variable: Any) -> bool:
+        """Return whether a variable is more than parameters and constants."""
+        return variable in self._dynamic
+
+    def name_of(self, variable: Any) -> str | None:
+        """Return the name of a variable of the model that is used as it is, or reshaped."""
+        while variable in self._maker:
+            eqn = self.eqns[self._maker[variable]]
+            if eqn.primitive.name not in ("broadcast_in_dim", "reshape", "copy", "squeeze"):
+                return None
+            variable = eqn.invars[0]
+        return self._names.get(variable)
+
+    def used_once(self, name: str) -> bool:
+        """Return whether a variable of the model, as it is, is used by one equation only."""
+        (variable,) = (v for v, known in self._names.items() if known == name)
+        return sum(v is variable for eqn in self.eqns for v in eqn.invars) == 1
+
+    def uses(self, variable: Any) -> list[Any]:
+        """Return the equations that use a variable, but for the notes of marks.
+
+        None are returned of what the model gives, which is used for more than these.
+        """
+        if variable in self.outputs:
+            return []
+        return [
+            eqn
+            for eqn in self.eqns
+            if any(v is variable for v in eqn.invars) and not self._is_note(eqn)
+        ]
+
+    def _is_note(self, eqn: Any) -> bool:
+        (out,) = eqn.outvars if len(eqn.outvars) == 1 else (None,)
+        users = [e for e in self.eqns if any(v is out for v in e.invars)]
+        marks = [read_mark(user) for user in users]
+        return bool(marks) and all(m is not None and m[0] in ("flat", "input") for m in marks)
+
+    def frontier(self, position: int, wanted: Iterable[Any]) -> tuple[Any, ...]:
+        """Return what must be known before an equation to compute variables from there on."""
+        seen: dict[Any, None] = {}
+        stack = list(wanted)
+        done = set()
+        while stack:
+            variable = stack.pop()
+            if variable in done or variable not in self._dynamic:
+                continue
+            done.add(variable)
+            maker = self._maker.get(variable, -1)
+            if maker < position:
+                seen[variable] = None
+            else:
+                stack += _variables(self.eqns[maker].invars)
+        return tuple(seen)
+
+    def compute(
+        self,
+        wanted: Sequence[Any],
+        state: Known,
+        values: Mapping[str, Any] | None = None,
+    ) -> list[Array]:
+        """Return variables, from a state and the model's variables.
+
+        Args:
+            wanted: what to compute.
+            state: variables that are known.
+            values: in place of the model's.
+        """
+        known = tuple(v for v in state if v in self._reach(wanted, state))
+        key = tuple(wanted), known
+        if key not in self._compiled:
+            self._compiled[key] = jax.jit(self._function(tuple(wanted), known))
+        values = self.values if values is None else values
+        named = {n: values[n] for n in self._compiled_names(wanted, known)}
+        return self._compiled[key](named, [state[v] for v in known])
+
+    def _reach(self, wanted: Iterable[Any], state: Iterable[Any]) -> set[Any]:
+        stop, seen, stack = set(state), set(), list(wanted)
+        while stack:
+            variable = stack.pop()
+            if variable in seen:
+                continue
+            seen.add(variable)
+            if variable not in stop and variable in self._maker:
+                stack += _variables(self.eqns[self._maker[variable]].invars)
+        return seen
+
+    def _compiled_names(self, wanted: Iterable[Any], known: Iterable[Any]) -> list[str]:
+        reach = self._reach(wanted, known)
+        return sorted(name for v, name in self._names.items() if v in reach)
+
+    def sensitivity(self, arrays: Sequence[Any], key: PRNGKeyArray) -> dict[Any, Array]:
+        """Return by how much outputs change with the answers of layers, point by point.
+
+        ``||d (r . outputs) / d y||^2`` over the channels of an answer y, r drawn at random: a
+        layer's error is felt at the output by as much, to first order.
+
+        Args:
+            arrays: of a batch of inputs.
+            key: for r.
+        """
+        if self._gradient is None:
+            known = tuple(self._data)
+            answers = [site.answer for site in self.sites]
+            outputs = [v for v in self.outputs if jnp.issubdtype(v.aval.dtype, jnp.floating)]
+            run = self._function(tuple(outputs), known, tuple(answers))
+
+            @jax.jit
+            def squares(named: Any, arrays: Any, key: PRNGKeyArray) -> list[Array]:
+                added = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in answers]
+
+                def felt(added: list[Array]) -> Array:
+                    total = jnp.zeros(())
+                    for index, value in enumerate(run(named, arrays, added)):
+                        drawn = jax.random.normal(jax.random.fold_in(key, index), value.shape)
+                        total += jnp.sum(drawn * value.astype(jnp.float32))
+                    return total
+
+                return [
+                    jnp.sum(jnp.square(g.astype(jnp.float32)), -1) for g in jax.grad(felt)(added)
+                ]
+
+            self._gradient = squares
+            self._gradient_names = self._compiled_names(outputs, known)
+        named = {name: self.values[name] for name in self._gradient_names}
+        found = self._gradient(named, [jnp.asarray(a) for a in arrays], key)
+        return {site.answer: g for site, g in zip(self.sites, found, strict=True)}
+
+    def function(self, wanted: Sequence[Any], known: Sequence[Any]) -> Any:
+        """Return a function of known arrays (a list) that gives the wanted ones."""
+        names = self._compiled_names(wanted, known)
+        named = {name: self.values[name] for name in names}
+        inner = self._function(tuple(wanted), tuple(known))
+        return lambda arrays: inner(named, arrays)
+
+    def _function(
+        self, wanted: tuple[Any, ...], known: tuple[Any, ...], changed: tuple[Any, ...] = ()
+    ) -> Any:
+        reach = self._reach(wanted, known)
+        # Of what is known already, the equations are not needed.
+        makers = {self._maker[v] for v in reach - set(known) if v in self._maker}
+        eqns = [self.eqns[index] for index in sorted(makers)]
+        inputs = {v: n for v, n in self._names.items() if v in reach}
+
+        def run(
+            named: Mapping[str, Array], arrays: Sequence[Array], added: Sequence[Array] = ()
+        ) -> list[Array]:
+            changes = dict(zip(changed, added, strict=True))
+            env: dict[Any, Any] = dict(self._constants)
+            env |= {v: named[n] for v, n in inputs.items()} | dict(zip(known, arrays, strict=True))
+            for eqn in eqns:
+                _bind(eqn, env)
+                for v in eqn.outvars:
+                    if v in changes:
+                        env[v] = env[v] + changes[v]
+            return [_value(env, v) for v in wanted]
+
+        return run
+
+
+def _variables(atoms: Iterable[Any]) -> list[Any]:
+    return [v for v in atoms if not hasattr(v, "val")]
+
+
+def _value(env: Mapping[Any, Any], atom: Any) -> Any:
+    return atom.val if hasattr(atom, "val") else env[atom]
+
+
+def _bind(eqn: Any, env: dict[Any, Any]) -> None:
+    given = [_value(env, v) for v in eqn.invars]
+    params = eqn.primitive.get_bind_params(eqn.params)
+    functions, params = params if isinstance(params, tuple) else ((), params)  # JAX before 0.10
+    made = eqn.primitive.bind(*functions, *given, **params)
+    made = made if eqn.primitive.multiple_results else [made]
+    env.update(zip(eqn.outvars, made, strict=True))
+
+
+def _written_out(closed: Any) -> Any:
+    """Return a jaxpr with calls, and scans that call a layer, replaced by what they do."""
+
+    def run(*args: Array) -> list[Array]:
+        return _run(closed.jaxpr, closed.consts, args)
+
+    return jax.make_jaxpr(run)(*(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in closed.in_avals))
+
+
+def _run(jaxpr: Any, constants: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+    env = dict(zip(jaxpr.constvars, constants, strict=True))
+    env |= dict(zip(jaxpr.invars, args, strict=True))
+    for eqn in jaxpr.eqns:
+        inner = [v for v in eqn.params.values() if inner_jaxprs(v)]
+        name = eqn.primitive.name
+        if name in _CALLS and len(inner) == 1:
+            given = [_value(env, v) for v in eqn.invars]
+            made = _run(*_open(inner[0]), given)
+            env.update(zip(eqn.outvars, made, strict=True))
+        elif name == "scan" and any(_marks(*inner_jaxprs(inner[0]))):
+            given = [_value(env, v) for v in eqn.invars]
+            env.update(zip(eqn.outvars, _steps(eqn, *_open(inner[0]), given), strict=True))
+        else:
+            _bind(eqn, env)
+    return [_value(env, v) for v in jaxpr.outvars]
+
+
+def _open(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    constants = getattr(jaxpr, "consts", ())
+    return (jaxpr if hasattr(jaxpr, "eqns") else jaxpr.jaxpr), constants
+
+
+def _steps(eqn: Any, body: Any, constants: Sequence[Any], given: Sequence[Any]) -> list[Any]:
+    """Return what a scan gives, step by step."""
+    outer, within = [[v.aval.ndim for v in vs] for vs in (eqn.invars, body.invars)]
+    sliced = sum(a > b for a, b in zip(outer, within, strict=True))
+    pairs = zip(eqn.outvars, body.outvars, strict=True)
+    carried = sum(a.aval.ndim == b.aval.ndim for a, b in pairs)
+    fixed = len(given) - carried - sliced
+    carry, stacks = list(given[fixed : fixed + carried]), given[fixed + carried :]
+    length = int(eqn.params["length"])
+    steps = range(length - 1, -1, -1) if eqn.params["reverse"] else range(length)
+    kept: dict[int, list[Any]] = {}
+    for step in steps:
+        each = [lax.index_in_dim(stack, step, keepdims=False) for stack in stacks]
+        made = _run(body, constants, [*given[:fixed], *carry, *each])
+        carry, kept[step] = made[:carried], made[carried:]
+    return carry + [
+        jnp.stack([kept[step][i] for step in range(length)])
+        for i in range(len(eqn.outvars) - carried)
+    ]
+
+
+def _marks(jaxpr: Any) -> Iterator[str]:
+    """Yield the paths of the layers that a jaxpr calls."""
+    for eqn in jaxpr.eqns:
+        mark = read_mark(eqn)
+        if mark is not None:
+            yield mark[1]
+        for inner in inner_jaxprs(tuple(eqn.params.values())):
+            yield from _marks(inner)
+
+
+def _hidden(eqns: Iterable[Any]) -> Iterator[str]:
+    """Yield the paths of layers inside of loops and branches that are not written out."""
+    for eqn in eqns:
+        for inner in inner_jaxprs(tuple(eqn.params.values())):
+            yield from _marks(inner)
+
+
+def _sites(eqns: Sequence[Any]) -> Iterator[Site]:
+    begun: dict[str, dict[str, Any]] = {}
+    for position, eqn in enumerate(eqns):
+        mark = read_mark(eqn)
+        if mark is None:
+            continue
+        kind, path, shape = mark
+        found = begun.setdefault(path, {})
+        if kind == "input":
+            reshaped = position > 0 and eqns[position - 1].outvars[0] is eqn.invars[0]
+            start = position - 1 if reshaped else position
+            found |= {"input": eqn.invars[0], "input_shape": shape, "start": start}
+        elif kind == "answer":
+            found |= {"answer": eqn.outvars[0]}
+        elif kind == "kernel":
+            found |= {"kernel": eqn.invars[0]}
+        else:
+            found |= {"output": eqn.invars[0], "output_shape": shape}
+            yield Site(path=path, **begun.pop(path))

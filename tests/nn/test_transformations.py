@@ -1,0 +1,211 @@
+"""What a plain convolution survives, one under a method does: every method, NNX and Linen."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax import export
+
+import falcon_jax as fj
+
+METHODS = [
+    fj.Falcon(rank=2),
+    fj.Falcon(rank=1, impl="separable"),
+    fj.Falcon(rank=2, impl="wide"),
+    fj.Falcon(rank=2, impl="grouped"),
+    fj.Falcon(rank=2, impl="gep"),
+    fj.DepthwiseSeparable(rank=2),
+    fj.Tucker(rank=(3, 4)),
+    fj.CP(rank=3),
+    fj.TensorTrain(rank=3),
+    fj.SpatialDecomposition(rank=3),
+    fj.ChannelDecomposition(rank=3, inner=fj.Falcon(rank=1)),
+    fj.Decoupled(terms=2, order="dw-pw"),
+    fj.FilterSummary(ratio=2.0),
+    fj.DifferentiableFilterSummary(ratio=2.0),
+]
+QUICK = (fj.Falcon, fj.DepthwiseSeparable, fj.Tucker, fj.FilterSummary)
+EVERY = [
+    m
+    if isinstance(m, QUICK) and getattr(m, "impl", "auto") == "auto"
+    else pytest.param(m, marks=pytest.mark.slow)
+    for m in METHODS
+]
+# Those that need no transpose of a lax convolution, which has none for symbolic sizes.
+OF_OUR_OWN = [m for m in METHODS if getattr(m, "impl", "") in ("separable", "wide")]
+OF_OUR_OWN += [fj.CP(rank=3), fj.DepthwiseSeparable(rank=2)]
+OTHERS = ["b, 9, 8", "b, 2*h, w", "3, h, h"]
+GEOMETRIES = {
+    "plain": {},
+    "strides": {"strides": 2},
+    "valid": {"padding": "VALID", "strides": (2, 1)},
+    "pairs": {"padding": ((1, 0), (2, 1)), "strides": (1, 2)},
+    "dilated": {"padding": "SAME", "kernel_dilation": 2},
+}
+
+
+class Standard(nn.Module):
+    geometry: dict
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Conv(8, (3, 3), dtype=self.dtype, **self.geometry)(x)
+
+
+def compressed(framework, method, dtype=None, **geometry) -> tuple[Any, Callable[..., Any]]:
+    """Parameters and a function of them and x, of a convolution under a method."""
+    if framework == "nnx":
+        conv = nnx.Conv(6, 8, (3, 3), dtype=dtype, rngs=nnx.Rngs(0), **geometry)
+        small = fj.compress(conv, fj.make_plan(conv, [fj.Rule(method=method)]))
+        graphdef, state = nnx.split(small)
+        return nnx.to_pure_dict(state), lambda s, x: nnx.merge(
+            graphdef, nnx.State(dict(s)), copy=True
+        )(x)
+    module, x = Standard(geometry, dtype), jnp.ones((1, 9, 8, 6))
+    variables = module.init(jax.random.key(0), x)
+    plan = fj.make_plan(module.bind(variables), [fj.Rule(method=method)], x)
+    small, variables = fj.compress(module.bind(variables), plan).unbind()
+    apply: Any = small.apply
+    return variables, apply
+
+
+def drawn(*shape, dtype: Any = np.float32):
+    return jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype)
+
+
+def assert_near(found, expected, tolerance=1e-4):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        scale = max(float(jnp.abs(b).max()), 1)
+        np.testing.assert_allclose(a, b, atol=tolerance * scale, rtol=tolerance)
+
+
+def concrete(sizes):
+    return [{"b": 2, "h": 5, "w": 7, "2*h": 10}.get(n) or int(n) for n in sizes.split(", ")]
+
+
+def test_every_registered_method_is_here():
+    assert {method.name for method in METHODS} == set(fj.method_names())
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "geometries"), [("b, h, w", list(GEOMETRIES)), *((s, ["strides"]) for s in OTHERS)]
+)
+def test_export_with_symbolic_sizes(method, sizes, geometries):
+    for geometry in (GEOMETRIES[name] for name in geometries):
+        params, function = compressed("nnx", method, **geometry)
+        like = jax.ShapeDtypeStruct(export.symbolic_shape(f"{sizes}, 6"), jnp.float32)
+        exported = export.export(jax.jit(lambda x, p=params, f=function: f(p, x)))(like)
+        x = drawn(*concrete(sizes), 6)
+        assert_near(exported.call(x), function(params, x))
+
+
+@pytest.mark.parametrize("method", OF_OUR_OWN, ids=str)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_export_of_gradients_with_symbolic_sizes(method, geometry):
+    params, function = compressed("nnx", method, **GEOMETRIES[geometry])
+    gradient = jax.jit(jax.grad(lambda p, x: (function(p, x) ** 2).sum(), argnums=(0, 1)))
+    like = jax.ShapeDtypeStruct(export.symbolic_shape("b, h, w, 6"), jnp.float32)
+    exported = export.export(gradient)(params, like)
+    x = drawn(2, 5, 7, 6)
+    assert_near(exported.call(params, x), gradient(params, x), tolerance=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS[:1] + METHODS[4:7], ids=str)
+def test_export_of_what_is_deployed_and_of_linen(method):
+    like = jax.ShapeDtypeStruct(export.symbolic_shape("b, h, w, 6"), jnp.float32)
+    x = drawn(3, 9, 8, 6)
+    conv = nnx.Conv(6, 8, (3, 3), rngs=nnx.Rngs(0))
+    small: Any = fj.compress(conv, fj.make_plan(conv, [fj.Rule(method=method)]))
+    deployed: Any = fj.deploy(small, x)
+    assert_near(export.export(deployed)(like).call(x), small(x))
+    variables, apply = compressed("linen", method)
+    exported = export.export(jax.jit(lambda x: apply(variables, x)))(like)
+    assert_near(exported.call(x), apply(variables, x))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_exported_functions_take_the_smallest_maps(size):
+    params, function = compressed("nnx", fj.Falcon(rank=1, impl="separable"), strides=2)
+    like = jax.ShapeDtypeStruct(export.symbolic_shape("b, h, w, 6"), jnp.float32)
+    exported = export.export(jax.jit(lambda x: function(params, x)))(like)
+    x = drawn(1, size, size, 6)
+    assert_near(exported.call(x), function(params, x))
+
+
+@pytest.mark.parametrize("sizes", ["b, h, w", "a, b, h, w"])
+@pytest.mark.parametrize("first", ["pointwise", "depthwise"])
+def test_export_of_plain_functions_with_symbolic_sizes(first, sizes):
+    depthwise, pointwise = drawn(3, 2, 2, 6), drawn(3, 2, 6)  # two groups, two terms
+    if first == "depthwise":
+        depthwise = drawn(3, 2, 6, 2)
+    x = drawn(*[{"a": 2, "b": 3, "h": 5, "w": 4}[n] for n in sizes.split(", ")], 6)
+    like = jax.ShapeDtypeStruct(export.symbolic_shape(f"{sizes}, 6"), jnp.float32)
+    functions = [
+        lambda x: fj.separable_conv(
+            x, depthwise, pointwise, first=first, strides=2, feature_group_count=2
+        ),
+        lambda x: fj.depthwise_conv(x, drawn(3, 2, 6), strides=(1, 2), padding=((2, -1), (0, 1))),
+        lambda x: fj.depthwise_conv(x, drawn(3, 2, 6), input_dilation=2, impl="grouped"),
+        lambda x: fj.depthwise_conv(x, drawn(3, 3, 6), input_dilation=3, kernel_dilation=2),
+    ]
+    for function in functions:
+        exported = export.export(jax.jit(function))(like)
+        assert_near(exported.call(x), function(x))
+
+
+def test_export_of_pooling_with_symbolic_sizes():
+    for sizes in ("b, h, w", "b, 2*h, 2*w"):
+        like = jax.ShapeDtypeStruct(export.symbolic_shape(f"{sizes}, 3"), jnp.float32)
+        exported = export.export(jax.jit(fj.ops.max_pool_2x2))(like)
+        x = drawn(2, 8, 6, 3)
+        np.testing.assert_array_equal(exported.call(x), fj.ops.max_pool_2x2(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", ["b, h, w", "b, 32*h, 32*w"])
+@pytest.mark.parametrize(
+    "name", ["vgg16_cifar", pytest.param("resnet18_cifar", marks=pytest.mark.slow)]
+)
+def test_export_of_compressed_networks(name, sizes):
+    model = fj.models.MODELS[name](rngs=nnx.Rngs(0))
+    x = drawn(2, 32, 32, 3)
+    small: Any = fj.compress(model, fj.make_plan(model, sample=x))
+    small.eval()
+    like = jax.ShapeDtypeStruct(export.symbolic_shape(f"{sizes}, 3"), jnp.float32)
+    deployed: Any = fj.deploy(small, x)
+    assert_near(export.export(deployed)(like).call(x), deployed(x))
+
+
+@pytest.mark.parametrize("method", EVERY, ids=str)
+@pytest.mark.parametrize("framework", ["nnx", "linen"])
+def test_strict_promotion_and_no_transfer(method, framework):
+    x = drawn(2, 9, 8, 6)
+    for dtype in (None, jnp.bfloat16):
+        params, function = compressed(framework, method, dtype)
+        loss = jax.jit(jax.value_and_grad(lambda p, x, f=function: (f(p, x) ** 2).sum()))
+        expected = loss(params, x)
+        jax.clear_caches()  # it is traced anew, constants and all
+        with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+            with jax.transfer_guard("disallow"):
+                found = loss(params, x)
+            assert_near(found, expected)
+            assert function(params, x).dtype == (dtype or jnp.float32)
+
+
+@pytest.mark.parametrize("method", EVERY, ids=str)
+@pytest.mark.parametrize("framework", ["nnx", "linen"])
+def test_double_precision_and_remat(method, framework):
+    params, function = compressed(framework, method)
+    with jax.enable_x64(True):
+        params64 = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), params)
+        x = drawn(2, 5, 4, 6, dtype=np.float64)
+        y = function(params64, x)
+        assert y.dtype == jnp.float64
+        assert_near(jax.checkpoint(function)(params64, x), y, tolerance=1e-12)
