@@ -11,7 +11,7 @@ from flax import nnx
 
 import falcon_jax as fj
 import train
-from falcon_jax.cli.main import main
+from falcon_jax.__main__ import main
 from falcon_jax.convert import load_torch
 from falcon_jax.data import DataConfig, load_dataset
 from falcon_jax.data.tfds import tfds_directory

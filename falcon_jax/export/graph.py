@@ -105,6 +105,14 @@ def is_open(size: Size) -> bool:
     return export.is_symbolic_dim(size)
 
 
+Shape = tuple[int | str, ...]
+
+
+def shown_shape(shape: Sequence[Any]) -> Shape:
+    """Return a shape with names and expressions for open sizes."""
+    return tuple(str(n) if is_open(n) else int(n) for n in shape)
+
+
 def evaluate(size: Size, names: Mapping[str, Any], operations: Mapping[str, Callable]) -> Any:
     """Return the value of an expression, whatever its values are.
 

@@ -12,7 +12,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from falcon_jax.export.graph import OpenShapes, UnmappedError, axes_of, open_shapes
 from falcon_jax.frameworks.interface import Model, framework_of
 from falcon_jax.frameworks.layers import Inputs, array_leaves
-from falcon_jax.ops.canonical import canonical_forms
+from falcon_jax.ops.choice import canonical_forms
 from falcon_jax.wording import reason
 
 AUTO = "auto"

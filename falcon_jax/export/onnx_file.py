@@ -11,12 +11,11 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 
-from falcon_jax.export import control_flow as _control_flow  # noqa: F401  # its rules
-from falcon_jax.export import elementwise as _elementwise  # noqa: F401
+from falcon_jax.export import elementwise as _elementwise  # noqa: F401  # its rules
 from falcon_jax.export import shapes as _shapes  # noqa: F401
 from falcon_jax.export import windows as _windows  # noqa: F401
-from falcon_jax.export.files import Shape, optional, shown_shape, writable, writing
-from falcon_jax.export.graph import Graph, Tensor, UnmappedError, is_open
+from falcon_jax.export.files import optional, writable, writing
+from falcon_jax.export.graph import Graph, Shape, Tensor, UnmappedError, is_open, shown_shape
 from falcon_jax.export.inference import AUTO, Traced, trace_inference
 from falcon_jax.export.lowering import lower
 from falcon_jax.export.simplify import simplify

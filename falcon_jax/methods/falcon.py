@@ -23,8 +23,7 @@ from falcon_jax.methods.base import (
 )
 from falcon_jax.methods.ranks import Rank, RankMethod
 from falcon_jax.methods.registry import register
-from falcon_jax.ops.canonical import is_canonical
-from falcon_jax.ops.choice import falcon_form
+from falcon_jax.ops.choice import falcon_form, is_canonical
 from falcon_jax.ops.convolution import conv
 from falcon_jax.ops.geometry import ConvSpec
 from falcon_jax.ops.separable import pointwise_then_depthwise

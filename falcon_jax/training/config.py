@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_args
 from ml_collections import ConfigDict
 
 from falcon_jax.data.loading import DataConfig
-from falcon_jax.export.stored_formats import FORMATS
+from falcon_jax.export.files import FORMATS
 from falcon_jax.methods.fit import Solver
 from falcon_jax.models.registry import MODELS
 from falcon_jax.settings import (

@@ -24,7 +24,8 @@ from falcon_jax.data.augmentation import normalize
 from falcon_jax.data.batching import train_batches
 from falcon_jax.data.dataset import Dataset
 from falcon_jax.data.loading import load_dataset
-from falcon_jax.export.stored_formats import FORMATS, export_stored, require_packages
+from falcon_jax.export.files import FORMATS, require_packages
+from falcon_jax.export.stored import export_stored
 from falcon_jax.models.registry import get_model
 from falcon_jax.models.units import UnitFactory, standard_unit
 from falcon_jax.paths import user_path

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from falcon_jax.cli import main as cli
+from falcon_jax import __main__ as cli
 from falcon_jax.data.fake import make_image_folder
 from falcon_jax.data.loading import DataConfig, load_dataset
 
