@@ -496,6 +496,13 @@ def load_torch(path: str | os.PathLike[str], *, key: str | None = None) -> dict[
         OSError: if the file cannot be opened.
         ValueError: if it is no such file, is truncated or damaged, holds no or several state dicts,
             or the one chosen has entries that are no tensors.
+
+    >>> import tempfile
+    >>> from safetensors.numpy import save_file
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_file({"module.fc.weight": np.ones((2, 3), "f4")}, f"{folder}/a.safetensors")
+    ...     load_torch(f"{folder}/a.safetensors")["fc.weight"].shape
+    (2, 3)
     """
     path = user_path(path)
     with path.open("rb") as file:

@@ -99,6 +99,14 @@ def onnx(
             an operation that has no counterpart: it is named with its module.
         ImportError: if onnx is not installed.
         OSError: if the file cannot be written.
+
+    >>> from flax import nnx
+    >>> layer = nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0))
+    >>> sample = jax.ShapeDtypeStruct((1, 8, 8, 3), "f4")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     made = onnx(layer, sample, f"{folder}/layer.onnx", open_sizes="batch")
+    >>> made.inputs, made.outputs
+    ({'x': ('batch', 8, 8, 3)}, {'y': ('batch', 8, 8, 4)})
     """
     file = writable(path)
     proto, traced = onnx_model(model, sample, open_sizes=open_sizes, opset=opset)

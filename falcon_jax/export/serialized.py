@@ -80,6 +80,14 @@ def stablehlo(
         ValueError: if the model cannot be called on the sample, or not with these sizes open.
         ImportError: if flatbuffers is not installed.
         OSError: if the file cannot be written.
+
+    >>> import tempfile
+    >>> from flax import nnx
+    >>> layer = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     made = stablehlo(layer, jax.ShapeDtypeStruct((1, 3), "f4"), f"{folder}/layer.stablehlo")
+    >>> made.inputs, made.outputs
+    ((('batch', 3),), (('batch', 2),))
     """
     file = writable(path)
     optional("flatbuffers", "export to StableHLO", "export")

@@ -364,7 +364,19 @@ def spatial_shape(spec: ConvSpec, input_shape: Sequence[Any]) -> tuple[Any, ...]
 
 
 def unit_gain(key: PRNGKeyArray, shape: Sequence[int], terms: int) -> Float[Array, "*shape"]:
-    """Return uniform weights such that a sum over ``terms`` of them keeps the variance."""
+    """Return uniform weights such that a sum over ``terms`` of them keeps the variance.
+
+    Args:
+        key: of the numbers drawn.
+        shape: of the weights.
+        terms: how many weights, each times an input of its own, make an output.
+
+    Returns:
+        Float32 weights, uniform within ``sqrt(3 / terms)``.
+
+    >>> unit_gain(jax.random.key(0), (3, 3, 8), terms=9).shape
+    (3, 3, 8)
+    """
     bound = math.sqrt(3 / terms)
     return jax.random.uniform(key, tuple(shape), minval=-bound, maxval=bound)
 
@@ -372,7 +384,18 @@ def unit_gain(key: PRNGKeyArray, shape: Sequence[int], terms: int) -> Float[Arra
 def scale_outputs(
     weights: Float[Array, "*stack_and_shape"], gain: Float[Array, "*stack n"]
 ) -> Float[Array, "*stack_and_shape"]:
-    """Return weights, output channels last, with each channel multiplied by a gain."""
+    """Return weights, output channels last, with each channel multiplied by a gain.
+
+    Args:
+        weights: ``(..., N)``; with leading axes if layers are stacked.
+        gain: one for each channel, with the same leading axes.
+
+    Returns:
+        Weights of the same shape and type.
+
+    >>> scale_outputs(jnp.ones((3, 3, 4, 2)), jnp.array([1.0, 2.0])).sum(axis=(0, 1, 2)).tolist()
+    [36.0, 72.0]
+    """
     axes = tuple(range(gain.ndim - 1, weights.ndim - 1))
     return weights * jnp.expand_dims(gain, axes).astype(weights.dtype)
 

@@ -56,6 +56,10 @@ class Falcon(RankMethod):
 
     Reference:
         FALCON, Sections 3.3 and 3.4, Equation 5, Theorems 1 and 3 to 5, Definition 3.
+
+    >>> spec = ConvSpec(kernel_size=(3, 3), in_features=16, out_features=32, use_bias=False)
+    >>> Falcon(rank=2).cost(spec, (8, 8, 16))
+    Cost(params=1600, mult_adds=102400)
     """
 
     rank: Rank = 1

@@ -110,6 +110,10 @@ class FilterSummary(SummaryMethod):
     Reference:
         FSNet: Compression of Deep Convolutional Neural Networks by Filter Summary (Yang et al.,
         2019, arXiv 1902.03264), Section 3.1.
+
+    >>> spec = ConvSpec(kernel_size=(3, 3), in_features=16, out_features=32, use_bias=False)
+    >>> FilterSummary(ratio=4.0).cost(spec, (8, 8, 16))
+    Cost(params=1152, mult_adds=294912)
     """
 
     ratio: float | int = 4.0
@@ -221,6 +225,10 @@ class DifferentiableFilterSummary(SummaryMethod):
 
     Reference:
         FSNet (Yang et al., 2019, arXiv 1902.03264), Section 3.2.
+
+    >>> spec = ConvSpec(kernel_size=(3, 3), in_features=16, out_features=32, use_bias=False)
+    >>> DifferentiableFilterSummary(ratio=4.0).cost(spec, (8, 8, 16))
+    Cost(params=1184, mult_adds=294912)
     """
 
     ratio: float | int = 4.0
