@@ -36,7 +36,7 @@ _OF_TRAINING = re.compile(r".*(optim|sched|scaler|grad)", re.IGNORECASE | re.DOT
 _COUNTER = "n_averaged"
 
 
-def state_dict_of(content: Any, key: str | None = None) -> dict[str, Tensor]:
+def _state_dict_of(content: Any, key: str | None = None) -> dict[str, Tensor]:
     """Return the tensors of the state dict in a checkpoint.
 
     Args:
@@ -63,10 +63,10 @@ def state_dict_of(content: Any, key: str | None = None) -> dict[str, Tensor]:
         raise ValueError(
             f"its state dict has entries that are no tensors: {listed(strange)}. {_HOW}"
         )
-    return unwrapped(chosen)
+    return _unwrapped(chosen)
 
 
-def unwrapped(named: Mapping[str, Any]) -> dict[str, Any]:
+def _unwrapped(named: Mapping[str, Any]) -> dict[str, Any]:
     """Return entries without the prefixes that wrappers leave on every name.
 
     Raises:
@@ -87,10 +87,10 @@ def unwrapped(named: Mapping[str, Any]) -> dict[str, Any]:
     return {short[name]: value for name, value in named.items()}
 
 
-def below(named: Mapping[str, Any], key: str) -> dict[str, Any]:
+def _below(named: Mapping[str, Any], key: str) -> dict[str, Any]:
     """Return the entries whose names begin with a key, without it; empty if there are none."""
     prefix = key.replace("/", ".") + "."
-    for names in (named, unwrapped(named)):
+    for names in (named, _unwrapped(named)):
         part = {n.removeprefix(prefix): v for n, v in names.items() if n.startswith(prefix)}
         if part:
             return part
@@ -146,7 +146,7 @@ def _at(found: Mapping[str, dict[Any, Any]], key: str) -> dict[Any, Any]:
         inside = path.removeprefix(f"{outer}/") if outer else path
         if outer and inside == path:
             continue
-        part = below({n: v for n, v in names.items() if isinstance(n, str)}, inside)
+        part = _below({n: v for n, v in names.items() if isinstance(n, str)}, inside)
         if part:
             return part
     paths = [path or "." for path, names in found.items() if _has_tensors(names)]
@@ -207,7 +207,7 @@ _DTYPES: Mapping[str, np.dtype] = MappingProxyType(
 )
 
 
-def starts_like_safetensors(head: bytes, file_size: int) -> bool:
+def _starts_like_safetensors(head: bytes, file_size: int) -> bool:
     """Say whether a file can be in the safetensors format.
 
     Args:
@@ -218,7 +218,7 @@ def starts_like_safetensors(head: bytes, file_size: int) -> bool:
     return head[8:9] == b"{" and header_size <= file_size - 8
 
 
-def read_safetensors(path: pathlib.Path, key: str | None) -> dict[str, np.ndarray]:
+def _read_safetensors(path: pathlib.Path, key: str | None) -> dict[str, np.ndarray]:
     """Return the arrays of a safetensors file by name, without the prefixes of wrappers.
 
     Args:
@@ -234,12 +234,12 @@ def read_safetensors(path: pathlib.Path, key: str | None) -> dict[str, np.ndarra
     except (safetensors.SafetensorError, ValueError, OverflowError) as error:
         raise ValueError(f"it is no intact safetensors file ({shown(error)})") from None
     if key is not None:
-        found = below(entries, key)
+        found = _below(entries, key)
         if not found:
             beginnings = dict.fromkeys(name.partition(".")[0] for name in entries)
             raise ValueError(f"it holds no {shown(key)}; its names begin with {listed(beginnings)}")
         entries = found
-    return {name: _array(name, entry) for name, entry in unwrapped(entries).items()}
+    return {name: _array(name, entry) for name, entry in _unwrapped(entries).items()}
 
 
 def _array(name: str, entry: Mapping[str, Any]) -> np.ndarray:
@@ -262,7 +262,7 @@ def _typed(elements: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return words.astype(f"=u{dtype.itemsize}", copy=False).view(dtype)
 
 
-def elements_of(data: bytes, dtype: np.dtype, order: str) -> np.ndarray:
+def _elements_of(data: bytes, dtype: np.dtype, order: str) -> np.ndarray:
     """Return the elements of a storage.
 
     Args:
@@ -277,7 +277,7 @@ def elements_of(data: bytes, dtype: np.dtype, order: str) -> np.ndarray:
     return words.astype(given.newbyteorder("="), copy=False).view(dtype)
 
 
-def view_of(tensor: Tensor, elements: np.ndarray) -> np.ndarray:
+def _view_of(tensor: Tensor, elements: np.ndarray) -> np.ndarray:
     """Return a tensor as a read-only view of the elements of its storage."""
     if 0 in tensor.shape:
         return np.empty(tensor.shape, elements.dtype)
@@ -304,7 +304,7 @@ _DAMAGES = (
 )
 
 
-def read_torch_archive(path: pathlib.Path, key: str | None) -> dict[str, np.ndarray]:
+def _read_torch_archive(path: pathlib.Path, key: str | None) -> dict[str, np.ndarray]:
     """Return the state dict of a zip file that torch.save wrote.
 
     Args:
@@ -332,14 +332,14 @@ def _read(archive: zipfile.ZipFile, file_size: int, key: str | None) -> dict[str
         order = archive.read(entries["byteorder"]).decode("ascii", "replace")
         if order not in ("little", "big"):
             raise ValueError(f"its byte order is {shown(order)}, neither 'little' nor 'big'")
-    tensors = state_dict_of(read_pickle(archive.read(entries["data.pkl"])).content, key)
+    tensors = _state_dict_of(read_pickle(archive.read(entries["data.pkl"])).content, key)
     storages: dict[Storage, np.ndarray] = {}
     for tensor in tensors.values():
         storage = tensor.storage
         if storage not in storages:
             entry = _entry_of(storage, entries)
-            storages[storage] = elements_of(archive.read(entry), storage.dtype, order)
-    return {name: view_of(tensor, storages[tensor.storage]) for name, tensor in tensors.items()}
+            storages[storage] = _elements_of(archive.read(entry), storage.dtype, order)
+    return {name: _view_of(tensor, storages[tensor.storage]) for name, tensor in tensors.items()}
 
 
 def _entries(archive: zipfile.ZipFile, file_size: int) -> dict[str, zipfile.ZipInfo]:
@@ -397,7 +397,7 @@ _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
 
 
-def read_torch_legacy(path: pathlib.Path, key: str | None) -> dict[str, np.ndarray]:
+def _read_torch_legacy(path: pathlib.Path, key: str | None) -> dict[str, np.ndarray]:
     """Return the state dict of a file that torch.save wrote before version 1.6.
 
     The file has five pickles (a magic number, the version of the protocol, facts about the machine,
@@ -428,9 +428,9 @@ def read_torch_legacy(path: pathlib.Path, key: str | None) -> dict[str, np.ndarr
         content = read_pickle(file, machine.end)
         keys = read_pickle(file, content.end)
         storages = _in_order(content.storages, keys.content)
-        tensors = state_dict_of(content.content, key)
+        tensors = _state_dict_of(content.content, key)
         arrays = _arrays(file, keys.end, storages, tensors, order)
-    return {name: view_of(tensor, arrays[tensor.storage]) for name, tensor in tensors.items()}
+    return {name: _view_of(tensor, arrays[tensor.storage]) for name, tensor in tensors.items()}
 
 
 def _in_order(storages: Mapping[str, Storage], keys: Any) -> list[Storage]:
@@ -463,7 +463,7 @@ def _arrays(
             )
         if storage.key in needed:
             typed = needed[storage.key]
-            arrays[typed] = elements_of(file[start : start + size], typed.dtype, order)
+            arrays[typed] = _elements_of(file[start : start + size], typed.dtype, order)
         start += size
     return arrays
 
@@ -510,11 +510,11 @@ def load_torch(path: str | os.PathLike[str], *, key: str | None = None) -> dict[
     size = path.stat().st_size
     try:
         if head.startswith(_ZIP):
-            return read_torch_archive(path, key)
-        if starts_like_safetensors(head, size) or path.suffix == ".safetensors":
-            return read_safetensors(path, key)
+            return _read_torch_archive(path, key)
+        if _starts_like_safetensors(head, size) or path.suffix == ".safetensors":
+            return _read_safetensors(path, key)
         if head.startswith(_PICKLES):
-            return read_torch_legacy(path, key)
+            return _read_torch_legacy(path, key)
     except ValueError as error:
         raise ValueError(f"{path} cannot be read: {error}.") from None
     if head.startswith(b"version https://"):

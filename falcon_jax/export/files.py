@@ -11,6 +11,25 @@ from typing import Any
 
 from falcon_jax.paths import user_path
 
+# What a file of each format is called beside a stored model; of the Hub, a folder.
+FORMATS: Mapping[str, str] = MappingProxyType(
+    {
+        "onnx": "model.onnx",
+        "int8": "model.int8.onnx",
+        "stablehlo": "model.stablehlo",
+        "tflite": "model.tflite",
+        "safetensors": "model.safetensors",
+        "hub": "hub",
+    }
+)
+_PACKAGES: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "onnx": (("onnx", "export"),),
+    "int8": (("onnx", "export"), ("onnxruntime.quantization", "export")),
+    "stablehlo": (("flatbuffers", "export"),),
+    "tflite": (("litert_converter.converter_api_ext", "tflite"),),
+    "hub": (("huggingface_hub", "hub"),),
+}
+
 
 def optional(module: str, what: str, extra: str) -> Any:
     """Import a package of an optional extra.
@@ -30,26 +49,6 @@ def optional(module: str, what: str, extra: str) -> Any:
         raise ImportError(
             f'{what} needs {package} ({error}): pip install "falcon-jax[{extra}]"'
         ) from None
-
-
-# What a file of each format is called beside a stored model; of the Hub, a folder.
-FORMATS: Mapping[str, str] = MappingProxyType(
-    {
-        "onnx": "model.onnx",
-        "int8": "model.int8.onnx",
-        "stablehlo": "model.stablehlo",
-        "tflite": "model.tflite",
-        "safetensors": "model.safetensors",
-        "hub": "hub",
-    }
-)
-_PACKAGES: Mapping[str, tuple[tuple[str, str], ...]] = {
-    "onnx": (("onnx", "export"),),
-    "int8": (("onnx", "export"), ("onnxruntime.quantization", "export")),
-    "stablehlo": (("flatbuffers", "export"),),
-    "tflite": (("litert_converter.converter_api_ext", "tflite"),),
-    "hub": (("huggingface_hub", "hub"),),
-}
 
 
 def require_packages(formats: Iterable[str]) -> None:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.experimental.xla_metadata import set_xla_metadata
 
-from falcon_jax.export.graph import OpenShapes, UnmappedError, axes_of, open_shapes
+from falcon_jax.export.graph import OpenShapes, axes_of, open_shapes
 from falcon_jax.frameworks.interface import Model, framework_of
 from falcon_jax.frameworks.layers import Inputs, array_leaves
 from falcon_jax.ops.choice import canonical_forms
@@ -116,8 +116,6 @@ def with_open_sizes(
             shapes = open_shapes(inputs, names, bounded=bounded)
             try:
                 return make(shapes), shapes, fixed
-            except UnmappedError:
-                raise
             except Exception as error:  # of anything that a model does with a size that is open
                 if not shapes.names:
                     raise inputs.refused_by(model, error) from error

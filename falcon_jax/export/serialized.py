@@ -19,6 +19,7 @@ from falcon_jax.ops.choice import canonical_forms
 from falcon_jax.wording import reason
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+SIGNATURE = "serving_default"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,7 @@ def stablehlo(
     file = writable(path)
     optional("flatbuffers", "export to StableHLO", "export")
     inputs = Inputs.of(sample)
-    function = inference(with_folded_norms(model, inputs))
+    function = inference(_with_folded_norms(model, inputs))
 
     def exported(shapes: OpenShapes) -> export.Exported:
         def forward(*arrays: Any) -> Any:
@@ -113,14 +114,11 @@ def stablehlo(
     )
 
 
-def with_folded_norms(model: Any, inputs: Inputs) -> Any:
+def _with_folded_norms(model: Any, inputs: Inputs) -> Any:
     """Return a model whose convolutions do the work of the BatchNorms after them."""
     if isinstance(model, Model):
         return fold_batchnorm(model, inputs)
     return model
-
-
-SIGNATURE = "serving_default"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,7 +169,7 @@ def tflite(model: Any, sample: Any, path: str | os.PathLike[str]) -> TfliteFile:
     ir: Any = optional("litert_converter.mlir.ir", what, "tflite")
     passes: Any = optional("litert_converter.mlir.passmanager", what, "tflite")
     inputs = Inputs.of(sample).shapes
-    function = inference(with_folded_norms(model, inputs))
+    function = inference(_with_folded_norms(model, inputs))
     structure: list[Any] = []
 
     def forward(*arrays: Any) -> Any:

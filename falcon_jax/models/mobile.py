@@ -59,9 +59,9 @@ class BranchUnit(nnx.Module):
         dtype: Dtype | None = None,
         rngs: nnx.Rngs,
     ):
-        half = half_of(in_features, out_features, "branch unit")
+        half = _half_of(in_features, out_features, "branch unit")
         self.left = nnx.data(None)
-        passes = passes_half(in_features, out_features, strides)
+        passes = _passes_half(in_features, out_features, strides)
         if not passes:
             self.left = inner(
                 in_features, half, strides=strides, activate=True, dtype=dtype, rngs=rngs
@@ -77,7 +77,7 @@ class BranchUnit(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w m"]) -> Float[Array, "b h_out w_out n"]:
         """Apply the unit to a batch of feature maps."""
-        return in_two_branches(x, self.left, self.right)
+        return _in_two_branches(x, self.left, self.right)
 
 
 def branch_unit(method: Method | None = None) -> UnitFactory:
@@ -112,7 +112,7 @@ def branch_unit(method: Method | None = None) -> UnitFactory:
     return unit
 
 
-def half_of(in_features: int, out_features: int, name: str) -> int:
+def _half_of(in_features: int, out_features: int, name: str) -> int:
     """Return half of the output channels.
 
     Args:
@@ -132,12 +132,12 @@ def half_of(in_features: int, out_features: int, name: str) -> int:
     return out_features // 2
 
 
-def passes_half(in_features: int, out_features: int, strides: int) -> bool:
+def _passes_half(in_features: int, out_features: int, strides: int) -> bool:
     """Say whether half of the input can pass as it is: neither channels nor stride change."""
     return in_features == out_features and strides == 1
 
 
-def in_two_branches(
+def _in_two_branches(
     x: Float[Array, "b h w m"], left: nnx.Module | None, right: nnx.Module
 ) -> Float[Array, "b h_out w_out n"]:
     """Apply two branches side by side and shuffle what they give.
@@ -291,8 +291,8 @@ class PDPSplitUnit(nnx.Module):
         dtype: Dtype | None = None,
         rngs: nnx.Rngs,
     ):
-        half = half_of(in_features, out_features, "PDPConv-split")
-        passes = passes_half(in_features, out_features, strides)
+        half = _half_of(in_features, out_features, "PDPConv-split")
+        passes = _passes_half(in_features, out_features, strides)
         m = half if passes else in_features
         self.left = nnx.data(None)
         if not passes:
@@ -307,7 +307,7 @@ class PDPSplitUnit(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w m"]) -> Float[Array, "b h_out w_out n"]:
         """Apply the unit to a batch of feature maps."""
-        return in_two_branches(x, self.left, self.right)
+        return _in_two_branches(x, self.left, self.right)
 
 
 def pdp_split_unit(
@@ -378,7 +378,7 @@ class GDGUnit(nnx.Module):
         self.adds = in_features == out_features
         last = out_features if self.adds else out_features - in_features
         inner = last // _BOTTLENECK
-        _check(in_features, out_features, inner, last, groups)
+        _check_groups(in_features, out_features, inner, last, groups)
         compress = pointwise(
             in_features, inner, groups=groups, use_bias=True, dtype=dtype, rngs=rngs
         )
@@ -441,7 +441,7 @@ def gdg_unit(groups: int = 2) -> UnitFactory:
     return unit
 
 
-def _check(in_features: int, out_features: int, inner: int, last: int, groups: int) -> None:
+def _check_groups(in_features: int, out_features: int, inner: int, last: int, groups: int) -> None:
     layer = f"GDGConv from {in_features} to {out_features} channels"
     if last < _BOTTLENECK:
         raise ValueError(

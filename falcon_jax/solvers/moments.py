@@ -9,6 +9,8 @@ import numpy as np
 import scipy.linalg
 from jaxtyping import Array, Float
 
+RIDGE = 1e-4  # of the mean eigenvalue of C
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
@@ -74,9 +76,6 @@ class Moments:
             cross=self.cross + x[:, :, None] * y[:, None],
             variance=self.variance + y * y,
         )
-
-
-RIDGE = 1e-4  # of the mean eigenvalue of C
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
