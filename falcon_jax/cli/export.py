@@ -5,8 +5,7 @@ from typing import Any
 
 from falcon_jax.cli.data import add_data_options, load_data, training_inputs
 from falcon_jax.export.files import FORMATS, require_packages, writable
-from falcon_jax.export.graph import AXES
-from falcon_jax.export.inference import AUTO
+from falcon_jax.export.inference import AUTO, AXES
 from falcon_jax.export.onnx_file import OPSET
 from falcon_jax.export.stored import export_stored
 from falcon_jax.paths import user_path

@@ -15,10 +15,17 @@ from falcon_jax.export import elementwise as _elementwise  # noqa: F401  # its r
 from falcon_jax.export import shapes as _shapes  # noqa: F401
 from falcon_jax.export import windows as _windows  # noqa: F401
 from falcon_jax.export.files import optional, writable, writing
-from falcon_jax.export.graph import Graph, Shape, Tensor, UnmappedError, is_open, shown_shape
+from falcon_jax.export.graph import (
+    Graph,
+    Shape,
+    Tensor,
+    UnmappedError,
+    is_open,
+    shown_shape,
+    simplify,
+)
 from falcon_jax.export.inference import AUTO, Traced, trace_inference
 from falcon_jax.export.lowering import lower
-from falcon_jax.export.simplify import simplify
 from falcon_jax.frameworks.layers import Inputs
 from falcon_jax.settings import is_whole, no_such
 

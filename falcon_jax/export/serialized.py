@@ -11,8 +11,15 @@ from jax import export
 
 from falcon_jax.compression.batchnorm import fold_batchnorm
 from falcon_jax.export.files import optional, writable, writing
-from falcon_jax.export.graph import OpenShapes, Shape, shown_shape
-from falcon_jax.export.inference import AUTO, inference, input_names, output_names, with_open_sizes
+from falcon_jax.export.graph import Shape, shown_shape
+from falcon_jax.export.inference import (
+    AUTO,
+    OpenShapes,
+    inference,
+    input_names,
+    output_names,
+    with_open_sizes,
+)
 from falcon_jax.frameworks.interface import Model
 from falcon_jax.frameworks.layers import Inputs
 from falcon_jax.ops.choice import canonical_forms
