@@ -27,12 +27,17 @@ NARROW = {
     "resnet20_cifar": {"width": 0.5},
     "resnet18": {"width": 0.125, "num_classes": 10},
 }
+
+
+def slow(*values):
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 METHODS = (
-    fj.Falcon(),
+    *slow(fj.Falcon(), fj.DepthwiseSeparable(rank=2)),
     fj.Falcon(rank=2),
     fj.Falcon(impl="gep"),
     fj.DepthwiseSeparable(),
-    fj.DepthwiseSeparable(rank=2),
     fj.Decoupled(terms=2),
     fj.Tucker(rank=3),
     fj.CP(rank=3),
@@ -70,7 +75,16 @@ def between(path):
     return [node.op_type for node in onnx.load(path).graph.node]
 
 
-@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vgg16_cifar",
+        "resnet18_cifar",
+        "resnet20_cifar",
+        "resnet18",
+        *slow("vgg8_cifar", "vgg19_cifar", "resnet34_cifar"),  # more of the same stages
+    ],
+)
 def test_networks(tmp_path, name):
     model = evaluating(MODELS[name](rngs=nnx.Rngs(0), **NARROW[name]))
     others = [(images(1, 32, 48, 3),)]
@@ -149,7 +163,9 @@ def test_ranks_are_wide_convolutions_and_depthwise_ones(tmp_path):
 
 
 @pytest.mark.parametrize("padding", ["SAME", "VALID", "CIRCULAR", "REFLECT", ((2, 0), (0, 1))])
-@pytest.mark.parametrize("method", [fj.Falcon(rank=2), fj.DepthwiseSeparable(), fj.CP(rank=2)])
+@pytest.mark.parametrize(
+    "method", [fj.Falcon(rank=2), *slow(fj.DepthwiseSeparable(), fj.CP(rank=2))]
+)
 def test_geometries(tmp_path, method, padding):
     spec = fj.ConvSpec(
         kernel_size=(3, 2), in_features=4, out_features=6, strides=(2, 1), padding=padding

@@ -52,7 +52,7 @@ def test_everything_but_the_kernels_is_carried_over(network):
         np.testing.assert_array_equal(old[name], new[name])
 
 
-@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("rank", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_init_tree_and_counts_are_those_of_the_plan(network, rank):
     module, variables = network
     plan = fj.make_plan(module.bind(variables), [fj.Rule(method=fj.Falcon(rank=rank))], inputs())

@@ -89,21 +89,31 @@ def concrete(sizes):
     return [{"b": 2, "h": 5, "w": 7, "2*h": 10}.get(n) or int(n) for n in sizes.split(", ")]
 
 
-def test_every_registered_method_is_here():
-    assert {method.name for method in METHODS} == set(fj.method_names())
-
-
-@pytest.mark.parametrize("method", METHODS, ids=str)
-@pytest.mark.parametrize(
-    ("sizes", "geometries"), [("b, h, w", list(GEOMETRIES)), *((s, ["strides"]) for s in OTHERS)]
-)
-def test_export_with_symbolic_sizes(method, sizes, geometries):
+def check_export(method, sizes, *geometries):
     for geometry in (GEOMETRIES[name] for name in geometries):
         params, function = compressed("nnx", method, **geometry)
         like = jax.ShapeDtypeStruct(export.symbolic_shape(f"{sizes}, 6"), jnp.float32)
         exported = export.export(jax.jit(lambda x, p=params, f=function: f(p, x)))(like)
         x = drawn(*concrete(sizes), 6)
         assert_near(exported.call(x), function(params, x))
+
+
+def test_every_registered_method_is_here():
+    assert {method.name for method in METHODS} == set(fj.method_names())
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_export_with_symbolic_sizes(method):
+    check_export(method, "b, h, w", "strides")
+
+
+@pytest.mark.parametrize("method", EVERY, ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "geometries"),
+    [("b, h, w", sorted(set(GEOMETRIES) - {"strides"})), *((s, ["strides"]) for s in OTHERS)],
+)
+def test_export_with_symbolic_sizes_of_every_geometry(method, sizes, geometries):
+    check_export(method, sizes, *geometries)
 
 
 @pytest.mark.parametrize("method", OF_OUR_OWN, ids=str)
@@ -199,8 +209,15 @@ def test_strict_promotion_and_no_transfer(method, framework):
             assert function(params, x).dtype == (dtype or jnp.float32)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
-@pytest.mark.parametrize("framework", ["nnx", "linen"])
+@pytest.mark.parametrize(
+    ("framework", "method"),
+    [
+        *(("nnx", method) for method in METHODS),
+        ("linen", METHODS[0]),
+        *(pytest.param("linen", method, marks=pytest.mark.slow) for method in METHODS[1:]),
+    ],
+    ids=str,
+)
 def test_no_transfer_outside_of_jit(method, framework):
     """Nor in what eager transformations call: constants belong to the layer's program."""
     x = drawn(2, 9, 8, 6)
