@@ -90,6 +90,11 @@ def test_layers_in_loops_count_every_time(network):
         assert rows["table_left"].mult_adds == 2 * 64 * (9 * 16 + 4)
 
 
+@pytest.mark.parametrize(
+    "network",
+    ["lifted", *(pytest.param(name, marks=pytest.mark.slow) for name in ("setup", "compact"))],
+    indirect=True,
+)
 def test_training_with_batch_statistics_lowers_the_loss(network):
     module, variables = network
     plan = fj.make_plan(module.bind(variables), [fj.Rule(method=fj.Falcon())], inputs())
