@@ -16,14 +16,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(__file__).parents[1] / ".xla_cache")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
-import gc
-
 import jax
 import jaxtyping
 import pytest
-
-# Tracing makes and drops millions of small objects, few of them in cycles.
-gc.set_threshold(100_000, 20, 20)
 
 
 @pytest.fixture(scope="module")
