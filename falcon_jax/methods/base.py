@@ -17,6 +17,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from falcon_jax.ops.canonical import is_canonical
 from falcon_jax.ops.geometry import ConvSpec
 from falcon_jax.solvers.alternating import MANY_SWEEPS, SMALL, SMALL_TOLERANCE, STARTS, alternate
 from falcon_jax.solvers.moments import Moments, Quadratic, dense_kernel, quadratics
@@ -446,8 +447,22 @@ def apply_method(
     names = tuple(params)
     x, bias, *values = promote_dtype((inputs, bias, *params.values()), dtype=dtype)
     promoted = {n: jnp.asarray(v) for n, v in zip(names, values, strict=True)}
-    y = method.apply(promoted, jnp.asarray(x), spec, precision=precision)
+    y = _compiled(method, spec, precision, is_canonical(), promoted, jnp.asarray(x))
     return y if bias is None else y + jnp.broadcast_to(bias, y.shape)
+
+
+# As one program outside of jit, too, as a convolution is: its constants are part of it, and no
+# transfer that a guard forbids.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
+def _compiled(
+    method: Method,
+    spec: ConvSpec,
+    precision: lax.PrecisionLike,
+    canonical: bool,  # what is traced depends on it
+    params: Params,
+    x: Array,
+) -> Array:
+    return method.apply(params, x, spec, precision=precision)
 
 
 def _supported(function: Callable[..., Params]) -> Callable[..., Params]:
