@@ -9,14 +9,13 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from absl import flags
 from ml_collections import config_flags
 
 from falcon_jax.paths import user_path
-from falcon_jax.training.config import Experiment, check_config, check_override
+from falcon_jax.training.config import ExperimentConfig, check_config, check_override
 from falcon_jax.training.devices import MODES, Peers, launched, start_distributed
 from falcon_jax.training.experiment import run_experiment
 from falcon_jax.training.interruption import (
@@ -46,13 +45,13 @@ def main(arguments: Sequence[str]) -> int:
         early and can go on, 4 after numbers that went bad.
     """
     try:
-        experiment, workdir, config, peers = read_flags(arguments)
+        config, workdir, peers = read_flags(arguments)
         if peers.several and not watched():
             return watch(sys.orig_argv)
         start_distributed(peers)
         joined()
         with Interruption() as interruption:
-            _, table = run_experiment(experiment, workdir, config, interruption)
+            _, table = run_experiment(config, workdir, interruption)
     except Stopped as stopped:
         print(f"train.py: {shown(stopped, 1000)}", file=sys.stderr)
         return STOPPED
@@ -70,16 +69,14 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def read_flags(
-    arguments: Sequence[str],
-) -> tuple[Experiment, pathlib.Path, dict[str, Any], Peers]:
+def read_flags(arguments: Sequence[str]) -> tuple[ExperimentConfig, pathlib.Path, Peers]:
     """Read the command line and the config file that it names.
 
     Args:
         arguments: the program's name and its flags.
 
     Returns:
-        The experiment, the folder to work in, the config as plain data and the other processes.
+        The config, the folder to work in and the other processes.
 
     Raises:
         ValueError: if something about them is wrong.
@@ -126,7 +123,7 @@ def read_flags(
         raise ValueError(f"unexpected argument {unknown[0]!r}")
     if config.value is None or workdir.value is None:
         raise ValueError("give --config=FILE and --workdir=FOLDER")
-    experiment = check_config(config.value)
+    checked = check_config(config.value)
     peers = Peers(
         mode=mode.value,
         coordinator=coordinator.value,
@@ -134,7 +131,7 @@ def read_flags(
         process=process.value,
         launched=launched(),
     )
-    return experiment, user_path(workdir.value), config.value.to_dict(), peers
+    return checked, user_path(workdir.value), peers
 
 
 def _with_home(before: str, argument: str) -> str:

@@ -10,6 +10,7 @@ weights where it cannot. The same command again goes on where it was interrupted
 
 import argparse
 import csv
+import dataclasses
 import json
 import math
 import pathlib
@@ -18,8 +19,6 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-from ml_collections import ConfigDict
 
 import train
 from falcon_jax.report.machine import describe_machine
@@ -31,7 +30,7 @@ from falcon_jax.report.table import (
     format_table,
     write_csv,
 )
-from falcon_jax.training.config import check_config
+from falcon_jax.training.config import ExperimentConfig
 from falcon_jax.training.experiment import run_experiment
 
 PAPER = pathlib.Path(__file__).with_name("paper_tables.csv")
@@ -92,7 +91,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         if options.seeds < 1:
             raise ValueError(f"--seeds is at least 1; got {options.seeds}")
-        _, workdir, config, _ = train.read_flags([arguments[0], *rest])
+        config, workdir, _ = train.read_flags([arguments[0], *rest])
         runs = [_run(config, workdir, seed) for seed in range(options.seeds)]
     except FloatingPointError as error:
         return train.fail(error, train.BAD_NUMBERS)
@@ -106,19 +105,19 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _run(config: Mapping[str, Any], workdir: pathlib.Path, seed: int) -> list[dict[str, Any]]:
+def _run(config: ExperimentConfig, workdir: pathlib.Path, seed: int) -> list[dict[str, Any]]:
     """Return the rows of one seed; the first trains the standard model for all."""
-    changed: Any = ConfigDict(dict(config))
-    changed.seed += seed
+    changed = dataclasses.replace(config, seed=config.seed + seed)
     if seed:
-        changed.compression.start = str(workdir / "seed_0")
+        start = dataclasses.replace(config.compression, start=str(workdir / "seed_0"))
+        changed = dataclasses.replace(changed, compression=start)
     print(f"seed {seed}", file=sys.stderr)
-    rows, _ = run_experiment(check_config(changed), workdir / f"seed_{seed}", changed.to_dict())
+    rows, _ = run_experiment(changed, workdir / f"seed_{seed}")
     return rows
 
 
 def _summary(
-    runs: Sequence[Sequence[Mapping[str, Any]]], config: Mapping[str, Any]
+    runs: Sequence[Sequence[Mapping[str, Any]]], config: ExperimentConfig
 ) -> list[dict[str, Any]]:
     """Return a row a model: mean and standard deviation over the seeds, and the paper's cells."""
     rows = []
@@ -147,9 +146,9 @@ def _summary(
     return rows
 
 
-def _paper_cells(label: str, config: Mapping[str, Any]) -> dict[str, float | None]:
-    model = PAPER_MODEL.get(config["model"]["name"])
-    data = PAPER_DATA.get(config["data"]["name"])
+def _paper_cells(label: str, config: ExperimentConfig) -> dict[str, float | None]:
+    model = PAPER_MODEL.get(config.model.name)
+    data = PAPER_DATA.get(config.data.name)
     with PAPER.open(newline="") as file:
         for cell in csv.DictReader(file):
             if (cell["model"], cell["dataset"]) == (model, data) and _is(label, cell["method"]):

@@ -26,10 +26,10 @@ from falcon_jax.report.machine import describe_machine
 from falcon_jax.report.table import Column, format_table, write_json
 from falcon_jax.storage.directories import array_digest, check_manifest, write_manifest
 from falcon_jax.training.checkpoints import Checkpoints
+from falcon_jax.training.config import TrainConfig
 from falcon_jax.training.devices import data_mesh, replicate
 from falcon_jax.training.network import Network
 from falcon_jax.training.optimizers import make_optimizer
-from falcon_jax.training.run import TrainSettings
 from falcon_jax.training.step import TrainState, init_state
 
 
@@ -121,7 +121,7 @@ def digest_cost(folder: pathlib.Path) -> dict[str, Any]:
 def _state(build: Callable[..., nnx.Module], *, seed: int) -> TrainState:
     network, params, statistics = Network.split(build(rngs=nnx.Rngs(seed)))
     del network
-    state = init_state(params, statistics, make_optimizer(TrainSettings(), 10))
+    state = init_state(params, statistics, make_optimizer(TrainConfig(), 10))
     leaves, structure = jax.tree.flatten(state)
     leaves[0] = jax.numpy.asarray(seed, jax.numpy.int32)
     return replicate(jax.tree.unflatten(structure, leaves), data_mesh())

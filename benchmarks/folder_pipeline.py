@@ -24,7 +24,7 @@ from PIL import Image
 from falcon_jax.data.batching import train_batches
 from falcon_jax.data.dataset import AnySplit
 from falcon_jax.data.fake import make_image_folder
-from falcon_jax.data.loading import load_dataset
+from falcon_jax.data.loading import DataConfig, load_dataset
 from falcon_jax.report.machine import describe_machine
 from falcon_jax.report.table import Column, format_ratio, format_table, write_json
 
@@ -78,11 +78,13 @@ def random_box(random: np.random.Generator, width: int, height: int) -> tuple[in
 
 def load(folder: Path, workers: int) -> AnySplit:
     return load_dataset(
-        "folder",
-        data_dir=str(folder),
-        image_size=IMAGE_SIZE,
-        workers=workers,
-        validation_fraction=0.0,
+        DataConfig(
+            source="folder",
+            data_dir=str(folder),
+            image_size=IMAGE_SIZE,
+            workers=workers,
+            validation_fraction=0.0,
+        )
     ).train
 
 

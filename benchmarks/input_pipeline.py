@@ -25,9 +25,9 @@ from falcon_jax.data.dataset import Split, channel_statistics
 from falcon_jax.data.fake import make_fake
 from falcon_jax.report.machine import describe_machine
 from falcon_jax.report.table import Column, format_ratio, format_table, write_json
+from falcon_jax.training.config import TrainConfig
 from falcon_jax.training.network import Network
 from falcon_jax.training.optimizers import make_optimizer
-from falcon_jax.training.run import TrainSettings
 from falcon_jax.training.step import Preprocessing, init_state, make_train_step
 
 AUGMENTATION = Augmentation(crop_padding=4, flip=True)
@@ -70,7 +70,7 @@ def step_images_per_s(split: Split, batch_size: int, *, repeats: int) -> float:
         rngs=nnx.Rngs(0),
     )
     network, params, statistics_ = Network.split(model)
-    optimizer = make_optimizer(TrainSettings(), 100)
+    optimizer = make_optimizer(TrainConfig(), 100)
     step = make_train_step(
         network,
         optimizer,

@@ -84,32 +84,32 @@ def _work(devices: int, parallel: str) -> dict[str, Any]:
     import jax
     from flax import nnx
 
-    from falcon_jax.data import load_dataset, train_batches
+    from falcon_jax.data import DataConfig, load_dataset, train_batches
     from falcon_jax.models import vgg8_cifar
+    from falcon_jax.training.config import TrainConfig
     from falcon_jax.training.devices import data_mesh, replicate
-    from falcon_jax.training.execution import ParallelSettings, make_execution
     from falcon_jax.training.network import Network
     from falcon_jax.training.optimizers import make_optimizer
-    from falcon_jax.training.run import TrainSettings
+    from falcon_jax.training.parallel import make_parallel_step
     from falcon_jax.training.step import Preprocessing, init_state
 
     if jax.device_count() != devices:
         raise SystemExit(f"there are {jax.device_count()} devices, not {devices}")
-    dataset = load_dataset("digits")
+    dataset = load_dataset(DataConfig(source="digits"))
     model = vgg8_cifar(num_classes=10, in_features=1, rngs=nnx.Rngs(0))
-    settings = TrainSettings(learning_rate=0.05)
-    optimizer = make_optimizer(settings, 1000)
+    optimizer = make_optimizer(TrainConfig(learning_rate=0.05), 1000)
     network, params, statistics = Network.split(model)
     mesh = data_mesh()
-    execution = make_execution(
+    step = make_parallel_step(
         network,
         optimizer,
         Preprocessing(mean=dataset.mean, std=dataset.std),
-        ParallelSettings(parallel=parallel),
         mesh,
+        parallel=parallel,
+        batchnorm="synchronised",
         label_smoothing=0.0,
     )
-    state = execution.place(replicate(init_state(params, statistics, optimizer), mesh))
+    state = step.place(replicate(init_state(params, statistics, optimizer), mesh))
     stop = np.zeros(BATCH, np.float32)
     batches = [
         {"image": batch["image"], "label": batch["label"], "stop": stop}
@@ -117,12 +117,12 @@ def _work(devices: int, parallel: str) -> dict[str, Any]:
     ]
     key = jax.random.key(0)
     for batch in batches[:STEPS]:
-        state, _ = execution.step(state, batch, key)
-    params = jax.device_get(execution.gather(state).params)
-    state = execution.place(execution.gather(state))
+        state, _ = step(state, batch, key)
+    params = jax.device_get(step.gather(state).params)
+    state = step.place(step.gather(state))
     start = time.perf_counter()
     for batch in batches[STEPS : STEPS + TIMED_STEPS]:
-        state, _ = execution.step(state, batch, key)
+        state, _ = step(state, batch, key)
     jax.block_until_ready(state.step)
     seconds = time.perf_counter() - start
     return {

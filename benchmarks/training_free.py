@@ -13,6 +13,7 @@ alone and to data. OUT gets one table (text, CSV, JSON) and two plots.
 
 import argparse
 import collections
+import dataclasses
 import json
 import pathlib
 import sys
@@ -20,7 +21,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
-from ml_collections import ConfigDict
 
 import falcon_jax as fj
 import train
@@ -36,8 +36,7 @@ from falcon_jax.report.table import (
     format_table,
     write_csv,
 )
-from falcon_jax.training.config import check_config
-from falcon_jax.training.experiment import Setting, begin, trained_model
+from falcon_jax.training.experiment import Workspace, begin, trained_model
 from falcon_jax.training.network import Network
 
 COLUMNS = (
@@ -109,11 +108,11 @@ def main(arguments: Sequence[str]) -> int:
             parser.error(f"{rest[0]} is for --network=digits")
         return _read_text(parser, options, command)
     try:
-        _, workdir, config, _ = train.read_flags([arguments[0], *rest])
-        alone: Any = ConfigDict(dict(config))
-        alone.compression.variants = {}
-        with begin(check_config(alone), workdir, alone.to_dict()) as setting:
-            rows = list(measured(setting))
+        config, workdir, _ = train.read_flags([arguments[0], *rest])
+        nothing = dataclasses.replace(config.compression, variants={})
+        alone = dataclasses.replace(config, compression=nothing)
+        with begin(alone, workdir) as workspace:
+            rows = list(measured(workspace))
     except FloatingPointError as error:
         return train.fail(error, train.BAD_NUMBERS)
     except (ValueError, OSError, ImportError) as error:
@@ -152,43 +151,45 @@ def _read_text(parser: argparse.ArgumentParser, options: argparse.Namespace, com
     return 0
 
 
-def measured(setting: Setting) -> Iterator[dict[str, Any]]:
+def measured(workspace: Workspace) -> Iterator[dict[str, Any]]:
     """Yield a row for the standard model and for every method and setting."""
-    model = trained_model(setting)
+    model = trained_model(workspace)
     model.eval()
-    sample = setting.sample(1)
-    experiment = setting.experiment
-    batches = list(setting.inputs(experiment.finetune, experiment.calibration_batches))
-    stays = _rules_of(setting)
-    yield _row(setting, "standard", "", "", model)
+    sample = workspace.sample(1)
+    config = workspace.config
+    batches = list(workspace.inputs(config.finetune, config.compression.calibration_batches))
+    stays = _rules_of(workspace)
+    yield _row(workspace, "standard", "", "", model)
     folded = fj.fold_batchnorm(model, sample)
     for name, methods in {"FALCON": FALCON, **FOLDED}.items():
         for label, method in methods:
             plan = fj.make_plan(folded, [*stays, fj.Rule(method=method)], sample)
             small = fj.compress(folded, plan)
-            yield _row(setting, name, label, "kernel", small)
-            yield _row(setting, name, label, "data", fj.calibrate(folded, small, plan, batches))
+            yield _row(workspace, name, label, "kernel", small)
+            yield _row(workspace, name, label, "data", fj.calibrate(folded, small, plan, batches))
 
 
-def _rules_of(setting: Setting) -> list[fj.Rule]:
+def _rules_of(workspace: Workspace) -> list[fj.Rule]:
     return [
         fj.Rule(path=path, method=None)
-        for path, other in setting.config["compression"]["rules"]
+        for path, other in workspace.config.compression.rules
         if other is None
     ]
 
 
-def _row(setting: Setting, method: str, label: str, fit: str, model: nnx.Module) -> dict[str, Any]:
+def _row(
+    workspace: Workspace, method: str, label: str, fit: str, model: nnx.Module
+) -> dict[str, Any]:
     network, params, statistics = Network.split(model)
-    cost = fj.profile(model, setting.sample(1))
-    settings = setting.experiment.finetune
+    cost = fj.profile(model, workspace.sample(1))
+    recipe = workspace.config.finetune
     return {
         "method": method,
         "setting": label,
         "fit": fit,
         "params": cost.params,
         "mult_adds": cost.mult_adds,
-        "accuracy": setting.test_accuracy(network, params, statistics, settings),
+        "accuracy": workspace.test_accuracy(network, params, statistics, recipe),
     }
 
 

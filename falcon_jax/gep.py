@@ -61,6 +61,9 @@ def falcon_kernel(
 
     Reference:
         FALCON, Theorem 1 (k = 1) and Definition 3.
+
+    >>> falcon_kernel(jnp.ones((3, 3, 2, 8)), jnp.ones((4, 2, 8))).shape
+    (3, 3, 4, 8)
     """
     depthwise, pointwise = jnp.asarray(depthwise), jnp.asarray(pointwise)
     if depthwise.ndim < 2 or pointwise.ndim != 3 or depthwise.shape[-2:] != pointwise.shape[1:]:
@@ -94,6 +97,9 @@ def separable_kernel(
 
     Reference:
         FALCON, Theorem 2.
+
+    >>> separable_kernel(jnp.ones((3, 3, 4, 2)), jnp.ones((4, 2, 8))).shape
+    (3, 3, 4, 8)
     """
     depthwise, pointwise = jnp.asarray(depthwise), jnp.asarray(pointwise)
     groups = as_whole(feature_group_count) or 0

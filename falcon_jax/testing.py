@@ -9,6 +9,7 @@ check(MyMethod(rank=2))
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -221,12 +222,20 @@ METHOD_CHECKS: tuple[Callable[[Method], None], ...] = (
 
 def _cases(method: Method) -> Iterator[tuple[ConvSpec, Method, Array, Params]]:
     """Yield spec, the method as that layer needs it, a kernel, and the parameters fitted to it."""
+    for spec, decided, kernel, params in _fitted(method):
+        yield spec, decided, kernel, dict(params)
+
+
+@functools.lru_cache(maxsize=32)  # every check asks for them anew
+def _fitted(method: Method) -> tuple[tuple[ConvSpec, Method, Array, Params], ...]:
     supported = [spec for spec in SPECS if method.supports(spec) is None]
     assert supported, f"{method} supports none of {SPECS}"
+    cases = []
     for index, spec in enumerate(supported):
         kernel = _draw(index, *spec.kernel_shape)
         decided = method.for_layer(spec, kernel[None])
-        yield spec, decided, kernel, decided.fit(kernel, spec)
+        cases.append((spec, decided, kernel, decided.fit(kernel, spec)))
+    return tuple(cases)
 
 
 def _draw(seed: int, *shape: int) -> Array:

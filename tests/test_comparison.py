@@ -5,11 +5,11 @@ from ml_collections import ConfigDict
 
 from benchmarks.compare import _paper_cells, verdicts
 from configs import compare
-from falcon_jax.training.config import check_config
+from falcon_jax.training.config import DataConfig, ExperimentConfig, ModelConfig, check_config
 
 
 def config_of(model, data):
-    return {"model": {"name": model}, "data": {"name": data}}
+    return ExperimentConfig(model=ModelConfig(name=model), data=DataConfig(name=data))
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_verdicts_fall_either_way_or_not_at_all():
 def test_configs_of_comparisons(which):
     config = compare.get_config(which)
     assert isinstance(config, ConfigDict)
-    names = [variant.name for variant in check_config(config).variants]
+    names = [variant.name for variant in check_config(config).compression.chosen]
     assert len(names) == 16 and names.index("stconv_branch") < names.index("falcon_branch")
 
 

@@ -58,7 +58,7 @@ def replaced(shapes):
         return {row.path for row in plan.replaced}
 
     return lambda experiment, variant: paths(
-        experiment.model, experiment.data["image_size"], variant.rules
+        experiment.model.name, experiment.data.image_size, variant.rules
     )
 
 
@@ -75,8 +75,10 @@ def test_all_that_should_ship_do():
 @pytest.mark.parametrize("name", NAMES)
 def test_every_config_passes_the_check(name):
     experiment = check_config(load(name))
-    assert experiment.start == (f"runs/{experiment.model}" if name in IMAGENET else "train")
-    assert experiment.variants
+    assert experiment.compression.start == (
+        f"runs/{experiment.model.name}" if name in IMAGENET else "train"
+    )
+    assert experiment.compression.chosen
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -97,7 +99,7 @@ QUICK = ("demo",)
 )
 def test_every_rule_matches_a_layer(name, replaced):
     experiment = check_config(load(name))
-    for variant in experiment.variants:
+    for variant in experiment.compression.chosen:
         assert replaced(experiment, variant)
 
 
@@ -114,23 +116,23 @@ def test_the_papers_recipe(name):
         assert settings.boundaries == ((15, 25) if fashion else (150, 250))
         assert settings.epochs == (30 if fashion else 350)
         assert settings.warmup_epochs == 0 and settings.label_smoothing == 0
-    assert experiment.data["validation_fraction"] == 0.1
-    assert experiment.data["source"] == ("idx" if fashion else "tfds")
+    assert experiment.data.validation_fraction == 0.1
+    assert experiment.data.source == ("idx" if fashion else "tfds")
     varied = not name.endswith("svhn")
-    assert experiment.augmentation.crop_padding == (4 if varied else 0)
-    assert experiment.augmentation.flip is varied
+    assert experiment.data.augmentation.crop_padding == (4 if varied else 0)
+    assert experiment.data.augmentation.flip is varied
 
 
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_variants(name):
     experiment = check_config(load(name))
-    assert [variant.name for variant in experiment.variants] == PAPER_VARIANTS
-    methods = {variant.name: variant.method for variant in experiment.variants}
+    assert [variant.name for variant in experiment.compression.chosen] == PAPER_VARIANTS
+    methods = {variant.name: variant.method for variant in experiment.compression.chosen}
     for rank in (1, 2, 3):
         assert methods[f"falcon_k{rank}"] == get_method("falcon", rank=rank)
     assert methods["falcon_k1_unfitted"] == get_method("falcon", rank=1)
     assert methods["gep_in"] == methods["dpconv"] == get_method("depthwise_separable", rank=1)
-    solvers = {variant.name: variant.solver for variant in experiment.variants}
+    solvers = {variant.name: variant.solver for variant in experiment.compression.chosen}
     unfitted = {"falcon_k1_unfitted", "dpconv"}
     assert {n for n, solver in solvers.items() if solver == "random"} == unfitted
     assert {s for n, s in solvers.items() if n not in unfitted} == {"exact"}
@@ -140,7 +142,7 @@ def test_the_papers_variants(name):
 def test_adamw_is_one_flag_away_and_leaves_unfitted_ones_unfitted(name):
     config = load(name)
     config.compression.solver = "adamw"
-    solvers = {variant.name: variant.solver for variant in check_config(config).variants}
+    solvers = {variant.name: variant.solver for variant in check_config(config).compression.chosen}
     assert solvers["falcon_k2"] == solvers["gep_in"] == "adamw"
     assert solvers["falcon_k1_unfitted"] == solvers["dpconv"] == "random"
 
@@ -149,8 +151,8 @@ def test_adamw_is_one_flag_away_and_leaves_unfitted_ones_unfitted(name):
 def test_vgg_loses_every_convolution_but_keeps_the_first_under_dpconv(name, shapes, replaced):
     experiment = check_config(load(name))
     every = set(convolutions(shapes("vgg19_cifar")))
-    assert experiment.model == "vgg19_cifar" and len(every) == 16
-    for variant in experiment.variants:
+    assert experiment.model.name == "vgg19_cifar" and len(every) == 16
+    for variant in experiment.compression.chosen:
         kept = {"stages/0/0/conv"} if variant.name == "dpconv" else set()
         assert replaced(experiment, variant) == every - kept, variant.name
 
@@ -161,15 +163,15 @@ def test_resnet_keeps_its_stem_and_shortcuts(name, shapes, replaced):
     every = set(convolutions(shapes("resnet34_cifar")))
     in_blocks = {path for path in every if re.fullmatch(r"stages/\d/\d/unit[12]/conv", path)}
     # A stem and four shortcuts; two convolutions in each of 3 + 4 + 6 + 3 blocks.
-    assert experiment.model == "resnet34_cifar" and (len(every), len(in_blocks)) == (37, 32)
-    for variant in experiment.variants:
+    assert experiment.model.name == "resnet34_cifar" and (len(every), len(in_blocks)) == (37, 32)
+    for variant in experiment.compression.chosen:
         assert replaced(experiment, variant) == in_blocks, variant.name
 
 
 def test_the_demo_keeps_the_first_convolution(shapes, replaced):
     experiment = check_config(load("demo"))
-    every = set(convolutions(shapes(experiment.model)))
-    for variant in experiment.variants:
+    every = set(convolutions(shapes(experiment.model.name)))
+    for variant in experiment.compression.chosen:
         assert replaced(experiment, variant) == every - {"stages/0/0/conv"}
 
 
@@ -184,7 +186,9 @@ def test_the_recipe_for_imagenet_is_the_papers_or_that_of_the_authors_script(nam
     assert settings.schedule == ("cosine" if script else "step")
     assert settings.boundaries == (30, 60)
     assert settings.learning_rate == 0.01
-    assert f"--arch={experiment.model} " in (importlib.import_module(f"configs.{name}").__doc__)
+    assert f"--arch={experiment.model.name} " in (
+        importlib.import_module(f"configs.{name}").__doc__
+    )
 
 
 @pytest.mark.parametrize(
@@ -202,9 +206,9 @@ def test_the_recipe_for_imagenet_is_the_papers_or_that_of_the_authors_script(nam
 def test_imagenet_models_cost_what_the_paper_says(name, params, mult_adds):
     """In millions (Table 5), which counts no bias of a replaced layer as a mult-add."""
     experiment = check_config(load(name))
-    model = model_shapes(experiment.model)
+    model = model_shapes(experiment.model.name)
     sample = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
-    for variant, p, m in zip(experiment.variants, params, mult_adds, strict=True):
+    for variant, p, m in zip(experiment.compression.chosen, params, mult_adds, strict=True):
         plan = make_plan(model, variant.rules, sample, solver="random")
         paths = {row.path for row in plan.replaced}
         bias = sum(row.spec.use_bias * out_elements(row) for row in plan.rows if row.path in paths)
@@ -234,7 +238,7 @@ def out_elements(row):
 def test_vgg16_costs_what_was_published(variant, published, shapes):
     """Mult-adds of the convolutions, in G (arXiv 1808.05517); 15.35 before."""
     experiment = check_config(load("vgg16_imagenet_decomposed"))
-    rules = next(v.rules for v in experiment.variants if v.name == variant)
+    rules = next(v.rules for v in experiment.compression.chosen if v.name == variant)
     sample = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     rows = make_plan(shapes("vgg16"), rules, sample, solver="random").rows
     assert sum(row.before.mult_adds for row in rows) == pytest.approx(15.35e9, rel=2e-3)

@@ -15,7 +15,7 @@ from packaging.requirements import Requirement
 ROOT = pathlib.Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # The rooms that a library user imports; the rest may ask for the extra of the training script.
-LIBRARY = ("compression", "convert", "fitting", "methods", "models", "nn", "ops")
+LIBRARY = ("compression", "convert", "frameworks", "methods", "models", "nn", "ops", "solvers")
 
 # Rows of a small product summed over more than 32,768 rows, and a sum that crashed.
 PROGRAMS = """

@@ -11,9 +11,9 @@ from flax import nnx
 
 import falcon_jax as fj
 import train
-from falcon_jax.cli.main import main
+from falcon_jax.__main__ import main
 from falcon_jax.convert import load_torch
-from falcon_jax.data import load_dataset
+from falcon_jax.data import DataConfig, load_dataset
 from falcon_jax.data.tfds import tfds_directory
 from falcon_jax.paths import user_path
 from falcon_jax.report.table import write_json
@@ -73,11 +73,15 @@ def test_data_are_at_home(home, capsys):
     assert main(["make-folder", "--out=~/set", "--train=10", "--val=10", "--side=8"]) == 0
     assert capsys.readouterr().out.strip() == str(home / "set")
     assert (
-        len(load_dataset("folder", data_dir="~/set", image_size=8, validation_fraction=0.0).test)
+        len(
+            load_dataset(
+                DataConfig(source="folder", data_dir="~/set", image_size=8, validation_fraction=0.0)
+            ).test
+        )
         == 10
     )
     with pytest.raises(FileNotFoundError, match=str(home / "idx")):
-        load_dataset("idx", data_dir="~/idx")
+        load_dataset(DataConfig(source="idx", data_dir="~/idx"))
     assert tfds_directory("~/tfds") == home / "tfds"
 
 

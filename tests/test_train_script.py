@@ -169,7 +169,7 @@ def test_a_bad_config_file(told, tmp_path, text):
 
 
 def test_the_arguments_given_count_whatever_those_of_the_process_are(tmp_path):
-    found, workdir, config, _ = train.read_flags(
+    found, workdir, _ = train.read_flags(
         [
             "train.py",
             f"--config={DEMO}",
@@ -183,9 +183,9 @@ def test_the_arguments_given_count_whatever_those_of_the_process_are(tmp_path):
         ]
     )
     assert workdir == tmp_path
-    assert found.train.epochs == config["train"]["epochs"] == 3
+    assert found.train.epochs == 3
     assert found.train.boundaries == (1.0, 2.0) and found.train.nesterov
-    (variant,) = found.variants
+    (variant,) = found.compression.chosen
     assert variant.method.options()["rank"] == 4
 
 

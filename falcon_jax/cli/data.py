@@ -13,8 +13,9 @@ from falcon_jax.data.augmentation import normalize
 from falcon_jax.data.batching import train_batches
 from falcon_jax.data.dataset import Dataset
 from falcon_jax.data.fake import make_image_folder
-from falcon_jax.data.loading import SOURCES, load_dataset
+from falcon_jax.data.loading import SOURCES, DataConfig, load_dataset
 from falcon_jax.paths import user_path
+from falcon_jax.settings import no_such
 from falcon_jax.storage.models import Description
 
 
@@ -58,16 +59,20 @@ def load_data(parsed: argparse.Namespace, description: Description) -> Dataset:
     data_dir = parsed.data_dir
     if source not in SOURCES and (os.sep in parsed.data or user_path(parsed.data).is_dir()):
         source, name, data_dir = "folder", "", parsed.data
+    if source not in SOURCES:
+        raise ValueError(no_such("data source", source, SOURCES))
     preprocessing = description.preprocessing
     dataset = load_dataset(
-        source,
-        name=name,
-        data_dir=data_dir,
-        image_size=preprocessing.image_size,
-        workers=parsed.workers,
-        skip_broken=parsed.skip_broken,
-        shorter_side=preprocessing.shorter_side,
-        interpolation=preprocessing.interpolation,
+        DataConfig(
+            source=source,
+            name=name,
+            data_dir=data_dir,
+            image_size=preprocessing.image_size,
+            workers=parsed.workers,
+            skip_broken=parsed.skip_broken,
+            shorter_side=preprocessing.shorter_side,
+            interpolation=preprocessing.interpolation,
+        )
     )
     if dataset.num_classes != description.classes:
         raise ValueError(

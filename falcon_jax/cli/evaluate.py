@@ -12,10 +12,10 @@ from falcon_jax.cli.data import add_data_options, load_data
 from falcon_jax.compression.profile import profile
 from falcon_jax.storage.models import load_stored
 from falcon_jax.training.devices import data_mesh, replicate
-from falcon_jax.training.execution import evaluate
+from falcon_jax.training.evaluation import evaluate, make_eval_step
 from falcon_jax.training.monitoring import Progress
 from falcon_jax.training.network import Network
-from falcon_jax.training.step import Preprocessing, make_eval_step
+from falcon_jax.training.step import Preprocessing
 
 
 def add_evaluate(commands: Any) -> None:

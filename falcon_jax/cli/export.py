@@ -1,16 +1,13 @@
 """The sub-command `export`: a stored model as a file that other programs run."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 
 from falcon_jax.cli.data import add_data_options, load_data, training_inputs
-from falcon_jax.export.files import writable
-from falcon_jax.export.graph import AXES
-from falcon_jax.export.inference import AUTO
+from falcon_jax.export.files import FORMATS, require_packages, writable
+from falcon_jax.export.inference import AUTO, AXES
 from falcon_jax.export.onnx_file import OPSET
-from falcon_jax.export.stored_formats import FORMATS, export_stored, require_packages
+from falcon_jax.export.stored import export_stored
 from falcon_jax.paths import user_path
 from falcon_jax.storage.models import load_stored
 

@@ -32,6 +32,12 @@ def reestimate_batchnorm(model: M, batches: Iterable[Any]) -> M:
     Warns:
         UserWarning: naming the BatchNorms that no batch reached, and statistics that are not those
             of a BatchNorm of Flax; they stay as they were.
+
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> norm = nnx.BatchNorm(1, rngs=nnx.Rngs(0))
+    >>> reestimate_batchnorm(norm, [jnp.array([[1.0], [3.0]])]).mean[...].tolist()
+    [2.0]
     """
     reestimate: Any = by_framework(model, nnx_=nnx_norms.reestimate, linen=linen_norms.reestimate)
     return reestimate(model, batches)
@@ -63,6 +69,14 @@ def fold_batchnorm(model: M, sample: Any) -> M:
 
     Reference:
         Network Decoupling (Guo et al., BMVC 2018), Section 4.
+
+    >>> import jax.numpy as jnp
+    >>> from flax import nnx
+    >>> conv = nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0))
+    >>> model = nnx.Sequential(conv, nnx.BatchNorm(4, rngs=nnx.Rngs(0)))
+    >>> folded = fold_batchnorm(model, jnp.ones((1, 8, 8, 3)))
+    >>> any(isinstance(module, nnx.BatchNorm) for _, module in nnx.iter_modules(folded))
+    False
     """
     fold: Any = by_framework(model, nnx_=nnx_norms.fold, linen=linen_norms.fold)
     return fold(model, Inputs.of(sample).shapes)

@@ -25,7 +25,7 @@ from falcon_jax.compression.observation import (
 from falcon_jax.compression.plan import Plan, PlanRow
 from falcon_jax.compression.progress import shown
 from falcon_jax.frameworks.interface import M
-from falcon_jax.frameworks.network import Network
+from falcon_jax.frameworks.program import Network
 from falcon_jax.methods.base import Params
 from falcon_jax.ops.geometry import ConvSpec
 from falcon_jax.solvers.intervals import Points, fit_to_intervals, moments_of

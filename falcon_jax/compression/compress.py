@@ -40,6 +40,16 @@ def compress(
     Raises:
         ValueError: if the plan does not fit the model, saying where, a kernel is not finite, or a
             Linen module is not bound.
+
+    >>> from flax import nnx
+    >>> from falcon_jax.compression.plan import make_plan
+    >>> convs = [nnx.Conv(m, 8, (3, 3), rngs=nnx.Rngs(0)) for m in (3, 8)]
+    >>> model = nnx.Sequential(*convs)
+    >>> small = compress(model, make_plan(model))
+    >>> small(jnp.ones((1, 4, 4, 3))).shape
+    (1, 4, 4, 8)
+    >>> type(small.layers[1]).__name__
+    'FalconConv'
     """
     framework: Any = framework_of(model)
     framework.params(model)  # a Linen module without variables is told as such
@@ -121,6 +131,11 @@ def narrow(model: M, narrower: M) -> M:
 
     Reference:
         FALCON, Section 3.4, the width multiplier.
+
+    >>> from flax import nnx
+    >>> wide, thin = (nnx.Linear(m, 2 * m, rngs=nnx.Rngs(0)) for m in (8, 4))
+    >>> bool((narrow(wide, thin).kernel[...] == wide.kernel[...][:4, :8]).all())
+    True
     """
     framework: Any = framework_of(narrower)
     new, old = framework.arrays(narrower), framework_of(model).arrays(model)

@@ -15,8 +15,7 @@ from falcon_jax.compression.outputs import floating_outputs
 from falcon_jax.compression.progress import shown
 from falcon_jax.frameworks.interface import M, framework_of
 from falcon_jax.frameworks.layers import Inputs
-from falcon_jax.frameworks.network import Network
-from falcon_jax.frameworks.program import Program
+from falcon_jax.frameworks.program import Network, Program
 from falcon_jax.settings import is_number, is_whole
 
 HELD_OUT = 0.2  # share of the batches

@@ -16,10 +16,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from falcon_jax.compression.following import Following, following, intervals
 from falcon_jax.compression.plan import PlanRow
 from falcon_jax.frameworks.layers import Inputs
-from falcon_jax.frameworks.network import Network
-from falcon_jax.frameworks.program import Program, Site
+from falcon_jax.frameworks.program import Network, Program, Site
 from falcon_jax.ops.geometry import ConvSpec
-from falcon_jax.solvers.moments import patches_at, points_at
+from falcon_jax.solvers.patches import patches_at, points_at
 
 POINTS = 120  # of every example's answer
 _UNIFORM = 0.05  # share of points that are chosen whatever hangs on them

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from falcon_jax.frameworks.layers import Inputs
-from falcon_jax.frameworks.network import Network
-from falcon_jax.frameworks.program import Program
+from falcon_jax.frameworks.program import Network, Program
 
 
 class OutputLoss:

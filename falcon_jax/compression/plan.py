@@ -314,6 +314,12 @@ def make_plan(
     Raises:
         ValueError: if the model has no convolution, a rule matches nothing, the sample does
             not fit the model, or a kernel is not finite.
+
+    >>> from flax import nnx
+    >>> convs = [nnx.Conv(m, 8, (3, 3), rngs=nnx.Rngs(0)) for m in (3, 8)]
+    >>> model = nnx.Sequential(*convs)
+    >>> [row.path for row in make_plan(model).replaced]
+    ['layers/1']
     """
     check_solver(solver)
     inputs = None if sample is None else Inputs.of(sample).shapes

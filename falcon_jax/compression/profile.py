@@ -131,6 +131,12 @@ def profile(model: Model, sample: Any, *, latency: bool = False) -> Profile:
 
     Raises:
         ValueError: if the sample does not fit the model.
+
+    >>> from flax import nnx
+    >>> layer = nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0))
+    >>> cost = profile(layer, jax.ShapeDtypeStruct((1, 8, 8, 3), "f4"))
+    >>> cost.params, cost.mult_adds
+    (112, 7168)
     """
     inputs = Inputs.of(sample)
     batch = inputs.batch

@@ -212,6 +212,12 @@ def quantize_weights(model: M, *, bits: int = 8, path: str = r".*") -> tuple[M, 
 
     Reference:
         FSNet (Yang et al., 2019, arXiv 1902.03264), FSNet-WQ.
+
+    >>> from flax import nnx
+    >>> layer = nnx.Linear(4, 8, rngs=nnx.Rngs(0))
+    >>> coarse, report = quantize_weights(layer, bits=2)
+    >>> len(set(coarse.kernel[...].ravel().tolist()))
+    4
     """
     framework: Any = framework_of(model)
     rounded, rows = {}, []

@@ -199,7 +199,7 @@ class Option:
     """
 
     row: PlanRow
-    cost: float
+    cost: float | int
     loss: float
 
 

@@ -33,7 +33,7 @@ from falcon_jax.compression.plan import (
 from falcon_jax.compression.progress import shown
 from falcon_jax.frameworks.interface import Model, framework_of
 from falcon_jax.frameworks.layers import Inputs
-from falcon_jax.frameworks.network import Network
+from falcon_jax.frameworks.program import Network
 from falcon_jax.methods.base import Method
 from falcon_jax.methods.channel_decomposition import ChannelDecomposition
 from falcon_jax.methods.falcon import Falcon

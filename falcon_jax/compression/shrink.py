@@ -13,8 +13,8 @@ from falcon_jax.compression.plan import Rule
 from falcon_jax.compression.search import SearchedPlan, Target, search
 from falcon_jax.frameworks.interface import M
 from falcon_jax.frameworks.layers import Inputs
-from falcon_jax.frameworks.network import Network
 from falcon_jax.frameworks.norms import NotReachedError
+from falcon_jax.frameworks.program import Network
 from falcon_jax.methods.base import Method
 from falcon_jax.wording import aligned
 

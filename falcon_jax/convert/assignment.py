@@ -57,6 +57,11 @@ def assign(
     Raises:
         ValueError: if a parameter or a statistic of the model gets no array, or a name has no
             place, or two have one, or shape or type differ; all of it in one message.
+
+    >>> layer = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    >>> weights = {"fc.weight": np.ones((2, 3), "f4"), "fc.bias": np.zeros(2, "f4")}
+    >>> assign(layer, weights, [(r"fc\.weight", "kernel"), (r"fc\.bias", "bias")]).kernel.shape
+    (3, 2)
     """
     graphdef, state = nnx.split(model)
     variables = {"/".join(map(str, path)): v for path, v in nnx.to_flat_state(state)}

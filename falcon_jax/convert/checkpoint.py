@@ -12,7 +12,7 @@ from flax import nnx
 from falcon_jax.compression.compress import compress
 from falcon_jax.compression.plan import Rule, make_plan
 from falcon_jax.convert.families import Head, torchvision
-from falcon_jax.convert.torch_file import load_torch
+from falcon_jax.convert.state_dicts import load_torch
 from falcon_jax.methods.base import Method
 from falcon_jax.paths import user_path
 from falcon_jax.storage.models import (

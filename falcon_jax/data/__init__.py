@@ -14,6 +14,7 @@ from falcon_jax.data.dataset import Split as Split
 from falcon_jax.data.dataset import hold_out as hold_out
 from falcon_jax.data.fake import make_image_folder as make_image_folder
 from falcon_jax.data.loading import SOURCES as SOURCES
+from falcon_jax.data.loading import DataConfig as DataConfig
 from falcon_jax.data.loading import load_dataset as load_dataset
 from falcon_jax.data.streamed import StreamedSplit as StreamedSplit
 from falcon_jax.data.streamed import StreamSettings as StreamSettings

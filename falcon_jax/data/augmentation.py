@@ -8,12 +8,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
+from falcon_jax.settings import at_least, check_fields, checked
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Augmentation:
     """How training images are varied.
 
-    Args:
+    Attributes:
         crop_padding: zero pixels put around an image before a crop of its own size is taken at
             random; 0 for no crop.
         flip: whether to mirror half of the images left to right.
@@ -22,12 +24,11 @@ class Augmentation:
         ValueError: if crop_padding is negative.
     """
 
-    crop_padding: int = 0
+    crop_padding: int = checked(0, at_least(0))
     flip: bool = False
 
     def __post_init__(self) -> None:
-        if self.crop_padding < 0:
-            raise ValueError(f"crop_padding must be 0 or more, but is {self.crop_padding}")
+        check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -274,18 +274,14 @@ def shuffled(n: int, *entropy: int) -> Int64[np.ndarray, " n"]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SourceOptions:
+class SourceOptions(StreamSettings):
     """What a source may need to know; each source reads what concerns it.
 
-    Args:
-        name: name of the data set within the source, or "".
-        data_dir: directory of the files, or "" for the source's own default.
-        image_size: height and width of images that are made or streamed.
-        seed: seed of images that are made rather than read.
-        shorter_side: of streamed images, as StreamSettings has it.
-        workers: likewise.
-        skip_broken: likewise.
-        interpolation: likewise.
+    Attributes:
+        name: which data set, for ``tfds`` (``cifar10``) and ``idx`` (``emnist-letters``, where
+            files are so called); else what to call it, for ``idx`` and ``folder``; the sources
+            ``digits`` and ``fake`` ignore name and data_dir.
+        data_dir: directory of the files; empty for the source's default.
 
     Raises:
         ValueError: if a number is out of range.
@@ -293,28 +289,6 @@ class SourceOptions:
 
     name: str = ""
     data_dir: str = ""
-    image_size: int = 32
-    seed: int = 0
-    shorter_side: int = 0
-    workers: int = 0
-    skip_broken: bool = False
-    interpolation: str = "bilinear"
-
-    def __post_init__(self) -> None:
-        _ = self.stream
-        if self.seed < 0:
-            raise ValueError(f"the seed must be 0 or more, but is {self.seed}")
-
-    @property
-    def stream(self) -> StreamSettings:
-        """How images are streamed."""
-        return StreamSettings(
-            image_size=self.image_size,
-            shorter_side=self.shorter_side,
-            workers=self.workers,
-            skip_broken=self.skip_broken,
-            interpolation=self.interpolation,
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -8,13 +8,14 @@ _TEST_FRACTION = 0.2
 _TEST_SEED = 1797  # fixed, so that every run is scored on the same images
 
 
-def load_digits(options: SourceOptions) -> SourceSplits:
+def load_digits(options: SourceOptions, *, seed: int = 0) -> SourceSplits:
     """Load the digits: 8x8 grey images, ten classes.
 
     There is no official test split: a stratified 20% is set aside, always the same.
 
     Args:
         options: nothing in it concerns this source.
+        seed: without effect.
 
     Returns:
         the splits, images (n, 8, 8, 1).
@@ -22,7 +23,7 @@ def load_digits(options: SourceOptions) -> SourceSplits:
     Raises:
         ImportError: if scikit-learn is not installed.
     """
-    del options
+    del options, seed
     try:
         from sklearn import datasets
     except ImportError as error:

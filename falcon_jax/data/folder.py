@@ -49,7 +49,7 @@ class FolderRecords:
         return str(self.path(position))
 
 
-def load_folder(options: SourceOptions) -> SourceSplits:
+def load_folder(options: SourceOptions, *, seed: int = 0) -> SourceSplits:
     """Find the images of a folder and check that each begins as an image does.
 
     Labels are the places of the class folders' names in alphabetical order. Images lie in class
@@ -61,6 +61,7 @@ def load_folder(options: SourceOptions) -> SourceSplits:
     Args:
         options: data_dir is the folder; name is what to call the data set, by default the folder's
             name; and how to stream the images.
+        seed: without effect.
 
     Returns:
         the splits, streamed.
@@ -70,6 +71,7 @@ def load_folder(options: SourceOptions) -> SourceSplits:
         ValueError: if there are no classes or no images, the classes of two splits differ, or
             files are broken or stand under two classes and skip_broken is not set.
     """
+    del seed
     if not options.data_dir:
         raise ValueError('the source "folder" needs data_dir, the folder with train/ and val/')
     root = user_path(options.data_dir)
@@ -156,7 +158,7 @@ def _load_split(folder: Path, classes: Sequence[str], options: SourceOptions) ->
         records=records,
         positions=np.arange(len(paths)),
         labels=np.array(labels, np.int32),
-        settings=options.stream,
+        settings=options,
     )
     problems |= twice
     return leave_out_broken(

@@ -35,7 +35,7 @@ _NAME = re.compile(
 _log = logging.getLogger(__name__)
 
 
-def load_idx(options: SourceOptions) -> SourceSplits:
+def load_idx(options: SourceOptions, *, seed: int = 0) -> SourceSplits:
     """Load the training and test images and labels of a directory.
 
     The files are [SET-]{train,t10k,test}-{images-idx3,labels-idx1}-ubyte, with dots or underscores
@@ -48,6 +48,7 @@ def load_idx(options: SourceOptions) -> SourceSplits:
         options: data_dir is the directory, by default that of Debian's Fashion-MNIST; name is
             what to call the data set, by default SET or the directory's name. Where files have a
             SET, name is one of these.
+        seed: without effect.
 
     Returns:
         the splits, images (n, h, w, 1).
@@ -56,6 +57,7 @@ def load_idx(options: SourceOptions) -> SourceSplits:
         FileNotFoundError: if the directory or one of the files is missing.
         ValueError: if a file is damaged or does not fit the others, or several could be meant.
     """
+    del seed
     directory = user_path(options.data_dir or FASHION_MNIST_DIRECTORY)
     if not directory.is_dir():
         raise FileNotFoundError(

@@ -16,6 +16,7 @@ from falcon_jax.data.decoding import (
     evaluation_image,
     training_image,
 )
+from falcon_jax.settings import at_least, check_fields, checked, one_of
 from falcon_jax.wording import reason, some_of
 
 
@@ -59,35 +60,28 @@ class Records(Protocol):
 class StreamSettings:
     """How images are read and what becomes of them.
 
-    Args:
+    Attributes:
         image_size: height and width of the images that the network sees, pixels.
-        shorter_side: height or width, whichever is smaller, to which an image is resized before
-            its centre is taken for evaluation, pixels; 0 for image_size / 0.875 (256 for 224).
-        workers: processes that read and decode; 0 for threads of this process.
-        skip_broken: whether to leave out images that cannot be read, instead of failing.
-        interpolation: of evaluation images, one of decoding.INTERPOLATIONS; random crops for
+        shorter_side: height or width, whichever is smaller, to which a streamed image is resized
+            before its centre is taken for evaluation, pixels; 0 for image_size / 0.875 (256 for
+            224).
+        workers: processes that read and decode streamed images; 0 for threads of this process.
+        skip_broken: whether to leave out streamed images that cannot be read, instead of failing.
+        interpolation: of streamed evaluation images, ``bilinear`` or ``bicubic``; random crops for
             training are always bilinear.
 
     Raises:
         ValueError: if a number is out of range, or there is no such interpolation.
     """
 
-    image_size: int
+    image_size: int = checked(32, at_least(1))
     shorter_side: int = 0
-    workers: int = 0
+    workers: int = checked(0, at_least(0))
     skip_broken: bool = False
-    interpolation: str = "bilinear"
+    interpolation: str = checked("bilinear", one_of(INTERPOLATIONS))
 
     def __post_init__(self) -> None:
-        if self.interpolation not in INTERPOLATIONS:
-            raise ValueError(
-                f"interpolation must be one of {', '.join(INTERPOLATIONS)}, but is "
-                f"{self.interpolation!r}"
-            )
-        if self.image_size < 1:
-            raise ValueError(f"image_size must be 1 or more, but is {self.image_size}")
-        if self.workers < 0:
-            raise ValueError(f"workers must be 0 or more, but is {self.workers}")
+        check_fields(self)
         if self.shorter_side < 0 or 0 < self.shorter_side < self.image_size:
             raise ValueError(
                 f"shorter_side must be 0 (for image_size / {CENTRE_SHARE}) or at least image_size "

@@ -250,7 +250,7 @@ _WITHOUT_TEST_LABELS = "imagenet2012"
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
-def load_tfds(options: SourceOptions) -> SourceSplits:
+def load_tfds(options: SourceOptions, *, seed: int = 0) -> SourceSplits:
     """Load a prepared data set that has the features "image" and "label" (a class label).
 
     Reads the splits "train" and "test", and "validation" where there is one. A data set that
@@ -260,6 +260,7 @@ def load_tfds(options: SourceOptions) -> SourceSplits:
     Args:
         options: name as TFDS has it ("cifar10", "name/config", "name:1.0.0"); data_dir as TFDS
             has it, by default TFDS_DATA_DIR or ~/tensorflow_datasets; and how to stream.
+        seed: without effect.
 
     Returns:
         the splits.
@@ -269,6 +270,7 @@ def load_tfds(options: SourceOptions) -> SourceSplits:
         ImportError: if tensorflow-datasets is not installed.
         ValueError: if the name or the data set is not as it should be.
     """
+    del seed
     directory = prepared_directory(options.name, options.data_dir)
     builder = open_builder(directory)
     features = dict(builder.info.features)
@@ -298,7 +300,7 @@ def load_tfds(options: SourceOptions) -> SourceSplits:
     def read(split: str) -> AnySplit:
         check_records(builder, split, directory)
         if varied:
-            return stream_split(directory, split, num_classes, options.stream)
+            return stream_split(directory, split, num_classes, options)
         return _read_split(builder, split, directory)
 
     return SourceSplits(

@@ -1,15 +1,34 @@
-"""Files that stand whole or not at all, and packages that only some exports need."""
+"""The formats, the packages that some of them need, and files that stand whole or not at all."""
 
 import contextlib
 import importlib
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
-from falcon_jax.export.graph import is_open
 from falcon_jax.paths import user_path
+
+# What a file of each format is called beside a stored model; of the Hub, a folder.
+FORMATS: Mapping[str, str] = MappingProxyType(
+    {
+        "onnx": "model.onnx",
+        "int8": "model.int8.onnx",
+        "stablehlo": "model.stablehlo",
+        "tflite": "model.tflite",
+        "safetensors": "model.safetensors",
+        "hub": "hub",
+    }
+)
+_PACKAGES: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "onnx": (("onnx", "export"),),
+    "int8": (("onnx", "export"), ("onnxruntime.quantization", "export")),
+    "stablehlo": (("flatbuffers", "export"),),
+    "tflite": (("litert_converter.converter_api_ext", "tflite"),),
+    "hub": (("huggingface_hub", "hub"),),
+}
 
 
 def optional(module: str, what: str, extra: str) -> Any:
@@ -32,12 +51,15 @@ def optional(module: str, what: str, extra: str) -> Any:
         ) from None
 
 
-Shape = tuple[int | str, ...]
+def require_packages(formats: Iterable[str]) -> None:
+    """Raise unless the packages that some formats need are installed.
 
-
-def shown_shape(shape: Sequence[Any]) -> Shape:
-    """Return a shape with names and expressions for open sizes."""
-    return tuple(str(n) if is_open(n) else int(n) for n in shape)
+    Raises:
+        ImportError: saying what to install.
+    """
+    for name in formats:
+        for module, extra in _PACKAGES.get(name, ()):
+            optional(module, f"the format {name!r}", extra)
 
 
 def writable(path: str | os.PathLike[str]) -> pathlib.Path:

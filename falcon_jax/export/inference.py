@@ -1,19 +1,28 @@
-"""A model's call for inference, as a function and as a jaxpr of canonical operations."""
+"""A model's call for inference: a function, or a jaxpr of canonical operations, with open sizes."""
 
 import dataclasses
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax import export
 from jax.experimental.xla_metadata import set_xla_metadata
 
-from falcon_jax.export.graph import OpenShapes, UnmappedError, axes_of, open_shapes
 from falcon_jax.frameworks.interface import Model, framework_of
 from falcon_jax.frameworks.layers import Inputs, array_leaves
-from falcon_jax.ops.canonical import canonical_forms
+from falcon_jax.ops.choice import canonical_forms
+from falcon_jax.settings import no_such
 from falcon_jax.wording import reason
+
+# Names of the axes between batch and channels, by how many there are.
+_SPATIAL: Mapping[int, tuple[str, ...]] = {
+    1: ("length",),
+    2: ("height", "width"),
+    3: ("depth", "height", "width"),
+}
+AXES = ("batch", "depth", "height", "width", "length")
 
 AUTO = "auto"
 # What "auto" tries, in this order: the first with which the model can be traced is taken.
@@ -41,6 +50,81 @@ def inference(model: Any) -> Callable[..., Any]:
             f"a {type(model).__name__}."
         )
     return model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OpenShapes:
+    """Example inputs whose shapes have names in place of some sizes.
+
+    Attributes:
+        inputs: with those shapes.
+        names: of the open sizes.
+        least: what each of them is taken to be at least; empty if nothing had to be assumed.
+    """
+
+    inputs: Inputs
+    names: tuple[str, ...]
+    least: Mapping[str, int]
+
+
+def open_shapes(inputs: Inputs, axes: Sequence[str], *, bounded: bool) -> OpenShapes:
+    """Return inputs whose batch, height and so on are open.
+
+    Args:
+        inputs: with sizes.
+        axes: which are to be open, of `AXES`; what the inputs do not have is left out.
+        bounded: whether the sizes in ``inputs`` are the least.
+
+    Raises:
+        ValueError: if there is no such axis, or the inputs have none of them.
+    """
+    unknown = [axis for axis in axes if axis not in AXES]
+    if unknown:
+        raise ValueError(no_such("axis to leave open", unknown[0], AXES))
+    shapes = inputs.shapes
+    sizes: dict[str, int] = {}
+    named = [_named(a.shape, axes, sizes) for a in shapes.arrays]
+    if axes and not sizes:
+        raise ValueError(
+            f"the sample has no axis {' or '.join(axes)}: an array has the batch first, channels "
+            "last, and up to three spatial axes between them."
+        )
+    if not sizes:
+        return OpenShapes(inputs=shapes, names=(), least={})
+    least = {n: size for n, size in sizes.items() if bounded and not n.startswith("batch")}
+    constraints = [f"{name} >= {size}" for name, size in least.items()]
+    scope = export.SymbolicScope(constraints)
+    symbols = dict(zip(sizes, export.symbolic_shape(", ".join(sizes), scope=scope), strict=True))
+    arrays = [
+        jax.ShapeDtypeStruct(tuple(symbols.get(s, s) for s in shape), a.dtype)  # type: ignore[arg-type]
+        for shape, a in zip(named, shapes.arrays, strict=True)
+    ]
+    return OpenShapes(inputs=shapes.with_arrays(arrays), names=tuple(sizes), least=least)
+
+
+def _named(
+    shape: tuple[int, ...], axes: Sequence[str], sizes: dict[str, int]
+) -> tuple[int | str, ...]:
+    """Return a shape with names; sizes that differ between inputs have numbered names."""
+    found: list[int | str] = list(shape)
+    for axis, role in enumerate(axes_of(len(shape))):
+        if role in axes:
+            numbered = (f"{role}{number}" for number in range(1, len(sizes) + 2))
+            names = (
+                name for name in (role, *numbered) if sizes.get(name, shape[axis]) == shape[axis]
+            )
+            found[axis] = next(names)
+            sizes[str(found[axis])] = shape[axis]
+    return tuple(found)
+
+
+def axes_of(rank: int) -> tuple[str, ...]:
+    """Return the names of the axes of an array; that of channels is empty.
+
+    >>> axes_of(4)
+    ('batch', 'height', 'width', '')
+    """
+    return ("batch", *_SPATIAL.get(rank - 2, ()), "")[:rank]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,8 +200,6 @@ def with_open_sizes(
             shapes = open_shapes(inputs, names, bounded=bounded)
             try:
                 return make(shapes), shapes, fixed
-            except UnmappedError:
-                raise
             except Exception as error:  # of anything that a model does with a size that is open
                 if not shapes.names:
                     raise inputs.refused_by(model, error) from error

@@ -11,15 +11,21 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 
-from falcon_jax.export import control_flow as _control_flow  # noqa: F401  # its rules
-from falcon_jax.export import elementwise as _elementwise  # noqa: F401
+from falcon_jax.export import elementwise as _elementwise  # noqa: F401  # its rules
 from falcon_jax.export import shapes as _shapes  # noqa: F401
 from falcon_jax.export import windows as _windows  # noqa: F401
-from falcon_jax.export.files import Shape, optional, shown_shape, writable, writing
-from falcon_jax.export.graph import Graph, Tensor, UnmappedError, is_open
+from falcon_jax.export.files import optional, writable, writing
+from falcon_jax.export.graph import (
+    Graph,
+    Shape,
+    Tensor,
+    UnmappedError,
+    is_open,
+    shown_shape,
+    simplify,
+)
 from falcon_jax.export.inference import AUTO, Traced, trace_inference
 from falcon_jax.export.lowering import lower
-from falcon_jax.export.simplify import simplify
 from falcon_jax.frameworks.layers import Inputs
 from falcon_jax.settings import is_whole, no_such
 
@@ -100,6 +106,14 @@ def onnx(
             an operation that has no counterpart: it is named with its module.
         ImportError: if onnx is not installed.
         OSError: if the file cannot be written.
+
+    >>> from flax import nnx
+    >>> layer = nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0))
+    >>> sample = jax.ShapeDtypeStruct((1, 8, 8, 3), "f4")
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     made = onnx(layer, sample, f"{folder}/layer.onnx", open_sizes="batch")
+    >>> made.inputs, made.outputs
+    ({'x': ('batch', 8, 8, 3)}, {'y': ('batch', 8, 8, 4)})
     """
     file = writable(path)
     proto, traced = onnx_model(model, sample, open_sizes=open_sizes, opset=opset)

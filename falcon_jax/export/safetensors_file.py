@@ -86,6 +86,14 @@ def load_safetensors(path: str | os.PathLike[str], model: Any) -> Any:
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is damaged, or holds other arrays than the model, saying which.
+
+    >>> import tempfile
+    >>> from flax import nnx
+    >>> a, b = (nnx.Linear(3, 2, rngs=nnx.Rngs(seed)) for seed in (0, 1))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     copy = load_safetensors(safetensors(a, f"{folder}/a.safetensors"), b)
+    >>> bool((copy.kernel[...] == a.kernel[...]).all())
+    True
     """
     file = user_path(path)
     if not file.is_file():

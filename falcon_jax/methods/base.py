@@ -17,6 +17,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from falcon_jax.ops.choice import is_canonical
 from falcon_jax.ops.geometry import ConvSpec
 from falcon_jax.solvers.alternating import MANY_SWEEPS, SMALL, SMALL_TOLERANCE, STARTS, alternate
 from falcon_jax.solvers.moments import Moments, Quadratic, dense_kernel, quadratics
@@ -364,7 +365,19 @@ def spatial_shape(spec: ConvSpec, input_shape: Sequence[Any]) -> tuple[Any, ...]
 
 
 def unit_gain(key: PRNGKeyArray, shape: Sequence[int], terms: int) -> Float[Array, "*shape"]:
-    """Return uniform weights such that a sum over ``terms`` of them keeps the variance."""
+    """Return uniform weights such that a sum over ``terms`` of them keeps the variance.
+
+    Args:
+        key: of the numbers drawn.
+        shape: of the weights.
+        terms: how many weights, each times an input of its own, make an output.
+
+    Returns:
+        Float32 weights, uniform within ``sqrt(3 / terms)``.
+
+    >>> unit_gain(jax.random.key(0), (3, 3, 8), terms=9).shape
+    (3, 3, 8)
+    """
     bound = math.sqrt(3 / terms)
     return jax.random.uniform(key, tuple(shape), minval=-bound, maxval=bound)
 
@@ -372,7 +385,18 @@ def unit_gain(key: PRNGKeyArray, shape: Sequence[int], terms: int) -> Float[Arra
 def scale_outputs(
     weights: Float[Array, "*stack_and_shape"], gain: Float[Array, "*stack n"]
 ) -> Float[Array, "*stack_and_shape"]:
-    """Return weights, output channels last, with each channel multiplied by a gain."""
+    """Return weights, output channels last, with each channel multiplied by a gain.
+
+    Args:
+        weights: ``(..., N)``; with leading axes if layers are stacked.
+        gain: one for each channel, with the same leading axes.
+
+    Returns:
+        Weights of the same shape and type.
+
+    >>> scale_outputs(jnp.ones((3, 3, 4, 2)), jnp.array([1.0, 2.0])).sum(axis=(0, 1, 2)).tolist()
+    [36.0, 72.0]
+    """
     axes = tuple(range(gain.ndim - 1, weights.ndim - 1))
     return weights * jnp.expand_dims(gain, axes).astype(weights.dtype)
 
@@ -423,8 +447,22 @@ def apply_method(
     names = tuple(params)
     x, bias, *values = promote_dtype((inputs, bias, *params.values()), dtype=dtype)
     promoted = {n: jnp.asarray(v) for n, v in zip(names, values, strict=True)}
-    y = method.apply(promoted, jnp.asarray(x), spec, precision=precision)
+    y = _compiled(method, spec, precision, is_canonical(), promoted, jnp.asarray(x))
     return y if bias is None else y + jnp.broadcast_to(bias, y.shape)
+
+
+# As one program outside of jit, too, as a convolution is: its constants are part of it, and no
+# transfer that a guard forbids.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
+def _compiled(
+    method: Method,
+    spec: ConvSpec,
+    precision: lax.PrecisionLike,
+    canonical: bool,  # what is traced depends on it
+    params: Params,
+    x: Array,
+) -> Array:
+    return method.apply(params, x, spec, precision=precision)
 
 
 def _supported(function: Callable[..., Params]) -> Callable[..., Params]:

@@ -56,26 +56,26 @@ class Stage:
 
     def of(self, spec: ConvSpec, in_features: int) -> ConvSpec:
         """Return the stage's convolution, without bias, in a chain in place of ``spec``."""
-
-        def own(values: Sequence[Any], rest: Any) -> tuple[Any, ...]:
-            return tuple(v if axis in self.axes else rest for axis, v in enumerate(values))
-
         padding = spec.padding
         if not self.axes:
             padding = "VALID"
         elif not isinstance(padding, str):
-            padding = own(padding, (0, 0))
+            padding = self._own(padding, (0, 0))
         return ConvSpec(
-            kernel_size=own(spec.kernel_size, 1),
+            kernel_size=self._own(spec.kernel_size, 1),
             in_features=in_features,
             out_features=self.out_features,
-            strides=own(spec.strides, 1),
+            strides=self._own(spec.strides, 1),
             padding=padding,
-            input_dilation=own(spec.input_dilation, 1),
-            kernel_dilation=own(spec.kernel_dilation, 1),
+            input_dilation=self._own(spec.input_dilation, 1),
+            kernel_dilation=self._own(spec.kernel_dilation, 1),
             feature_group_count=in_features if self.depthwise else 1,
             use_bias=False,
         )
+
+    def _own(self, values: Sequence[Any], rest: Any) -> tuple[Any, ...]:
+        """Return values, with ``rest`` for axes that belong to other stages."""
+        return tuple(v if axis in self.axes else rest for axis, v in enumerate(values))
 
     def stored(self, kernel: Float[Array, "*stage_kernel_shape"]) -> Array:
         """Return a stage's kernel as it is kept: pointwise and depthwise ones without axes of 1."""

@@ -33,6 +33,10 @@ class ChannelDecomposition(LowRankChain):
     Reference:
         Zhang, Zou, He, Sun: Accelerating Very Deep Convolutional Networks for Classification and
         Detection, TPAMI 2016; combined as in Network Decoupling (arXiv 1808.05517), Section 4.
+
+    >>> spec = ConvSpec(kernel_size=(3, 3), in_features=16, out_features=32, use_bias=False)
+    >>> ChannelDecomposition(rank=8).cost(spec, (8, 8, 16))
+    Cost(params=1408, mult_adds=90112)
     """
 
     rank: ChainRank = HALF

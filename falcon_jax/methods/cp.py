@@ -34,6 +34,10 @@ class CP(Chain):
     Reference:
         Lebedev et al.: Speeding-up Convolutional Neural Networks Using Fine-tuned CP-Decomposition,
         ICLR 2015; FALCON, Section 4.1.4.
+
+    >>> spec = ConvSpec(kernel_size=(3, 3), in_features=16, out_features=32, use_bias=False)
+    >>> CP(rank=8).cost(spec, (8, 8, 16))
+    Cost(params=432, mult_adds=27648)
     """
 
     rank: TermRank = "vbmf"

@@ -41,6 +41,10 @@ class Decoupled(Method):
 
     Reference:
         Guo, Li, Lin, Chen, Li: Network Decoupling, BMVC 2018 (arXiv 1808.05517).
+
+    >>> spec = ConvSpec(kernel_size=(3, 3), in_features=16, out_features=32, use_bias=False)
+    >>> Decoupled(terms=2).cost(spec, (8, 8, 16))
+    Cost(params=1600, mult_adds=102400)
     """
 
     order: Order = "pw-dw"

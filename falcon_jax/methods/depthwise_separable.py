@@ -46,6 +46,10 @@ class DepthwiseSeparable(RankMethod):
 
     Reference:
         FALCON, Section 3.6.1, Theorem 2 and Table 2; fitted, it is the paper's GEP-in.
+
+    >>> spec = ConvSpec(kernel_size=(3, 3), in_features=16, out_features=32, use_bias=False)
+    >>> DepthwiseSeparable(rank=2).cost(spec, (8, 8, 16))
+    Cost(params=1312, mult_adds=83968)
     """
 
     rank: Rank = 1

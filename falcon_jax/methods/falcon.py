@@ -23,8 +23,7 @@ from falcon_jax.methods.base import (
 )
 from falcon_jax.methods.ranks import Rank, RankMethod
 from falcon_jax.methods.registry import register
-from falcon_jax.ops.canonical import is_canonical
-from falcon_jax.ops.choice import falcon_form
+from falcon_jax.ops.choice import falcon_form, is_canonical
 from falcon_jax.ops.convolution import conv
 from falcon_jax.ops.geometry import ConvSpec
 from falcon_jax.ops.separable import pointwise_then_depthwise
@@ -57,6 +56,10 @@ class Falcon(RankMethod):
 
     Reference:
         FALCON, Sections 3.3 and 3.4, Equation 5, Theorems 1 and 3 to 5, Definition 3.
+
+    >>> spec = ConvSpec(kernel_size=(3, 3), in_features=16, out_features=32, use_bias=False)
+    >>> Falcon(rank=2).cost(spec, (8, 8, 16))
+    Cost(params=1600, mult_adds=102400)
     """
 
     rank: Rank = 1

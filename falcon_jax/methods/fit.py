@@ -112,8 +112,19 @@ def check_solver(solver: str) -> None:
 def check_kernel(kernel: Float[Array, "*kernel_shape"], spec: ConvSpec) -> None:
     """Raise unless a kernel belongs to ``spec`` and is finite (where that can be seen).
 
+    Args:
+        kernel: trained.
+        spec: the convolution.
+
     Raises:
         ValueError: saying what is wrong.
+
+    >>> spec = ConvSpec(kernel_size=(3,), in_features=4, out_features=8)
+    >>> check_kernel(jnp.ones((3, 4, 8)), spec)
+    >>> check_kernel(jnp.ones((4, 8)), spec)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    ValueError: the kernel has shape (4, 8), but the convolution's kernels have shape (3, 4, 8): ...
     """
     check_form(kernel, spec)
     check_finite(kernel, "the kernel")
@@ -151,6 +162,9 @@ def relative_error(
 
     Raises:
         ValueError: if the shapes differ, or a value is not real or, in float32, not finite.
+
+    >>> float(relative_error(jnp.array([4.0, 3.0]), jnp.array([4.0, 0.0]))).__round__(6)
+    0.6
     """
     k, a = jnp.asarray(kernel), jnp.asarray(approximation)
     if k.shape != a.shape or jnp.iscomplexobj(k) or jnp.iscomplexobj(a):

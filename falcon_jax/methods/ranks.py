@@ -27,6 +27,12 @@ class Energy:
 
     Raises:
         ValueError: if the share is out of these bounds.
+
+    >>> from falcon_jax.methods import Falcon
+    >>> kernel = jnp.ones((3, 3, 4, 8))
+    >>> spec = ConvSpec(kernel_size=(3, 3), in_features=4, out_features=8)
+    >>> Falcon(rank=Energy(0.9)).for_layer(spec, kernel[None])
+    Falcon(rank=1, impl='auto')
     """
 
     share: float | int
@@ -116,6 +122,11 @@ class Budget:
 
     Raises:
         ValueError: if the ratio is no finite number above 0.
+
+    >>> from falcon_jax.methods import TensorTrain
+    >>> spec = ConvSpec(kernel_size=(3, 3), in_features=16, out_features=32)
+    >>> TensorTrain(rank=Budget(4)).for_layer(spec).rank
+    (5, 16, 10)
     """
 
     ratio: float | int

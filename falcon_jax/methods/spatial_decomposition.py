@@ -28,6 +28,10 @@ class SpatialDecomposition(LowRankChain):
     Reference:
         Jaderberg, Vedaldi, Zisserman: Speeding up Convolutional Neural Networks with Low Rank
         Expansions, BMVC 2014; combined as in Network Decoupling (arXiv 1808.05517), Section 4.
+
+    >>> spec = ConvSpec(kernel_size=(3, 3), in_features=16, out_features=32, use_bias=False)
+    >>> SpatialDecomposition(rank=8).cost(spec, (8, 8, 16))
+    Cost(params=1152, mult_adds=73728)
     """
 
     rank: ChainRank = HALF

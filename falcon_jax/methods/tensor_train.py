@@ -33,6 +33,10 @@ class TensorTrain(Chain):
     Reference:
         Oseledets: Tensor-Train Decomposition, SIAM J. Sci. Comput. 2011, Algorithm 1; Garipov et
         al.: Ultimate Tensorization, 2016.
+
+    >>> spec = ConvSpec(kernel_size=(3, 3), in_features=16, out_features=32, use_bias=False)
+    >>> TensorTrain(rank=8).cost(spec, (8, 8, 16))
+    Cost(params=768, mult_adds=49152)
     """
 
     rank: int | Sequence[int] | Literal["full"] | Budget = HALF

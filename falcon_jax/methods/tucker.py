@@ -33,6 +33,10 @@ class Tucker(Chain):
     Reference:
         Kim et al.: Compression of Deep Convolutional Neural Networks for Fast and Low Power Mobile
         Applications, ICLR 2016; FALCON, Section 4.1.4.
+
+    >>> spec = ConvSpec(kernel_size=(3, 3), in_features=16, out_features=32, use_bias=False)
+    >>> Tucker(rank=(4, 8)).cost(spec, (8, 8, 16))
+    Cost(params=608, mult_adds=38912)
     """
 
     rank: ChannelRanks = "vbmf"

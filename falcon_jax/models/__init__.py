@@ -1,13 +1,13 @@
 """Networks built from conv units, as NNX modules with channels last."""
 
-from falcon_jax.models.branch import BranchUnit as BranchUnit
-from falcon_jax.models.branch import branch_unit as branch_unit
-from falcon_jax.models.gdg import GDGUnit as GDGUnit
-from falcon_jax.models.gdg import gdg_unit as gdg_unit
-from falcon_jax.models.pdp import PDPSplitUnit as PDPSplitUnit
-from falcon_jax.models.pdp import PDPUnit as PDPUnit
-from falcon_jax.models.pdp import pdp_split_unit as pdp_split_unit
-from falcon_jax.models.pdp import pdp_unit as pdp_unit
+from falcon_jax.models.mobile import BranchUnit as BranchUnit
+from falcon_jax.models.mobile import GDGUnit as GDGUnit
+from falcon_jax.models.mobile import PDPSplitUnit as PDPSplitUnit
+from falcon_jax.models.mobile import PDPUnit as PDPUnit
+from falcon_jax.models.mobile import branch_unit as branch_unit
+from falcon_jax.models.mobile import gdg_unit as gdg_unit
+from falcon_jax.models.mobile import pdp_split_unit as pdp_split_unit
+from falcon_jax.models.mobile import pdp_unit as pdp_unit
 from falcon_jax.models.registry import MODELS as MODELS
 from falcon_jax.models.registry import get_model as get_model
 from falcon_jax.models.registry import get_unit as get_unit

@@ -7,9 +7,7 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array
 
-from falcon_jax.models.branch import branch_unit
-from falcon_jax.models.gdg import gdg_unit
-from falcon_jax.models.pdp import pdp_split_unit, pdp_unit
+from falcon_jax.models.mobile import branch_unit, gdg_unit, pdp_split_unit, pdp_unit
 from falcon_jax.models.resnet import (
     resnet18,
     resnet18_cifar,

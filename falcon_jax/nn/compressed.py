@@ -51,7 +51,7 @@ def method_conv(
     """
     method.require(spec)
     method = method.for_layer(spec)
-    names = sorted(jax.eval_shape(lambda key: method.init(key, spec), jax.random.key(0)))
+    names = sorted(jax.eval_shape(lambda: method.init(jax.random.key(0), spec)))
     params = {
         name: module.param(
             name, lambda key, name=name: method.init(key, spec)[name].astype(param_dtype)

@@ -226,7 +226,7 @@ class MethodConv(nnx.Conv):
 
 def _stack(method: Method, spec: ConvSpec, params: Params) -> int:
     """Return how many leading axes parameters have, of layers stacked for scan or vmap."""
-    plain = jax.eval_shape(lambda key: method.init(key, spec), jax.random.key(0))
+    plain = jax.eval_shape(lambda: method.init(jax.random.key(0), spec))
     return next((params[n].ndim - len(plain[n].shape) for n in params), 0)
 
 

@@ -1,7 +1,14 @@
-"""Which form of an operation is fastest where: small tables, measured backend by backend."""
+"""Which form an operation takes: the fastest where it runs, or the one of ``lax``.
 
+What is fastest stands in small tables, measured backend by backend. For who reads what was traced
+there is one operation of ``lax`` for each of ours: another runtime knows its own fast forms, and
+recognises a convolution only if it is given one.
+"""
+
+import contextlib
+import contextvars
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Literal, get_args
 
@@ -117,3 +124,25 @@ def falcon_form(
         return "gep"
     few = points is not None and points * rank * out_features <= row.wide_elements
     return "wide" if few and rank > 1 else "separable"
+
+
+_CANONICAL = contextvars.ContextVar("falcon_jax_canonical", default=False)
+
+
+@contextlib.contextmanager
+def canonical_forms() -> Iterator[None]:
+    """Make every operation traced in this context the one of ``lax`` that stands for it.
+
+    Results differ from those of other forms by rounding only. What was traced before, and is in
+    JAX's cache, stays.
+    """
+    token = _CANONICAL.set(True)
+    try:
+        yield
+    finally:
+        _CANONICAL.reset(token)
+
+
+def is_canonical() -> bool:
+    """Return whether this is the context of `canonical_forms`."""
+    return _CANONICAL.get()

@@ -9,7 +9,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float
 
-from falcon_jax.ops.canonical import is_canonical
+from falcon_jax.ops.choice import is_canonical
 from falcon_jax.ops.geometry import (
     Padding,
     known,

@@ -13,8 +13,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from falcon_jax.ops.canonical import is_canonical
-from falcon_jax.ops.choice import DEPTHWISE_FORMS, DepthwiseForm, depthwise_form
+from falcon_jax.ops.choice import DEPTHWISE_FORMS, DepthwiseForm, depthwise_form, is_canonical
 from falcon_jax.ops.geometry import (
     Geometry,
     Padding,

@@ -9,7 +9,7 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from falcon_jax.ops.canonical import is_canonical
+from falcon_jax.ops.choice import is_canonical
 from falcon_jax.ops.depthwise import depthwise_conv
 from falcon_jax.ops.geometry import Padding, known, per_axis
 

@@ -118,6 +118,19 @@ def load_compressed(path: str | os.PathLike[str], build_model: Callable[[], Mode
         FileNotFoundError: if there is no such directory.
         ValueError: if it holds no compressed model, or one that is damaged, or that does not fit
             what ``build_model`` makes, saying what differs.
+
+    >>> import tempfile
+    >>> from flax import nnx
+    >>> from falcon_jax.compression.compress import compress
+    >>> from falcon_jax.compression.plan import make_plan
+    >>> def build():
+    ...     return nnx.Sequential(*(nnx.Conv(m, 8, (3, 3), rngs=nnx.Rngs(0)) for m in (3, 8)))
+    >>> plan = make_plan(build())
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_compressed(f"{folder}/small", compress(build(), plan), plan)
+    ...     small = load_compressed(f"{folder}/small", build)
+    >>> type(small.layers[1]).__name__
+    'FalconConv'
     """
     return open_compressed(path).load(build_model)
 

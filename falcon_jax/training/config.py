@@ -1,276 +1,240 @@
-"""The config of an experiment: its fields, their defaults, and what they may be."""
+"""The config of an experiment: one tree of its fields, their defaults, meanings and checks.
+
+A config file changes the fields of `default_config`; `check_config` makes the tree of it, whose
+parts the code is given. Fields are added to the dataclasses here, and nowhere else.
+"""
 
 import dataclasses
+import functools
 import math
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar, get_args
 
 from ml_collections import ConfigDict
 
-from falcon_jax.compression.plan import Rule
-from falcon_jax.data.augmentation import Augmentation
-from falcon_jax.data.decoding import RESIZE_MODES
-from falcon_jax.data.loading import SOURCES, check_fractions
-from falcon_jax.data.streamed import StreamSettings
-from falcon_jax.export.stored_formats import FORMATS
-from falcon_jax.methods.base import Method
-from falcon_jax.methods.fit import Solver, check_solver
-from falcon_jax.methods.registry import get_method, method_from
-from falcon_jax.models.registry import MODELS, UNIT_NAMES, get_unit
-from falcon_jax.models.units import UnitFactory
-from falcon_jax.settings import is_number, unknown_field
-from falcon_jax.training.run import LogSettings, ParallelSettings, TrainSettings, defaults
+from falcon_jax.data.loading import DataConfig
+from falcon_jax.export.files import FORMATS
+from falcon_jax.methods.fit import Solver
+from falcon_jax.models.registry import MODELS
+from falcon_jax.settings import (
+    at_least,
+    below,
+    check_fields,
+    checked,
+    each,
+    must_be,
+    named,
+    one_of,
+    unknown_field,
+)
+from falcon_jax.training.variants import Variant, chosen_variants, rules_from
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Variant:
-    """One row of the report beside the standard model.
+class ModelConfig:
+    """Which network is trained and compressed.
 
     Attributes:
-        name: also the name of its folder.
-        method: replaces the convolutions that no rule speaks of; None where units are built.
-        rules: in order; the last one is the method's own.
-        solver: how kernels are fitted; ``random`` starts from a network that was never trained.
-        of: the variant whose network is compressed; the standard one if empty.
-        width: multiplier of the channels; with a method, kernels start from the leading ones.
-        unit: builds the network from these units, with random weights; None for the standard.
-        unit_options: the unit's name and options, as in the config; None for the standard.
-        kind: the method's or the unit's name.
+        name: as ``falcon_jax.models.get_model`` has it.
     """
 
-    name: str
-    method: Method | None
-    rules: tuple[Rule, ...]
-    solver: Solver
-    of: str = ""
-    width: float = 1.0
-    unit: UnitFactory | None = None
-    unit_options: Mapping[str, Any] | None = None
-    kind: str
+    name: str = checked("vgg19_cifar", named(MODELS))
 
-    @property
-    def rank(self) -> int | str | None:
-        """The method's rank, as a number where it is one."""
-        rank = None if self.method is None else self.method.options().get("rank")
-        return rank if rank is None or isinstance(rank, int) else str(rank)
+    def __post_init__(self):
+        check_fields(self)
 
 
-def chosen_variants(compression: Mapping[str, Any]) -> tuple[Variant, ...]:
-    """Return the variants of ``config.compression``, those that others compress first.
+def _rising(epochs: tuple[float, ...], _: Any) -> bool:
+    if not all(isinstance(epoch, (int, float)) and math.isfinite(epoch) for epoch in epochs):
+        return False
+    return min(epochs, default=0) >= 0 and list(epochs) == sorted(set(epochs))
 
-    Raises:
-        ValueError: with the dotted name of what is wrong.
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a network is trained or fine-tuned. The defaults are the paper's (Section 4.1.3).
+
+    Attributes:
+        epochs: passes over the training split.
+        batch_size: images per step, over all devices.
+        accumulate: parts that a batch is worked on in, one after another, to save memory; their
+            gradients are averaged, and BatchNorm sees one part at a time.
+        eval_batch_size: images per step of evaluation, over all devices.
+        optimizer: ``sgd`` or ``adamw``.
+        learning_rate: at its highest.
+        momentum: of sgd.
+        nesterov: whether sgd looks ahead.
+        weight_decay: of every parameter; added to the gradient for sgd, decoupled for adamw.
+        schedule: ``step``, ``cosine`` or ``constant``.
+        boundaries: epochs at which ``step`` multiplies the learning rate by ``factor``.
+        factor: see ``boundaries``.
+        warmup_epochs: epochs of linear warm-up, before the schedule proper.
+        label_smoothing: share of the target spread evenly over all classes.
+        skip_nonfinite: steps whose loss or gradient is not finite that are skipped before the run
+            stops.
+        dtype: of the computation, ``float32`` or ``bfloat16``; parameters and statistics stay
+            float32.
     """
-    given = compression["variants"]
-    variants = {name: _variant(name, compression) for name in given}
-    for name, variant in variants.items():
-        _check_base(name, variant, variants)
-    chosen = [name.strip() for name in compression["only"].split(",") if name.strip()]
-    for name in chosen:
-        if name not in variants:
-            raise ValueError(unknown_field("config.compression.only", name, variants))
-    kept = {*(chosen or variants)}
-    kept |= {variants[name].of for name in kept}
-    ordered = sorted(variants.values(), key=lambda variant: bool(variant.of))
-    return tuple(variant for variant in ordered if variant.name in kept)
 
-
-def _check_base(name: str, variant: Variant, variants: Mapping[str, Variant]) -> None:
-    if not variant.of:
-        return
-    units = [other for other, value in variants.items() if value.unit is not None]
-    if variant.of not in units:
-        listed = ", ".join(units) or "none"
-        raise ValueError(
-            f"config.compression.variants.{name}.of names a variant that has a unit (there are: "
-            f"{listed}), but is {variant.of!r}"
-        )
-
-
-def _variant(name: str, compression: Mapping[str, Any]) -> Variant:
-    dotted = f"config.compression.variants.{name}"
-    given = compression["variants"][name]
-    if name == "standard" or re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) is None:
-        raise ValueError(
-            f"{dotted}: a variant's name is that of its folder; use letters, digits, _ and -, and "
-            "not 'standard'"
-        )
-    if not isinstance(given, Mapping) or ("method" in given) == ("unit" in given):
-        raise ValueError(
-            f"{dotted} must be a group with a method, such as "
-            f"{{'method': 'falcon', 'rank': 2}}, or with a unit, such as {{'unit': 'pdp'}}, but is "
-            f"{given!r}"
-        )
-    options = dict(given)
-    try:
-        width = options.pop("width", 1.0)
-        if not is_number(width) or width <= 0:
-            raise ValueError(f"width must be a finite number above 0, but is {width!r}")
-        if "unit" in options:
-            unit_options = dict(options)
-            kind = options.pop("unit")
-            unit = get_unit(kind, **options)
-            return Variant(
-                name=name,
-                method=None,
-                rules=(),
-                solver="random",
-                width=float(width),
-                unit=unit,
-                unit_options=unit_options,
-                kind=kind,
-            )
-        solver = options.pop("solver", compression["solver"])
-        check_solver(solver)
-        pairs = options.pop("rules", compression["rules"])
-        of = options.pop("of", "")
-        if not isinstance(of, str):
-            raise ValueError(f"of names a variant, but is {of!r}")
-        if of and width != 1:
-            raise ValueError(f"its width is that of {of!r}; leave width out")
-        method = _method(options)
-        rules = rules_from(pairs)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{dotted}: {error}") from None
-    return Variant(
-        name=name,
-        method=method,
-        rules=(*rules, Rule(method=method)),
-        solver=solver,
-        of=of,
-        width=float(width),
-        kind=method.name,
+    epochs: int = checked(350, at_least(0))
+    batch_size: int = checked(128, at_least(1))
+    accumulate: int = checked(
+        1, must_be("in [1, batch_size]", lambda parts, whole: 1 <= parts <= whole.batch_size)
     )
+    eval_batch_size: int = checked(256, at_least(1))
+    optimizer: str = checked("sgd", one_of(("sgd", "adamw")))
+    learning_rate: float = checked(
+        0.1, must_be("positive and finite", lambda rate, _: 0 < rate < math.inf)
+    )
+    momentum: float = checked(0.9, must_be("in [0, 1)", lambda share, _: 0 <= share < 1))
+    nesterov: bool = False
+    weight_decay: float = checked(
+        1e-4, must_be("0 or more, and finite", lambda decay, _: 0 <= decay < math.inf)
+    )
+    schedule: str = checked("step", one_of(("step", "cosine", "constant")))
+    boundaries: tuple[float, ...] = checked(
+        (150.0, 250.0), must_be("rising epochs, 0 or more", _rising)
+    )
+    factor: float = checked(0.1, must_be("in (0, 1]", lambda factor, _: 0 < factor <= 1))
+    warmup_epochs: float = checked(
+        0.0, must_be("in [0, epochs]", lambda epochs, whole: 0 <= epochs <= whole.epochs)
+    )
+    label_smoothing: float = checked(0.0, must_be("in [0, 1)", lambda share, _: 0 <= share < 1))
+    skip_nonfinite: int = checked(0, at_least(0))
+    dtype: str = checked("float32", one_of(("float32", "bfloat16")))
 
-
-def rules_from(pairs: Any) -> list[Rule]:
-    """Return the rules that pairs of a path and a method describe.
-
-    Args:
-        pairs: each method None, a name, or a group with a name and settings.
-
-    Raises:
-        ValueError: if they are no such pairs.
-    """
-    if not isinstance(pairs, (tuple, list)):
-        raise ValueError(f"rules are pairs of a path and a method, such as {_PAIR}; got {pairs!r}")
-    return [_rule(pair) for pair in pairs]
-
-
-_PAIR = "('stem/.*', None) or ('head/.*', 'falcon')"
-
-
-def _rule(pair: Any) -> Rule:
-    good = isinstance(pair, (tuple, list)) and len(pair) == 2 and isinstance(pair[0], str)
-    if not good or not isinstance(pair[1], (str, Mapping, type(None))):
-        raise ValueError(f"a rule is a pair of a path and a method, such as {_PAIR}; got {pair!r}")
-    path, method = pair
-    if isinstance(method, str):
-        return Rule(path=path, method=get_method(method))
-    return Rule(path=path, method=None if method is None else _method(method))
-
-
-def _method(options: Mapping[str, Any]) -> Method:
-    name = options.get("method")
-    if name in UNIT_NAMES:
-        raise ValueError(
-            f"{name!r} is a conv unit: it stands for convolution, BatchNorm and activation "
-            "together and is no drop-in for a bare convolution; give it as 'unit' to build the "
-            "network of it"
-        )
-    return method_from(options)
-
-
-_INTEGERS = 2**31  # steps and seeds are 32-bit on devices
+    def __post_init__(self):
+        check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Experiment:
-    """A config, checked.
+class CompressionConfig:
+    """How the standard model comes about, and what is made of it.
 
     Attributes:
-        seed: of everything random.
-        model: name of the model.
-        data: arguments of ``load_dataset``.
-        augmentation: of training images.
-        train: of the standard model.
-        finetune: of the compressed ones.
-        start: ``train``, ``scratch``, the workdir of an experiment whose standard model was
-            trained, or a stored model.
-        variants: in the order of the report.
+        start: ``train``; ``scratch``, for random weights; the workdir of an experiment whose
+            standard model was trained; or a stored model, such as converted weights.
+        solver: how kernels are fitted, ``exact`` or ``adamw``; ``random`` starts from a network
+            that was never trained.
         calibration_batches: training batches whose answers layers are fitted to, without labels; 0
             for fits to kernels only.
         batchnorm_batches: training batches for BatchNorm statistics after fits to kernels only; 0
             for none.
+        rules: pairs of a regular expression and a method's name, a group like a variant's, or
+            None; the first that matches a layer's whole path decides, then the variant's method
+            takes the rest.
+        variants: by name, a group with a ``method`` or a ``unit`` and its settings, and if need be
+            with ``solver``, ``rules``, ``width`` and ``of`` of its own (docs/training.md
+            says what they mean).
+        only: names of variants, with commas between them; empty for all.
+    """
+
+    start: str = checked(
+        "train",
+        must_be(
+            "train, scratch, the workdir of an experiment or a stored model",
+            lambda start, _: bool(start.strip()),
+        ),
+    )
+    solver: str = checked("exact", one_of(get_args(Solver)))
+    calibration_batches: int = checked(8, at_least(0))
+    batchnorm_batches: int = checked(8, at_least(0))
+    rules: tuple[Any, ...] = ()
+    variants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    only: str = ""
+
+    def __post_init__(self):
+        check_fields(self)
+        with below("rules: "):
+            rules_from(self.rules)
+        _ = self.chosen
+
+    @functools.cached_property
+    def chosen(self) -> tuple[Variant, ...]:
+        """What ``variants`` and ``only`` stand for, those that others compress first."""
+        return chosen_variants(self.variants, solver=self.solver, rules=self.rules, only=self.only)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Which checkpoints there are.
+
+    Attributes:
         keep: latest checkpoints kept beside the best.
         every_steps: steps between two checkpoints within an epoch; 0 for none there.
-        parallel: how the devices share a batch.
+    """
+
+    keep: int = checked(2, at_least(1))
+    every_steps: int = checked(0, at_least(0))
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What a run leaves behind and shows.
+
+    Attributes:
+        tensorboard: whether to write event files.
+        progress: whether to show progress.
+        profile_start_step: first step of the profiler's window.
+        profile_steps: length of the window; 0 for none. The trace goes to ``profile/``.
+    """
+
+    tensorboard: bool = True
+    progress: bool = True
+    profile_start_step: int = checked(10, at_least(0))
+    profile_steps: int = checked(0, at_least(0))
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """A whole experiment.
+
+    Attributes:
+        seed: of everything random.
+        model: which network.
+        data: which images.
+        train: how the standard model is trained.
+        finetune: how the compressed ones are.
+        compression: what is made of the standard model.
+        checkpoint: which checkpoints there are.
+        parallel: what compiles a step for all devices, ``jit`` or ``pmap``.
+        batchnorm: what BatchNorm normalises by in training: ``synchronised``, the whole batch; or
+            ``per_replica`` (ghost), the rows of each device, whose running statistics are averaged.
         log: what is shown and kept.
         export: formats that every model is written in, beside the stored one, out of
             ``falcon_jax.export.FORMATS``.
     """
 
-    seed: int
-    model: str
-    data: dict[str, Any]
-    augmentation: Augmentation
-    train: TrainSettings
-    finetune: TrainSettings
-    start: str
-    variants: tuple[Variant, ...]
-    calibration_batches: int
-    batchnorm_batches: int
-    keep: int
-    every_steps: int
-    parallel: ParallelSettings
-    log: LogSettings
-    export: tuple[str, ...]
+    seed: int = checked(0, at_least(0))
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    finetune: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    compression: CompressionConfig = dataclasses.field(default_factory=CompressionConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    parallel: str = checked("jit", one_of(("jit", "pmap")))
+    batchnorm: str = checked("synchronised", one_of(("synchronised", "per_replica")))
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    export: tuple[str, ...] = checked((), each(named(FORMATS)))
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 def default_config() -> ConfigDict:
     """Return a config with every field there is, to be changed by a config file."""
-    config: Any = ConfigDict(
-        {
-            "seed": 0,
-            "model": {"name": "vgg19_cifar"},
-            "data": {
-                "source": "digits",
-                "name": "",
-                "data_dir": "",
-                "image_size": 32,
-                "resize": "auto",
-                "shorter_side": 0,
-                "interpolation": "bilinear",
-                "workers": 0,
-                "skip_broken": False,
-                "train_fraction": 1.0,
-                "validation_fraction": 0.1,
-                "augmentation": {"crop_padding": 0, "flip": False},
-            },
-            "train": defaults(),
-            "finetune": defaults(),
-            "compression": {
-                "start": "train",
-                "solver": "exact",
-                "calibration_batches": 8,
-                "batchnorm_batches": 8,
-                "rules": (),
-                "variants": {},
-                "only": "",
-            },
-            "checkpoint": {"keep": 2, "every_steps": 0},
-            "export": (),
-            **dataclasses.asdict(ParallelSettings()),
-            "log": dataclasses.asdict(LogSettings()),
-        }
-    )
+    config = ConfigDict(dataclasses.asdict(ExperimentConfig()))
     config.lock()
     return config
 
 
-def check_config(config: Any) -> Experiment:
+def check_config(config: Any) -> ExperimentConfig:
     """Check every field of a config.
 
     Args:
@@ -284,69 +248,7 @@ def check_config(config: Any) -> Experiment:
     """
     if not isinstance(config, ConfigDict):
         raise ValueError(f"get_config() must return a ConfigDict, but returns {config!r}")
-    fields: dict[str, Any] = config.to_dict()
-    known = default_config().to_dict()
-    _check_fields(fields, known, "config")
-    _check_complete(fields, known, "config")
-    model, data, compression = fields["model"], fields["data"], fields["compression"]
-    if model["name"] not in MODELS:
-        raise ValueError(unknown_field("config.model.name", model["name"], MODELS))
-    if data["source"] not in SOURCES:
-        raise ValueError(unknown_field("config.data.source", data["source"], SOURCES))
-    streamed = [field.name for field in dataclasses.fields(StreamSettings)]
-    _built("config.data", StreamSettings, {field: data[field] for field in streamed})
-    if data["resize"] not in RESIZE_MODES:
-        raise ValueError(unknown_field("config.data.resize", data["resize"], RESIZE_MODES))
-    with _below("config.data."):
-        check_fractions(
-            train_fraction=data["train_fraction"], validation_fraction=data["validation_fraction"]
-        )
-    if fields["seed"] < 0:
-        raise ValueError(f"config.seed must be 0 or more, but is {fields['seed']}")
-    if not compression["start"].strip():
-        raise ValueError(
-            "config.compression.start must be train, scratch, the workdir of an experiment or a "
-            f"stored model, but is {compression['start']!r}"
-        )
-    with _below("config.compression."):
-        check_solver(compression["solver"])
-    with _below("config.compression.rules: "):
-        rules_from(compression["rules"])
-    for field in ("calibration_batches", "batchnorm_batches"):
-        if compression[field] < 0:
-            raise ValueError(
-                f"config.compression.{field} must be 0 or more, but is {compression[field]}"
-            )
-    for field, least in (("keep", 1), ("every_steps", 0)):
-        if fields["checkpoint"][field] < least:
-            raise ValueError(
-                f"config.checkpoint.{field} must be {least} or more, but is "
-                f"{fields['checkpoint'][field]}"
-            )
-    for name in fields["export"]:
-        if name not in FORMATS:
-            raise ValueError(unknown_field("config.export", str(name), FORMATS))
-    return Experiment(
-        seed=fields["seed"],
-        model=model["name"],
-        augmentation=_built("config.data.augmentation", Augmentation, data.pop("augmentation")),
-        data=data | {"seed": fields["seed"]},
-        train=_built("config.train", TrainSettings, fields["train"]),
-        finetune=_built("config.finetune", TrainSettings, fields["finetune"]),
-        start=compression["start"],
-        variants=chosen_variants(compression),
-        calibration_batches=compression["calibration_batches"],
-        batchnorm_batches=compression["batchnorm_batches"],
-        keep=fields["checkpoint"]["keep"],
-        every_steps=fields["checkpoint"]["every_steps"],
-        parallel=_built(
-            "config",
-            ParallelSettings,
-            {field: fields[field] for field in ("parallel", "batchnorm")},
-        ),
-        log=_built("config.log", LogSettings, fields["log"]),
-        export=tuple(fields["export"]),
-    )
+    return _built(ExperimentConfig, config.to_dict(), "config")
 
 
 def check_override(dotted: str) -> None:
@@ -358,42 +260,64 @@ def check_override(dotted: str) -> None:
     Raises:
         ValueError: naming the fields there are, and the nearest.
     """
-    known: Any = default_config().to_dict()
+    known: Any = ExperimentConfig()
     for field in dotted.split(".")[1:]:
-        if known is _FREE_FORM:
+        if isinstance(known, Mapping):
             return
-        if not isinstance(known, dict) or field not in known:
-            raise ValueError(unknown_field(dotted, field, known if isinstance(known, dict) else ()))
-        known = _FREE_FORM if field == "variants" else known[field]
+        fields = _names(known) if dataclasses.is_dataclass(known) else ()
+        if field not in fields:
+            raise ValueError(unknown_field(dotted, field, fields))
+        known = getattr(known, field)
 
 
-_FREE_FORM = object()
+T = TypeVar("T")
+_INTEGERS = 2**31  # steps and seeds are 32-bit on devices
 
 
-def _check_fields(given: Mapping[str, Any], known: Mapping[str, Any], name: str) -> None:
-    for field, value in given.items():
-        dotted = f"{name}.{field}"
+def _built(cls: type[T], given: Mapping[str, Any], name: str) -> T:
+    """Return a group of the tree.
+
+    Args:
+        cls: its dataclass; every field has a default, which says of what type it is.
+        given: the fields as they are written.
+        name: of the group, with dots.
+    """
+    defaults = cls()
+    known = _names(defaults)
+    for field in given:
         if field not in known:
-            raise ValueError(unknown_field(dotted, field, known))
-        default = known[field]
-        if dotted == "config.compression.variants":
-            continue
-        if isinstance(default, dict):
-            if not isinstance(value, Mapping):
-                raise ValueError(f"{dotted} is a group of fields, but is {value!r}")
-            _check_fields(value, default, dotted)
-        elif not _same_type(value, default):
-            raise ValueError(f"{dotted} must be a {type(default).__name__}, but is {value!r}")
-        else:
-            _check_numbers(value, dotted)
-
-
-def _check_complete(given: Mapping[str, Any], known: Mapping[str, Any], name: str) -> None:
-    for field, default in known.items():
+            raise ValueError(unknown_field(f"{name}.{field}", field, known))
+    for field in known:
         if field not in given:
             raise ValueError(f"{name}.{field} is missing; make configs from default_config()")
-        if isinstance(default, dict) and field != "variants":
-            _check_complete(given[field], default, f"{name}.{field}")
+    values = {
+        field: _value(given[field], getattr(defaults, field), f"{name}.{field}") for field in known
+    }
+    with below(f"{name}."):
+        return cls(**values)
+
+
+def _names(group: Any) -> list[str]:
+    return sorted(field.name for field in dataclasses.fields(group))
+
+
+def _value(value: Any, default: Any, name: str) -> Any:
+    """Return a field's value as the tree has it."""
+    group = dataclasses.is_dataclass(default)
+    if group or isinstance(default, Mapping):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{name} is a group of fields, but is {value!r}")
+        return _built(type(default), value, name) if group else value
+    if not _same_type(value, default):
+        raise ValueError(f"{name} must be a {type(default).__name__}, but is {value!r}")
+    for number in value if isinstance(value, (tuple, list)) else (value,):
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ValueError(f"{name} must be finite, but is {value!r}")
+        if isinstance(number, int) and abs(number) >= _INTEGERS:
+            raise ValueError(f"{name} must have less than 32 bits, but is {value!r}")
+    if isinstance(default, tuple):
+        return tuple(map(float, value)) if _of_numbers(default) else tuple(value)
+    return type(default)(value)
 
 
 def _same_type(value: Any, default: Any) -> bool:
@@ -402,38 +326,11 @@ def _same_type(value: Any, default: Any) -> bool:
     if isinstance(default, float):
         return isinstance(value, (int, float))
     if isinstance(default, tuple):
-        numbers = all(isinstance(d, float) for d in default) and default
         return isinstance(value, (tuple, list)) and (
-            not numbers or all(_same_type(v, 0.0) for v in value)
+            not _of_numbers(default) or all(_same_type(number, 0.0) for number in value)
         )
     return isinstance(value, type(default))
 
 
-def _check_numbers(value: Any, dotted: str) -> None:
-    """Raise if a number, or one in a tuple, is not finite or has more than 32 bits."""
-    for number in value if isinstance(value, (tuple, list)) else (value,):
-        if isinstance(number, float) and not math.isfinite(number):
-            raise ValueError(f"{dotted} must be finite, but is {value!r}")
-        if isinstance(number, int) and abs(number) >= _INTEGERS:
-            raise ValueError(f"{dotted} must have less than 32 bits, but is {value!r}")
-
-
-def _built(name: str, cls: Any, fields: Mapping[str, Any]) -> Any:
-    types = {field.name: field.type for field in dataclasses.fields(cls)}
-    values = dict(fields)
-    for field, value in fields.items():
-        if types[field] is float:
-            values[field] = float(value)
-        elif isinstance(value, (tuple, list)):
-            values[field] = tuple(float(v) if isinstance(v, int) else v for v in value)
-    with _below(f"{name}."):
-        return cls(**values)
-
-
-@contextmanager
-def _below(prefix: str) -> Iterator[None]:
-    """Put the dotted name of a group before what is wrong in it."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{prefix}{error}") from None
+def _of_numbers(default: tuple[Any, ...]) -> bool:
+    return bool(default) and all(isinstance(number, float) for number in default)

@@ -6,7 +6,7 @@ import itertools
 import json
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -23,8 +23,9 @@ from falcon_jax.compression.profile import profile
 from falcon_jax.data.augmentation import normalize
 from falcon_jax.data.batching import train_batches
 from falcon_jax.data.dataset import Dataset
-from falcon_jax.data.loading import check_augmentation, load_dataset
-from falcon_jax.export.stored_formats import FORMATS, export_stored, require_packages
+from falcon_jax.data.loading import load_dataset
+from falcon_jax.export.files import FORMATS, require_packages
+from falcon_jax.export.stored import export_stored
 from falcon_jax.models.registry import get_model
 from falcon_jax.models.units import UnitFactory, standard_unit
 from falcon_jax.paths import user_path
@@ -41,36 +42,34 @@ from falcon_jax.storage.models import (
     uncompressed,
 )
 from falcon_jax.training.checkpoints import BestModel, Checkpoints
-from falcon_jax.training.config import Experiment, Variant
+from falcon_jax.training.config import ExperimentConfig, TrainConfig
 from falcon_jax.training.devices import data_mesh, replicate
-from falcon_jax.training.execution import evaluate
+from falcon_jax.training.evaluation import evaluate, make_eval_step
 from falcon_jax.training.interruption import Interruption
-from falcon_jax.training.loop import train
+from falcon_jax.training.loop import Job, train
 from falcon_jax.training.network import Arrays, Network
-from falcon_jax.training.run import Run, TrainSettings
-from falcon_jax.training.step import Preprocessing, make_eval_step
+from falcon_jax.training.step import Preprocessing
+from falcon_jax.training.variants import Variant
 from falcon_jax.training.workdir import claim_workdir, locked
 
 Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Setting:
+class Workspace:
     """What every stage of an experiment shares.
 
     Attributes:
-        experiment: the checked config.
-        workdir: a folder a stage is in it.
-        config: the config as plain data, kept with every checkpoint.
+        config: of the experiment.
+        workdir: every stage has a folder in it.
         dataset: the data.
         preprocessing: of images, with augmentation.
         mesh: the devices.
         interruption: tells when to stop early.
     """
 
-    experiment: Experiment
+    config: ExperimentConfig
     workdir: pathlib.Path
-    config: Mapping[str, Any]
     dataset: Dataset
     preprocessing: Preprocessing
     mesh: Mesh
@@ -78,18 +77,18 @@ class Setting:
 
     def model(
         self,
-        settings: TrainSettings,
+        recipe: TrainConfig,
         *,
         seed: int,
         unit: UnitFactory | None = None,
         width: float = 1.0,
     ) -> nnx.Module:
         """Return the experiment's model with random weights, of other units or width if asked."""
-        dtype = jax.numpy.dtype(settings.dtype) if settings.dtype != "float32" else None
+        dtype = jax.numpy.dtype(recipe.dtype) if recipe.dtype != "float32" else None
         # A network of units keeps its first convolution, as the paper's do.
         units = {} if unit is None else {"unit": unit, "stem_unit": standard_unit}
         return get_model(
-            self.experiment.model,
+            self.config.model.name,
             num_classes=self.dataset.num_classes,
             in_features=self.dataset.train.image_shape[-1],
             dtype=dtype,
@@ -102,29 +101,25 @@ class Setting:
         """Return the shape of a batch of images."""
         return ShapeDtypeStruct((batch, *self.dataset.train.image_shape), np.float32)
 
-    def run(self, label: str, settings: TrainSettings, plan: Plan | None = None) -> Run:
+    def job(self, label: str, recipe: TrainConfig, plan: Plan | None = None) -> Job:
         """Return what `train` needs to train one network in a folder of its own."""
-        return Run(
+        return Job(
             label=label,
             directory=self.workdir / label,
+            config=self.config,
+            recipe=recipe,
             dataset=self.dataset,
             preprocessing=self.preprocessing,
-            settings=settings,
-            log=self.experiment.log,
-            keep=self.experiment.keep,
-            every_steps=self.experiment.every_steps,
-            seed=self.experiment.seed,
             mesh=self.mesh,
-            parallel=self.experiment.parallel,
             interruption=self.interruption,
             meta={
-                "config": json.loads(json.dumps(self.config)),
+                "config": json.loads(json.dumps(dataclasses.asdict(self.config))),
                 "plan": None if plan is None else plan.to_json(),
             },
         )
 
     def test_accuracy(
-        self, network: Network, params: Arrays, statistics: Arrays, settings: TrainSettings
+        self, network: Network, params: Arrays, statistics: Arrays, recipe: TrainConfig
     ) -> float:
         """Return the share of test images that a network classifies correctly."""
         params, statistics = replicate((params, statistics), self.mesh)
@@ -133,7 +128,7 @@ class Setting:
             params,
             statistics,
             self.dataset.test,
-            batch_size=settings.eval_batch_size,
+            batch_size=recipe.eval_batch_size,
             mesh=self.mesh,
         ).top1
 
@@ -155,7 +150,7 @@ class Setting:
         path = folder / "result.json"
         if not path.exists():
             return None
-        if self.experiment.log.progress and jax.process_index() == 0:
+        if self.config.log.progress and jax.process_index() == 0:
             print(f"{folder.name}: finished already", file=sys.stderr)
         return checked_row(path)
 
@@ -177,10 +172,10 @@ class Setting:
         """Return parameters and statistics of a stored model that is not compressed."""
         stored = load_stored(path)
         found = stored.description
-        if found.arch != self.experiment.model or found.width != 1 or found.unit is not None:
+        if found.arch != self.config.model.name or found.width != 1 or found.unit is not None:
             raise ValueError(
                 f"{path} holds a {found.arch} of width {found.width:g} and unit {found.unit}, but "
-                f"config.model.name is {self.experiment.model!r}"
+                f"config.model.name is {self.config.model.name!r}"
             )
         if stored.plan.replaced:
             raise ValueError(f"{path} is compressed already; give the model before compression")
@@ -203,36 +198,36 @@ class Setting:
             if plan is not None:
                 stored = Stored(model=model, plan=plan, description=description)
             save_stored(self.workdir / label / "model", stored, overwrite=True)
-            for name in self.experiment.export:
-                count = max(self.experiment.calibration_batches, 1)
-                batches = self.inputs(self.experiment.finetune, count)
+            for name in self.config.export:
+                count = max(self.config.compression.calibration_batches, 1)
+                batches = self.inputs(self.config.finetune, count)
                 export_stored(stored, name, self.workdir / label / FORMATS[name], batches=batches)
             write_json(self.workdir / label / "result.json", row)
 
     def _description(self, variant: Variant | None) -> Description:
         unit = None
         if variant is not None:
-            bases = {base.name: base for base in self.experiment.variants}
+            bases = {base.name: base for base in self.config.compression.chosen}
             unit = bases.get(variant.of, variant).unit_options
         return Description(
-            arch=self.experiment.model,
+            arch=self.config.model.name,
             classes=self.dataset.num_classes,
             width=1.0 if variant is None else variant.width,
             unit=unit,
             preprocessing=ImagePreprocessing(
                 image_size=self.dataset.train.image_shape[0],
-                shorter_side=self.experiment.data["shorter_side"],
-                interpolation=self.experiment.data["interpolation"],
+                shorter_side=self.config.data.shorter_side,
+                interpolation=self.config.data.interpolation,
                 mean=self.preprocessing.mean,
                 std=self.preprocessing.std,
             ),
-            source={"data": self.dataset.name, "seed": self.experiment.seed},
+            source={"data": self.dataset.name, "seed": self.config.seed},
         )
 
-    def inputs(self, settings: TrainSettings, count: int) -> Iterator[jax.Array]:
+    def inputs(self, recipe: TrainConfig, count: int) -> Iterator[jax.Array]:
         """Yield so many training batches as the network sees them, without augmentation."""
         batches = train_batches(
-            self.dataset.train, settings.batch_size, seed=self.experiment.seed, epoch=0
+            self.dataset.train, recipe.batch_size, seed=self.config.seed, epoch=0
         )
         for batch in itertools.islice(batches, count):
             images = jax.numpy.asarray(batch["image"])
@@ -249,9 +244,8 @@ LATENCY_BATCH = 32
 
 
 def run_experiment(
-    experiment: Experiment,
+    config: ExperimentConfig,
     workdir: pathlib.Path,
-    config: Mapping[str, Any],
     interruption: Interruption | None = None,
 ) -> tuple[list[Row], str]:
     """Run an experiment, or what is left of it.
@@ -261,9 +255,8 @@ def run_experiment(
     run again; one that was interrupted goes on from its last checkpoint.
 
     Args:
-        experiment: what to do.
+        config: what to do; it is kept in ``workdir``.
         workdir: where everything goes; made if missing.
-        config: the config that ``experiment`` was made from, to be kept in ``workdir``.
         interruption: tells when to stop early; None for never.
 
     Returns:
@@ -276,42 +269,40 @@ def run_experiment(
         FloatingPointError: if losses or gradients are not finite.
         Stopped: if the run was asked to stop, or a checkpoint could not be saved.
     """
-    with begin(experiment, workdir, config, interruption) as setting:
-        return _run(setting)
+    with begin(config, workdir, interruption) as workspace:
+        return _all_stages(workspace)
 
 
-def _run(setting: Setting) -> tuple[list[Row], str]:
-    experiment = setting.experiment
-    trained, row, note = _standard(setting)
+def _all_stages(workspace: Workspace) -> tuple[list[Row], str]:
+    config = workspace.config
+    trained, row, note = _standard(workspace)
     rows = [] if row is None else [row]
-    for variant in experiment.variants:
-        setting.interruption.check()
-        row = setting.finished(setting.workdir / variant.name)
+    for variant in config.compression.chosen:
+        workspace.interruption.check()
+        row = workspace.finished(workspace.workdir / variant.name)
         if row is None and variant.unit is not None:
-            row = _built(setting, variant)
+            row = _built(workspace, variant)
         elif row is None:
-            row = _compressed(setting, variant, *trained, note)
+            row = _compressed(workspace, variant, *trained, note)
         rows.append(row)
-    standard = profile(setting.model(experiment.train, seed=0), setting.sample(1))
+    standard = profile(workspace.model(config.train, seed=0), workspace.sample(1))
     for row in rows:
         row["params_ratio"] = standard.params / row["params"]
         row["mult_adds_ratio"] = standard.mult_adds / row["mult_adds"]
-    return rows, setting.write_report(rows)
+    return rows, workspace.write_report(rows)
 
 
 @contextlib.contextmanager
 def begin(
-    experiment: Experiment,
+    config: ExperimentConfig,
     workdir: pathlib.Path,
-    config: Mapping[str, Any],
     interruption: Interruption | None = None,
-) -> Iterator[Setting]:
+) -> Iterator[Workspace]:
     """Load the data of an experiment and claim its folder, for as long as the context lasts.
 
     Args:
-        experiment: what to do.
+        config: what to do.
         workdir: where everything goes; made if missing.
-        config: the config that ``experiment`` was made from.
         interruption: tells when to stop early; None for never.
 
     Yields:
@@ -322,120 +313,116 @@ def begin(
         OSError: if files are missing or cannot be written.
     """
     workdir = user_path(workdir)
-    require_packages(experiment.export)
-    dataset = load_dataset(**experiment.data)
-    check_augmentation(dataset, experiment.augmentation)
+    require_packages(config.export)
+    dataset = load_dataset(config.data, seed=config.seed)
     mean, std = dataset.mean, dataset.std
-    if is_stored(experiment.start):
+    if is_stored(config.compression.start):
         # A network goes on with images as it knows them.
-        known = read_description(experiment.start).preprocessing
+        known = read_description(config.compression.start).preprocessing
         mean, std = known.mean, known.std
     with locked(workdir):
-        claim_workdir(workdir, config)
-        yield Setting(
-            experiment=experiment,
-            workdir=workdir,
+        claim_workdir(workdir, dataclasses.asdict(config))
+        yield Workspace(
             config=config,
+            workdir=workdir,
             dataset=dataset,
-            preprocessing=Preprocessing(mean=mean, std=std, augmentation=experiment.augmentation),
+            preprocessing=Preprocessing(mean=mean, std=std, augmentation=config.data.augmentation),
             mesh=data_mesh(),
             interruption=interruption or Interruption(),
         )
 
 
-def trained_model(setting: Setting) -> nnx.Module:
+def trained_model(workspace: Workspace) -> nnx.Module:
     """Return the standard model of an experiment, trained now unless it was before."""
-    (params, statistics), _, _ = _standard(setting)
-    network, _, _ = Network.split(setting.model(setting.experiment.train, seed=0))
+    (params, statistics), _, _ = _standard(workspace)
+    network, _, _ = Network.split(workspace.model(workspace.config.train, seed=0))
     return network.merge(params, statistics)
 
 
-def _standard(setting: Setting) -> tuple[tuple[Arrays, Arrays], Row | None, str | None]:
+def _standard(workspace: Workspace) -> tuple[tuple[Arrays, Arrays], Row | None, str | None]:
     """Return the standard model's arrays, its row unless it was never trained, and a note.
 
     The note says so if the arrays are not those of the best checkpoint.
     """
-    experiment = setting.experiment
-    network, *arrays = Network.split(setting.model(experiment.train, seed=experiment.seed))
+    config, start = workspace.config, workspace.config.compression.start
+    network, *arrays = Network.split(workspace.model(config.train, seed=config.seed))
     params, statistics = arrays
-    if experiment.start == "scratch":
+    if start == "scratch":
         return (params, statistics), None, None
-    folder = setting.workdir / STANDARD
-    stored = is_stored(experiment.start)
-    if experiment.start != "train" and not stored:
-        folder = user_path(experiment.start)
+    folder = workspace.workdir / STANDARD
+    stored = is_stored(start)
+    if start != "train" and not stored:
+        folder = user_path(start)
         folder = folder / STANDARD if (folder / STANDARD).is_dir() else folder
-    row = setting.finished(folder)
-    trained_elsewhere = experiment.start != "train"
+    row = workspace.finished(folder)
+    trained_elsewhere = start != "train"
     best = None
     if stored:
-        params, statistics = setting.stored(experiment.start)
-    elif trained_elsewhere or (row is not None and experiment.train.epochs > 0):
-        best = setting.load(folder, params, statistics)
+        params, statistics = workspace.stored(start)
+    elif trained_elsewhere or (row is not None and config.train.epochs > 0):
+        best = workspace.load(folder, params, statistics)
     elif row is None:
-        run = setting.run(STANDARD, experiment.train)
-        best = train(run, network, params, statistics)
+        best = train(workspace.job(STANDARD, config.train), network, params, statistics)
     note = None
     if best is not None:
         (params, statistics), note = best.arrays, best.note
     params, statistics = on_one_device((params, statistics))
     if row is None:
-        accuracy = setting.test_accuracy(network, params, statistics, experiment.train)
+        accuracy = workspace.test_accuracy(network, params, statistics, config.train)
         model = network.merge(params, statistics)
-        row = _row(setting, STANDARD, None, model, None, accuracy, note)
-        setting.finish(STANDARD, model, None, None, row)
+        row = _row(workspace, STANDARD, None, model, None, accuracy, note)
+        workspace.finish(STANDARD, model, None, None, row)
     return (params, statistics), row, note and f"compressed from {STANDARD}: {note}"
 
 
-def _built(setting: Setting, variant: Variant) -> Row:
+def _built(workspace: Workspace, variant: Variant) -> Row:
     """Train a network of other units from random weights."""
-    network, params, statistics = Network.split(_unit_model(setting, variant))
-    return _finetuned(setting, variant, None, network, params, statistics, None)
+    network, params, statistics = Network.split(_unit_model(workspace, variant))
+    return _finetuned(workspace, variant, None, network, params, statistics, None)
 
 
-def _unit_model(setting: Setting, variant: Variant) -> nnx.Module:
-    seed = setting.experiment.seed + 1
-    settings = setting.experiment.finetune
-    return setting.model(settings, seed=seed, unit=variant.unit, width=variant.width)
+def _unit_model(workspace: Workspace, variant: Variant) -> nnx.Module:
+    seed = workspace.config.seed + 1
+    recipe = workspace.config.finetune
+    return workspace.model(recipe, seed=seed, unit=variant.unit, width=variant.width)
 
 
 def _compressed(
-    setting: Setting,
+    workspace: Workspace,
     variant: Variant,
     params: Arrays,
     statistics: Arrays,
     note: str | None,
 ) -> Row:
-    experiment = setting.experiment
-    source, note = _source(setting, variant, params, statistics, note)
-    plan = make_plan(source, variant.rules, setting.sample(1), solver=variant.solver)
-    setting.write_plan(variant.name, plan)
-    model = compress(source, plan, key=jax.random.key(experiment.seed))
+    config = workspace.config
+    source, note = _source(workspace, variant, params, statistics, note)
+    plan = make_plan(source, variant.rules, workspace.sample(1), solver=variant.solver)
+    workspace.write_plan(variant.name, plan)
+    model = compress(source, plan, key=jax.random.key(config.seed))
     if variant.solver != "random":
-        model = _fitted_to_data(setting, source, model, plan)
-    return _finetuned(setting, variant, plan, *Network.split(model), note)
+        model = _fitted_to_data(workspace, source, model, plan)
+    return _finetuned(workspace, variant, plan, *Network.split(model), note)
 
 
 def _fitted_to_data(
-    setting: Setting, source: nnx.Module, model: nnx.Module, plan: Plan
+    workspace: Workspace, source: nnx.Module, model: nnx.Module, plan: Plan
 ) -> nnx.Module:
     """Return a compressed model after a look at a few training batches, without labels.
 
     Layers that answer as the original ones did go with the BatchNorm statistics that these had.
     """
-    experiment = setting.experiment
-    settings = experiment.finetune
-    if experiment.calibration_batches and plan.replaced:
-        batches = list(setting.inputs(settings, experiment.calibration_batches))
+    compression, recipe = workspace.config.compression, workspace.config.finetune
+    if compression.calibration_batches and plan.replaced:
+        batches = list(workspace.inputs(recipe, compression.calibration_batches))
         model = calibrate(source, model, plan, batches)
-    elif experiment.batchnorm_batches:
-        batches = setting.inputs(settings, experiment.batchnorm_batches)
+    elif compression.batchnorm_batches:
+        batches = workspace.inputs(recipe, compression.batchnorm_batches)
         model = reestimate_batchnorm(model, batches)
     return model
 
 
 def _source(
-    setting: Setting,
+    workspace: Workspace,
     variant: Variant,
     params: Arrays,
     statistics: Arrays,
@@ -445,28 +432,28 @@ def _source(
 
     A note says so if it is not that of the best checkpoint.
     """
-    experiment = setting.experiment
-    settings, seed = experiment.finetune, experiment.seed + 1
-    bases = {base.name: base for base in experiment.variants}
-    source = setting.model(settings, seed=seed)
+    config = workspace.config
+    recipe, seed = config.finetune, config.seed + 1
+    bases = {base.name: base for base in config.compression.chosen}
+    source = workspace.model(recipe, seed=seed)
     if variant.of:
-        source = _unit_model(setting, bases[variant.of])
+        source = _unit_model(workspace, bases[variant.of])
     if variant.solver == "random":
         note = None
     else:
         network, *blank = Network.split(source)
         if variant.of:
-            best = setting.load(setting.workdir / variant.of, *blank)
+            best = workspace.load(workspace.workdir / variant.of, *blank)
             params, statistics = on_one_device(best.arrays)
             note = best.note and f"compressed from {variant.of}: {best.note}"
         source = network.merge(params, statistics)
     if variant.width == 1:
         return source, note
-    return narrow(source, setting.model(settings, seed=seed, width=variant.width)), note
+    return narrow(source, workspace.model(recipe, seed=seed, width=variant.width)), note
 
 
 def _finetuned(
-    setting: Setting,
+    workspace: Workspace,
     variant: Variant,
     plan: Plan | None,
     network: Network,
@@ -474,22 +461,22 @@ def _finetuned(
     statistics: Arrays,
     note: str | None,
 ) -> Row:
-    settings = setting.experiment.finetune
+    recipe = workspace.config.finetune
     before = None
     if plan is not None:
-        before = setting.test_accuracy(network, params, statistics, settings)
-    trained = train(setting.run(variant.name, settings, plan), network, params, statistics)
+        before = workspace.test_accuracy(network, params, statistics, recipe)
+    trained = train(workspace.job(variant.name, recipe, plan), network, params, statistics)
     params, statistics = on_one_device(trained.arrays)
     note = "; ".join(filter(None, (note, trained.note))) or None
-    after = setting.test_accuracy(network, params, statistics, settings)
+    after = workspace.test_accuracy(network, params, statistics, recipe)
     model = network.merge(params, statistics)
-    row = _row(setting, variant.name, variant, model, before, after, note)
-    setting.finish(variant.name, model, plan, variant, row)
+    row = _row(workspace, variant.name, variant, model, before, after, note)
+    workspace.finish(variant.name, model, plan, variant, row)
     return row
 
 
 def _row(
-    setting: Setting,
+    workspace: Workspace,
     label: str,
     variant: Variant | None,
     model: nnx.Module,
@@ -497,7 +484,7 @@ def _row(
     after: float,
     note: str | None,
 ) -> Row:
-    batch = jax.numpy.zeros(setting.sample(LATENCY_BATCH).shape, np.float32)
+    batch = jax.numpy.zeros(workspace.sample(LATENCY_BATCH).shape, np.float32)
     cost = profile(model, batch, latency=True)
     row = {
         "label": label,

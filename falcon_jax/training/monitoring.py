@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import sys
 from collections.abc import Mapping
 
@@ -10,7 +11,7 @@ import jax
 import numpy as np
 
 from falcon_jax.paths import user_path, write_whole
-from falcon_jax.training.run import Run
+from falcon_jax.training.interruption import Interruption
 from falcon_jax.training.step import Metrics
 
 
@@ -154,19 +155,34 @@ class Watch:
         stop: whether a process of the run was asked to stop.
 
     Args:
-        run: the run.
+        label: shown with what goes wrong.
+        directory: of the run; what was not finite is kept there.
         epoch: number of the epoch, from 1.
         sums: to add to.
         skipped: steps skipped so far.
+        skip_nonfinite: steps that may be skipped before the run stops.
+        interruption: tells when to stop early.
     """
 
-    def __init__(self, run: Run, epoch: int, sums: EpochSums, *, skipped: int):
-        self.label = run.label
+    def __init__(
+        self,
+        label: str,
+        directory: pathlib.Path,
+        *,
+        epoch: int,
+        sums: EpochSums,
+        skipped: int,
+        skip_nonfinite: int,
+        interruption: Interruption,
+    ):
+        self.label = label
         self.stop = False
-        self._run = run
+        self._directory = directory
         self._epoch = epoch
         self._sums = sums
         self._skipped = skipped
+        self._allowed = skip_nonfinite
+        self._interruption = interruption
         self._unseen: tuple[int, np.ndarray, Metrics] | None = None
 
     def see(self, step: int, indices: np.ndarray, metrics: Metrics) -> None:
@@ -182,7 +198,7 @@ class Watch:
         """
         self.see_rest()
         self._unseen = (step, indices, metrics)
-        if self._run.interruption.requested and jax.process_count() == 1:
+        if self._interruption.requested and jax.process_count() == 1:
             self.stop = True
 
     def see_rest(self) -> None:
@@ -203,7 +219,7 @@ class Watch:
     def _report(self, step: int, indices: np.ndarray, values: dict[str, float]) -> None:
         """Keep the examples of a step that was not finite, and give up if there were too many."""
         process = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
-        path = self._run.directory / f"not_finite_step_{step}{process}.json"
+        path = self._directory / f"not_finite_step_{step}{process}.json"
         content = {
             "step": step,
             "epoch": self._epoch,
@@ -213,13 +229,12 @@ class Watch:
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content) + "\n")
-        allowed = self._run.settings.skip_nonfinite
-        if self._skipped > allowed:
+        if self._skipped > self._allowed:
             raise FloatingPointError(
                 f"{self.label}: loss {values['loss']}, gradient norm "
                 f"{values['gradient_norm']} at step {step} in epoch {self._epoch}; {path} has the "
                 "batch's indices, the last checkpoint is kept. Try a lower learning_rate, "
-                f"warmup_epochs, or skip_nonfinite above {allowed} to skip such steps"
+                f"warmup_epochs, or skip_nonfinite above {self._allowed} to skip such steps"
             )
 
 
@@ -227,13 +242,15 @@ class ProfilerWindow:
     """A trace of some steps, on request.
 
     Args:
-        run: says which, and where the trace goes.
+        directory: where the trace goes.
+        start_step: the first of them.
+        steps: how many there are; 0 for no trace.
     """
 
-    def __init__(self, run: Run):
-        self._directory = str(run.directory / "profile")
-        self._start = run.log.profile_start_step
-        self._stop = self._start + run.log.profile_steps
+    def __init__(self, directory: pathlib.Path, *, start_step: int, steps: int):
+        self._directory = str(directory)
+        self._start = start_step
+        self._stop = start_step + steps
         self._running = False
 
     def before(self, step: int) -> None:

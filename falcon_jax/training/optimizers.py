@@ -5,10 +5,10 @@ import functools
 import jax.numpy as jnp
 import optax
 
-from falcon_jax.training.run import TrainSettings
+from falcon_jax.training.config import TrainConfig
 
 
-def make_schedule(settings: TrainSettings, steps_per_epoch: int) -> optax.Schedule:
+def make_schedule(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:
     """Return the learning rate as a function of the step.
 
     Linear warm-up from 0, then: ``step``, the rate times ``factor`` for every boundary passed;
@@ -16,22 +16,22 @@ def make_schedule(settings: TrainSettings, steps_per_epoch: int) -> optax.Schedu
     ``constant``.
 
     Args:
-        settings: of the training run.
+        config: of the training run.
         steps_per_epoch: steps in one epoch.
 
     Returns:
         The schedule.
     """
-    rate = settings.learning_rate
-    warmup = round(settings.warmup_epochs * steps_per_epoch)
-    total = settings.epochs * steps_per_epoch
+    rate = config.learning_rate
+    warmup = round(config.warmup_epochs * steps_per_epoch)
+    total = config.epochs * steps_per_epoch
 
     def schedule(step: optax.ScalarOrSchedule) -> optax.ScalarOrSchedule:
         step = jnp.asarray(step)
-        if settings.schedule == "step":
-            passed = sum(step >= round(b * steps_per_epoch) for b in settings.boundaries)
-            value = rate * settings.factor ** jnp.asarray(passed, jnp.float32)
-        elif settings.schedule == "cosine":
+        if config.schedule == "step":
+            passed = sum(step >= round(b * steps_per_epoch) for b in config.boundaries)
+            value = rate * config.factor ** jnp.asarray(passed, jnp.float32)
+        elif config.schedule == "cosine":
             progress = jnp.clip((step - warmup) / max(total - warmup, 1), 0, 1)
             value = rate * (1 + jnp.cos(jnp.pi * progress)) / 2
         else:
@@ -41,24 +41,24 @@ def make_schedule(settings: TrainSettings, steps_per_epoch: int) -> optax.Schedu
     return schedule  # type: ignore[return-value]
 
 
-@functools.lru_cache(maxsize=32)  # one object for equal settings, so that steps are found again
-def make_optimizer(settings: TrainSettings, steps_per_epoch: int) -> optax.GradientTransformation:
+@functools.lru_cache(maxsize=32)  # one object for equal configs, so that steps are found again
+def make_optimizer(config: TrainConfig, steps_per_epoch: int) -> optax.GradientTransformation:
     """Return the optimizer of a training run.
 
     ``sgd``: the gradient plus ``weight_decay`` times the parameter goes into the momentum, as in
     PyTorch and in the paper. ``adamw``: decoupled weight decay.
 
     Args:
-        settings: of the training run.
+        config: of the training run.
         steps_per_epoch: steps in one epoch.
 
     Returns:
         The optimizer, its schedule included.
     """
-    schedule = make_schedule(settings, steps_per_epoch)
-    if settings.optimizer == "adamw":
-        return optax.adamw(schedule, weight_decay=settings.weight_decay)
+    schedule = make_schedule(config, steps_per_epoch)
+    if config.optimizer == "adamw":
+        return optax.adamw(schedule, weight_decay=config.weight_decay)
     return optax.chain(
-        optax.add_decayed_weights(settings.weight_decay),
-        optax.sgd(schedule, momentum=settings.momentum, nesterov=settings.nesterov),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.sgd(schedule, momentum=config.momentum, nesterov=config.nesterov),
     )

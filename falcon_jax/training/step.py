@@ -1,7 +1,6 @@
-"""The training step and the evaluation step, as pure functions."""
+"""The training step, as a pure function."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -111,7 +110,7 @@ def make_train_step(
         label_smoothing: see `cross_entropy`.
         accumulate: parts that a batch is split into; their gradients are averaged. BatchNorm sees
             one part at a time.
-        replicated: whether the step is mapped over the axis `replicas.AXIS` and sees only the rows
+        replicated: whether the step is mapped over the axis `devices.AXIS` and sees only the rows
             of one replica.
 
     Returns:
@@ -199,41 +198,3 @@ def _sum_over(body: Callable[..., Any], first: Any, pieces: Any) -> tuple[Any, A
 def _pieces(rows: Array, count: int) -> Array:
     """Split a batch so that every piece has rows of every device, which stay where they are."""
     return jnp.moveaxis(rows.reshape(len(rows) // count, count, *rows.shape[1:]), 1, 0)
-
-
-_KEPT = 32  # compiled steps: the networks of a comparison, which come again with every seed
-
-
-@functools.lru_cache(maxsize=_KEPT)
-def make_eval_step(
-    network: Network, preprocessing: Preprocessing
-) -> Callable[[Arrays, Arrays, Batch], Metrics]:
-    """Return the jitted step ``(params, statistics, batch) -> sums``.
-
-    Args:
-        network: structure of the model.
-        preprocessing: of the images; there is no augmentation.
-
-    Returns:
-        The jitted step. Its sums over the examples whose ``mask`` is 1: ``loss``, ``top1``,
-        ``top5`` (correct among the five best, or among all classes if they are fewer), ``count``.
-    """
-
-    def eval_step(params: Arrays, statistics: Arrays, batch: Batch) -> Metrics:
-        x = normalize(batch["image"], preprocessing.mean, preprocessing.std)
-        logits = network.apply(params, statistics, x)
-        labels, mask = batch["label"], batch["mask"]
-        own = jnp.take_along_axis(logits, labels[:, None], axis=1)
-        better = (logits > own).sum(axis=1)
-        earlier = jnp.arange(logits.shape[1])[None, :] < labels[:, None]
-        rank = better + ((logits == own) & earlier).sum(axis=1)
-        # Comparisons with NaN are false; without this a diverged network would be perfect.
-        rank = jnp.where(jnp.isfinite(logits).all(axis=1), rank, logits.shape[1] + 5)
-        return {
-            "loss": jnp.where(mask > 0, cross_entropy(logits, labels), 0).sum(),
-            "top1": ((rank < 1) * mask).sum(),
-            "top5": ((rank < 5) * mask).sum(),
-            "count": mask.sum(),
-        }
-
-    return jax.jit(eval_step)

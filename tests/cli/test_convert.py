@@ -11,7 +11,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 import falcon_jax as fj
-from falcon_jax.cli import main as cli
+from falcon_jax import __main__ as cli
 from falcon_jax.models import ResNet
 from falcon_jax.models import resnet as residual
 from falcon_jax.storage import compressed as storage

@@ -9,7 +9,7 @@ from flax import nnx
 from PIL import Image
 
 import falcon_jax as fj
-from falcon_jax.cli import main as cli
+from falcon_jax import __main__ as cli
 from falcon_jax.data.fake import make_image_folder
 from falcon_jax.models import get_model
 from falcon_jax.storage import models as stored

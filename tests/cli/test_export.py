@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import falcon_jax as fj
-from falcon_jax.cli import main as cli
+from falcon_jax import __main__ as cli
 from falcon_jax.convert.checkpoint import compressed
 from falcon_jax.storage import models as stored
 from falcon_jax.storage.models import Description, ImagePreprocessing

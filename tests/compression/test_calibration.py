@@ -90,7 +90,13 @@ def test_every_layer_has_the_least_error_given_the_layers_before(path):
 
 
 @pytest.mark.parametrize(
-    "method", [fj.Falcon(), fj.DepthwiseSeparable(), fj.Tucker(rank=4), fj.FilterSummary(ratio=4.0)]
+    "method",
+    [
+        fj.Falcon(),
+        fj.DepthwiseSeparable(),
+        pytest.param(fj.Tucker(rank=4), marks=pytest.mark.slow),
+        fj.FilterSummary(ratio=4.0),
+    ],
 )
 def test_every_method_answers_better_than_after_the_fit_to_kernels(method):
     model, small, plan = compressed(method)

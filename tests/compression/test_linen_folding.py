@@ -138,8 +138,21 @@ def test_bad_input_is_told():
         fj.fold_batchnorm(Compact().bind(variables), fj.Inputs(X[..., :2], train=False))
 
 
-@pytest.mark.parametrize("method", [fj.Falcon(rank=2), fj.DepthwiseSeparable(), fj.Tucker(rank=2)])
-@pytest.mark.parametrize("name", ["compact", "lifted"])
+AFTER = [
+    ("lifted", fj.Falcon(rank=2)),
+    ("compact", fj.DepthwiseSeparable()),
+    ("compact", fj.Tucker(rank=2)),
+]
+REST = [
+    ("compact", fj.Falcon(rank=2)),
+    ("lifted", fj.DepthwiseSeparable()),
+    ("lifted", fj.Tucker(rank=2)),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [*AFTER, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)]
+)
 def test_batchnorms_after_compressed_convolutions_are_folded(name, method):
     module = NETWORKS[name]()
     model = module.bind(drawn(module))

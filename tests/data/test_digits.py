@@ -27,7 +27,7 @@ def test_digits_are_scikit_learns():
 
 
 def test_digits_test_split_is_stratified_and_fixed():
-    first, other_seed = load_digits(SourceOptions()), load_digits(SourceOptions(seed=7))
+    first, other_seed = load_digits(SourceOptions()), load_digits(SourceOptions(), seed=7)
     np.testing.assert_array_equal(first.test.images, other_seed.test.images)
     counts = np.bincount(first.train.labels) + np.bincount(first.test.labels)
     np.testing.assert_array_equal(np.bincount(first.test.labels), np.rint(0.2 * counts))

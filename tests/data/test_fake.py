@@ -14,7 +14,7 @@ def test_same_seed_same_images():
 
 
 def test_shapes_and_classes():
-    splits = load_fake(SourceOptions(image_size=12, seed=0))
+    splits = load_fake(SourceOptions(image_size=12), seed=0)
     assert splits.train.images.shape == (2000, 12, 12, 3)
     assert splits.test.images.shape == (500, 12, 12, 3)
     assert np.bincount(splits.test.labels).tolist() == [50] * 10

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from falcon_jax.cli import main as cli
+from falcon_jax import __main__ as cli
 from falcon_jax.data.fake import make_image_folder
-from falcon_jax.data.loading import load_dataset
+from falcon_jax.data.loading import DataConfig, load_dataset
 
 
 def contents(folder):
@@ -37,7 +37,9 @@ def test_sizes_vary_and_classes_take_turns(tmp_path):
 
 def test_mean_colours_tell_the_classes(tmp_path):
     folder = make_image_folder(tmp_path / "x", num_classes=4, num_train=40, num_val=20, side=32)
-    data = load_dataset("folder", data_dir=str(folder), image_size=24, validation_fraction=0.0)
+    data = load_dataset(
+        DataConfig(source="folder", data_dir=str(folder), image_size=24, validation_fraction=0.0)
+    )
 
     def colours(split):
         return split.evaluation_rows(range(len(split))).images.mean(axis=(1, 2))

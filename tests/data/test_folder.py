@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from falcon_jax.data.fake import make_image_folder
-from falcon_jax.data.loading import load_dataset
+from falcon_jax.data.loading import DataConfig, load_dataset
 from falcon_jax.data.streamed import StreamedSplit
 
 
@@ -25,7 +25,7 @@ def folder(made, tmp_path):
 
 
 def load(folder, **options):
-    return load_dataset("folder", data_dir=str(folder), image_size=16, **options)
+    return load_dataset(DataConfig(source="folder", data_dir=str(folder), image_size=16, **options))
 
 
 def names(split):
@@ -271,7 +271,7 @@ def test_unfit_folders_are_refused(folder, change, message):
         ({"resize": "bilinear"}, "resize must be 'auto' for set, whose images are streamed"),
         ({"workers": -1}, "workers must be 0 or more, but is -1"),
         ({"shorter_side": 15}, "shorter_side must be 0 .* or at least image_size 16, but is 15"),
-        ({"train_fraction": 0.0}, "train_fraction must lie in"),
+        ({"train_fraction": 0.0}, "train_fraction must be in"),
     ],
 )
 def test_bad_options_are_refused(made, options, message):

@@ -13,7 +13,7 @@ import pytest
 
 from falcon_jax.data.batching import eval_batches, train_batches
 from falcon_jax.data.fake import make_image_folder
-from falcon_jax.data.loading import load_dataset
+from falcon_jax.data.loading import DataConfig, load_dataset
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,13 @@ def made(tmp_path_factory):
 
 def load(folder, workers):
     return load_dataset(
-        "folder", data_dir=str(folder), image_size=16, workers=workers, validation_fraction=0.0
+        DataConfig(
+            source="folder",
+            data_dir=str(folder),
+            image_size=16,
+            workers=workers,
+            validation_fraction=0.0,
+        )
     )
 
 

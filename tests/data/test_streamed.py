@@ -7,7 +7,7 @@ from PIL import Image
 from falcon_jax.data.batching import eval_batches, train_batches
 from falcon_jax.data.dataset import Split
 from falcon_jax.data.fake import make_image_folder
-from falcon_jax.data.loading import load_dataset
+from falcon_jax.data.loading import DataConfig, load_dataset
 from falcon_jax.data.streamed import StreamedSplit, StreamSettings
 
 SETTINGS = StreamSettings(image_size=16)
@@ -22,7 +22,7 @@ def made(tmp_path_factory):
 
 def load(folder, **options):
     options = {"image_size": 16, "validation_fraction": 0.0, **options}
-    return load_dataset("folder", data_dir=str(folder), **options)
+    return load_dataset(DataConfig(source="folder", data_dir=str(folder), **options))
 
 
 def assert_same(ours, theirs):

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from falcon_jax.data.loading import load_dataset
+from falcon_jax.data.loading import DataConfig, load_dataset
 from tests.data import tiny_tfds
 
 BUILDERS = {"tiny_set": tiny_tfds.TinySet, "tiny_ragged": tiny_tfds.TinyRagged}
@@ -16,12 +16,14 @@ def prepared(request, tmp_path):
 
     def load():
         data = load_dataset(
-            "tfds",
-            name=request.param,
-            data_dir=str(tmp_path),
-            image_size=6,
-            resize="auto",
-            validation_fraction=0.0,
+            DataConfig(
+                source="tfds",
+                name=request.param,
+                data_dir=str(tmp_path),
+                image_size=6,
+                resize="auto",
+                validation_fraction=0.0,
+            )
         )
         splits = (data.train, data.test)
         for kept in directory.glob("labels-*.npz"):

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from falcon_jax.data import tfds as tfds_records
-from falcon_jax.data.loading import load_dataset
+from falcon_jax.data.loading import DataConfig, load_dataset
 from falcon_jax.data.streamed import StreamedSplit
 from tests.data import tiny_tfds
 
@@ -26,7 +26,7 @@ def made(tmp_path_factory):
 
 def load(name, directory, **options):
     options = {"image_size": 4, "validation_fraction": 0.0, **options}
-    return load_dataset("tfds", name=name, data_dir=str(directory), **options)
+    return load_dataset(DataConfig(source="tfds", name=name, data_dir=str(directory), **options))
 
 
 def pixels(split):

@@ -27,18 +27,22 @@ NARROW = {
     "resnet20_cifar": {"width": 0.5},
     "resnet18": {"width": 0.125, "num_classes": 10},
 }
+
+
+def slow(*values):
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 METHODS = (
-    fj.Falcon(),
+    *slow(fj.Falcon(), fj.DepthwiseSeparable(rank=2)),
     fj.Falcon(rank=2),
     fj.Falcon(impl="gep"),
     fj.DepthwiseSeparable(),
-    fj.DepthwiseSeparable(rank=2),
     fj.Decoupled(terms=2),
     fj.Tucker(rank=3),
     fj.CP(rank=3),
-    fj.TensorTrain(rank=3),
+    *slow(fj.TensorTrain(rank=3), fj.ChannelDecomposition(rank=2, inner="falcon")),
     fj.SpatialDecomposition(rank=3),
-    fj.ChannelDecomposition(rank=2, inner="falcon"),
     fj.FilterSummary(ratio=4.0),
     fj.DifferentiableFilterSummary(ratio=4.0),
 )
@@ -70,7 +74,16 @@ def between(path):
     return [node.op_type for node in onnx.load(path).graph.node]
 
 
-@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vgg16_cifar",
+        "resnet18_cifar",
+        "resnet20_cifar",
+        "resnet18",
+        *slow("vgg8_cifar", "vgg19_cifar", "resnet34_cifar"),  # more of the same stages
+    ],
+)
 def test_networks(tmp_path, name):
     model = evaluating(MODELS[name](rngs=nnx.Rngs(0), **NARROW[name]))
     others = [(images(1, 32, 48, 3),)]
@@ -109,7 +122,7 @@ def test_a_classifier_for_one_size(tmp_path):
         assert made.inputs["x"] == ("batch", side, side, 4) and "height" in made.fixed
 
 
-@pytest.mark.parametrize("unit", ["pdp", "gdg", "pdp_split", "branch"])
+@pytest.mark.parametrize("unit", ["pdp", "gdg", *slow("pdp_split"), "branch"])
 def test_units(tmp_path, unit):
     stem = fj.models.standard_unit
     model = fj.models.vgg8_cifar(
@@ -144,12 +157,15 @@ def test_falcon_is_two_convolutions_in_a_row(tmp_path):
 
 def test_ranks_are_wide_convolutions_and_depthwise_ones(tmp_path):
     sample = images(2, 16, 16, 3)
-    made = exported(tmp_path, compressed(small_vgg(), fj.Falcon(rank=3), sample), sample)
-    assert made.nodes["Conv"] == 6 * (1 + 3) and made.nodes["Split"] == 6
+    model = evaluating(Small(nnx.Rngs(0)))
+    made = exported(tmp_path, compressed(model, fj.Falcon(rank=3), sample), sample)
+    assert made.nodes["Conv"] == 2 * (1 + 3) and made.nodes["Split"] == 2
 
 
 @pytest.mark.parametrize("padding", ["SAME", "VALID", "CIRCULAR", "REFLECT", ((2, 0), (0, 1))])
-@pytest.mark.parametrize("method", [fj.Falcon(rank=2), fj.DepthwiseSeparable(), fj.CP(rank=2)])
+@pytest.mark.parametrize(
+    "method", [fj.Falcon(rank=2), *slow(fj.DepthwiseSeparable(), fj.CP(rank=2))]
+)
 def test_geometries(tmp_path, method, padding):
     spec = fj.ConvSpec(
         kernel_size=(3, 2), in_features=4, out_features=6, strides=(2, 1), padding=padding
@@ -250,6 +266,7 @@ def test_names_of_outputs_do_not_meet(tmp_path):
     assert len(made.outputs) == 6 and {"three", "y_0", "y_1"} <= set(made.outputs)
 
 
+@pytest.mark.slow
 def test_the_recognizer(tmp_path):
     from examples.ocr.recognizer import Recognizer
 
@@ -262,7 +279,7 @@ def test_the_recognizer(tmp_path):
 def test_openvino_opens_the_file(tmp_path):
     openvino = pytest.importorskip("openvino")
     sample = images(2, 16, 16, 3)
-    small = compressed(small_vgg(), fj.Falcon(rank=2), sample)
+    small = compressed(evaluating(Small(nnx.Rngs(0))), fj.Falcon(rank=2), sample)
     made = fj.export.onnx(small, sample, tmp_path / "model.onnx")
     core = openvino.Core()
     options = {"INFERENCE_PRECISION_HINT": "f32"}

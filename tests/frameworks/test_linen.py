@@ -52,7 +52,7 @@ def test_everything_but_the_kernels_is_carried_over(network):
         np.testing.assert_array_equal(old[name], new[name])
 
 
-@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("rank", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_init_tree_and_counts_are_those_of_the_plan(network, rank):
     module, variables = network
     plan = fj.make_plan(module.bind(variables), [fj.Rule(method=fj.Falcon(rank=rank))], inputs())
@@ -90,6 +90,11 @@ def test_layers_in_loops_count_every_time(network):
         assert rows["table_left"].mult_adds == 2 * 64 * (9 * 16 + 4)
 
 
+@pytest.mark.parametrize(
+    "network",
+    ["lifted", *(pytest.param(name, marks=pytest.mark.slow) for name in ("setup", "compact"))],
+    indirect=True,
+)
 def test_training_with_batch_statistics_lowers_the_loss(network):
     module, variables = network
     plan = fj.make_plan(module.bind(variables), [fj.Rule(method=fj.Falcon())], inputs())

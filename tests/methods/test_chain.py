@@ -44,16 +44,21 @@ def spec_of(geometry, m=4, n=5):
 @pytest.mark.parametrize(("method", "geometry"), CASES, ids=str)
 def test_apply_is_the_convolution_with_the_kernel(method, geometry):
     spec = spec_of(geometry)
-    params = method.init(jax.random.key(0), spec)
     spatial = (7, 8, 6)[: len(spec.kernel_size)]
     x = draw(2, *spatial, 4)
-    expected = standard_conv(x, method.kernel(params, spec), spec)
-    y = method.apply(params, x, spec)
+
+    @jax.jit  # one program a case
+    def drawn(key, x):
+        params = method.init(key, spec)
+        return params, method.kernel(params, spec), method.apply(params, x, spec)
+
+    params, kernel, y = drawn(jax.random.key(0), x)
+    expected = standard_conv(x, kernel, spec)
     np.testing.assert_allclose(y, expected, atol=1e-5 * max(np.abs(expected).max(), 1))
     assert method.cost(spec, (*spatial, 4)).params == sum(v.size for v in params.values())
 
 
-@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("geometry", GEOMETRIES[:3], ids=str)  # a fit knows only the taps
 @pytest.mark.parametrize(
     "method", [fj.SpatialDecomposition(rank="full"), fj.ChannelDecomposition(rank="full")]
 )
@@ -221,11 +226,12 @@ def test_gradients_and_jit():
 
 
 SLOW = [
+    fj.SpatialDecomposition(rank="full", inner=fj.Decoupled(terms=3)),
     fj.ChannelDecomposition(rank="full", inner=fj.SpatialDecomposition(rank="full")),
     fj.SpatialDecomposition(rank=fj.Energy(0.8), inner=fj.Decoupled(energy=0.9)),
 ]
 CHAINS = [
-    fj.SpatialDecomposition(rank="full", inner=fj.Decoupled(terms=3)),
+    fj.ChannelDecomposition(rank="full"),
     *(pytest.param(method, marks=pytest.mark.slow) for method in SLOW),
 ]
 

@@ -17,13 +17,16 @@ from falcon_jax.methods import Cost, Method, registry
 
 METHODS = [
     fj.Falcon(rank=2),
-    fj.Falcon(rank=1, impl="gep"),
+    pytest.param(fj.Falcon(rank=1, impl="gep"), marks=pytest.mark.slow),
     fj.DepthwiseSeparable(rank=2),
     fj.Tucker(rank=(3, 4)),
     fj.CP(rank=3),
     fj.TensorTrain(rank=3),
-    fj.TensorTrain(rank=fj.Budget(2.0)),
-    fj.SpatialDecomposition(rank=3, inner=fj.Decoupled(terms=1)),
+    pytest.param(fj.TensorTrain(rank=fj.Budget(2.0)), marks=pytest.mark.slow),
+    fj.SpatialDecomposition(rank=3),
+    pytest.param(
+        fj.SpatialDecomposition(rank=3, inner=fj.Decoupled(terms=1)), marks=pytest.mark.slow
+    ),
     fj.ChannelDecomposition(rank=3),
     fj.Decoupled(terms=2, order="dw-pw"),
     fj.FilterSummary(ratio=2.0),
@@ -68,7 +71,7 @@ def known(monkeypatch):
     monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: str(method))
 @pytest.mark.parametrize("check", testing.METHOD_CHECKS, ids=lambda check: check.__name__)
 def test_every_method_passes_the_shared_suite(method, check):
     check(method)

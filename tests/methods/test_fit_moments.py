@@ -8,6 +8,7 @@ import scipy.optimize
 
 import falcon_jax as fj
 from falcon_jax.solvers.moments import Moments, best_bias, explained, quadratics
+from falcon_jax.solvers.patches import no_moments
 
 PLAIN = fj.ConvSpec(kernel_size=(2, 2), in_features=3, out_features=4)
 GROUPS = fj.ConvSpec(kernel_size=(3,), in_features=6, out_features=6, feature_group_count=2)
@@ -132,7 +133,7 @@ def test_more_steps_lower_the_error_and_types_and_shapes_are_those_of_fit(name):
 def test_moments_of_nothing_give_the_fit_to_the_kernel(name):
     method, spec = METHODS[name]
     _, kernel = moments_and_kernel(spec)
-    params = method.fit_moments(kernel, spec, Moments.zeros(spec))
+    params = method.fit_moments(kernel, spec, no_moments(spec))
     assert all(np.isfinite(v).all() for v in params.values())
     far = np.linalg.norm(kernel - method.kernel(params, spec))
     plain = np.linalg.norm(kernel - method.kernel(method.fit(kernel, spec), spec))
@@ -174,7 +175,7 @@ def test_a_method_of_ones_own_takes_the_best_kernel():
 def test_moments_that_do_not_fit_are_refused():
     moments, kernel = moments_and_kernel(PLAIN)
     with pytest.raises(ValueError, match=r"the moments are of \(groups, inputs, outputs\)"):
-        fj.Falcon().fit_moments(kernel, PLAIN, Moments.zeros(GROUPS))
+        fj.Falcon().fit_moments(kernel, PLAIN, no_moments(GROUPS))
     damaged = jax.tree.map(lambda a: a * jnp.nan, moments)
     with pytest.raises(ValueError, match="moments are not finite"):
         fj.Falcon().fit_moments(kernel, PLAIN, damaged)

@@ -89,21 +89,31 @@ def concrete(sizes):
     return [{"b": 2, "h": 5, "w": 7, "2*h": 10}.get(n) or int(n) for n in sizes.split(", ")]
 
 
-def test_every_registered_method_is_here():
-    assert {method.name for method in METHODS} == set(fj.method_names())
-
-
-@pytest.mark.parametrize("method", METHODS, ids=str)
-@pytest.mark.parametrize(
-    ("sizes", "geometries"), [("b, h, w", list(GEOMETRIES)), *((s, ["strides"]) for s in OTHERS)]
-)
-def test_export_with_symbolic_sizes(method, sizes, geometries):
+def check_export(method, sizes, *geometries):
     for geometry in (GEOMETRIES[name] for name in geometries):
         params, function = compressed("nnx", method, **geometry)
         like = jax.ShapeDtypeStruct(export.symbolic_shape(f"{sizes}, 6"), jnp.float32)
         exported = export.export(jax.jit(lambda x, p=params, f=function: f(p, x)))(like)
         x = drawn(*concrete(sizes), 6)
         assert_near(exported.call(x), function(params, x))
+
+
+def test_every_registered_method_is_here():
+    assert {method.name for method in METHODS} == set(fj.method_names())
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_export_with_symbolic_sizes(method):
+    check_export(method, "b, h, w", "strides")
+
+
+@pytest.mark.parametrize("method", EVERY, ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "geometries"),
+    [("b, h, w", sorted(set(GEOMETRIES) - {"strides"})), *((s, ["strides"]) for s in OTHERS)],
+)
+def test_export_with_symbolic_sizes_of_every_geometry(method, sizes, geometries):
+    check_export(method, sizes, *geometries)
 
 
 @pytest.mark.parametrize("method", OF_OUR_OWN, ids=str)
@@ -197,6 +207,62 @@ def test_strict_promotion_and_no_transfer(method, framework):
                 found = loss(params, x)
             assert_near(found, expected)
             assert function(params, x).dtype == (dtype or jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("framework", "method"),
+    [
+        *(("nnx", method) for method in METHODS),
+        ("linen", METHODS[0]),
+        *(pytest.param("linen", method, marks=pytest.mark.slow) for method in METHODS[1:]),
+    ],
+    ids=str,
+)
+def test_no_transfer_outside_of_jit(method, framework):
+    """Nor in what eager transformations call: constants belong to the layer's program."""
+    x = drawn(2, 9, 8, 6)
+    params, function = compressed(framework, method, padding="CIRCULAR", strides=2)
+    expected, pull = jax.vjp(function, params, x)
+    gradients = pull(expected)
+    jax.clear_caches()
+    with jax.transfer_guard("disallow"):
+        y, pull = jax.vjp(function, params, x)
+        found = (function(params, x), y, pull(y))
+    assert_near(found, (expected, expected, gradients))
+
+
+@pytest.mark.parametrize("framework", ["nnx", "linen"])
+def test_no_transfer_by_vmap_and_forward_mode_outside_of_jit(framework):
+    """By vmap and in forward mode, on small maps too."""
+    for method, size in [(fj.Falcon(rank=2, impl="wide"), 2), (fj.DepthwiseSeparable(rank=2), 9)]:
+        params, function = compressed(framework, method)
+        x = drawn(2, 1, size, size, 6)
+        first, second = x
+
+        def call(x, f=function, p=params):
+            return f(p, x)
+
+        expected = jax.vmap(call)(x), jax.jvp(call, (first,), (second,))
+        jax.clear_caches()
+        with jax.transfer_guard("disallow"):
+            found = jax.vmap(call)(x), jax.jvp(call, (first,), (second,))
+        assert_near(found, expected)
+
+
+@pytest.mark.parametrize("method", EVERY, ids=str)
+@pytest.mark.parametrize(
+    ("padding", "sizes", "constraints"),
+    [("REFLECT", "b, h, w", ["h>=3", "w>=3"]), ("CIRCULAR", "b, 9, 8", [])],
+)
+def test_export_of_paddings_that_copy(method, padding, sizes, constraints):
+    """Where a plain convolution can be exported: `jnp.pad` must know that the map is larger."""
+    params, function = compressed("nnx", method, padding=padding, strides=2)
+    shape = export.symbolic_shape(f"{sizes}, 6", constraints=constraints)
+    exported = export.export(jax.jit(lambda x: function(params, x)))(
+        jax.ShapeDtypeStruct(shape, jnp.float32)
+    )
+    x = drawn(*concrete(sizes), 6)
+    assert_near(exported.call(x), function(params, x))
 
 
 @pytest.mark.parametrize("method", EVERY, ids=str)

@@ -7,7 +7,7 @@ import pytest
 
 from falcon_jax import ops
 from falcon_jax.ops.geometry import ConvSpec
-from falcon_jax.solvers.moments import Moments, update_moments
+from falcon_jax.solvers.patches import no_moments, update_moments
 
 pytestmark = pytest.mark.slow
 
@@ -54,7 +54,7 @@ def _random(spec, spatial, examples=5):
 @pytest.mark.parametrize(("spec", "spatial"), SPECS)
 def test_moments_of_a_convolutions_own_answers_give_its_kernel(spec, spatial):
     x, y, weights = _random(spec, spatial)
-    moments = Moments.zeros(spec)
+    moments = no_moments(spec)
     for part in (slice(0, 2), slice(2, 5)):
         moments = update_moments(moments, x[part], y[part], spec)
     rows = np.asarray(y, np.float64).reshape(-1, spec.out_features)
@@ -71,16 +71,16 @@ def test_moments_of_a_convolutions_own_answers_give_its_kernel(spec, spatial):
 def test_sampled_and_weighted_points_are_the_same_points_of_inputs_and_targets():
     spec, spatial = SPECS[4]
     x, y, weights = _random(spec, spatial)
-    start = Moments.zeros(spec)
+    start = no_moments(spec)
     sampled = update_moments(start, x, y, spec, points=4, key=jax.random.key(0))
     assert float(sampled.count) == 20
     np.testing.assert_allclose(sampled.second @ weights, sampled.cross, rtol=1e-3, atol=2e-4)
     # Weights of 0 and 1 leave points out.
     kept = np.zeros(y.shape[:-1], "float32")
     kept[:3] = 1
-    weighted = update_moments(Moments.zeros(spec), x, y, spec, weights=jnp.asarray(kept))
-    fewer = update_moments(Moments.zeros(spec), x[:3], y[:3], spec)
+    weighted = update_moments(no_moments(spec), x, y, spec, weights=jnp.asarray(kept))
+    fewer = update_moments(no_moments(spec), x[:3], y[:3], spec)
     for a, b in zip(jax.tree.leaves(weighted), jax.tree.leaves(fewer), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="needs a key"):
-        update_moments(Moments.zeros(spec), x, y, spec, points=4)
+        update_moments(no_moments(spec), x, y, spec, points=4)

@@ -12,12 +12,12 @@ from falcon_jax.training import loop
 from falcon_jax.training.devices import Peers, start_distributed
 from falcon_jax.training.interruption import STOPPED, Interruption, Stopped
 from falcon_jax.training.network import Network
-from tests.training.tiny import Tiny, tiny_run
+from tests.training.tiny import Tiny, tiny_job
 
 
 def run_in(directory, interruption, mesh=None):
     """A run of six epochs of three steps."""
-    return tiny_run(
+    return tiny_job(
         directory,
         epochs=6,
         augmentation=Augmentation(crop_padding=1, flip=True),

@@ -5,11 +5,11 @@ import numpy as np
 
 from falcon_jax.data.augmentation import Augmentation
 from falcon_jax.data.batching import train_batches
+from falcon_jax.training.config import TrainConfig
 from falcon_jax.training.devices import replicate
-from falcon_jax.training.execution import ParallelSettings, make_execution
 from falcon_jax.training.network import Network
 from falcon_jax.training.optimizers import make_optimizer
-from falcon_jax.training.run import TrainSettings
+from falcon_jax.training.parallel import make_parallel_step
 from falcon_jax.training.step import Preprocessing, init_state
 from tests.training.tiny import Tiny, tiny_dataset
 
@@ -30,28 +30,28 @@ def four_steps(
 ):
     """Train for four steps and return what there is then, and the metrics of every step."""
     model = Tiny(dropout=dropout) if model is None else model
-    settings = TrainSettings(learning_rate=0.1, boundaries=(2.0,), weight_decay=0.01)
-    optimizer = make_optimizer(settings, 1)
+    recipe = TrainConfig(learning_rate=0.1, boundaries=(2.0,), weight_decay=0.01)
+    optimizer = make_optimizer(recipe, 1)
     network, params, statistics = Network.split(model)
     key = options.pop("key", jax.random.key(7))
-    execution = make_execution(
+    step = make_parallel_step(
         network,
         optimizer,
         preprocessing,
-        ParallelSettings(**(parallel or {})),
         mesh,
+        **({"parallel": "jit", "batchnorm": "synchronised"} | (parallel or {})),
         **({"label_smoothing": 0.1} | options),
     )
-    state = execution.place(replicate(init_state(params, statistics, optimizer), mesh))
+    state = step.place(replicate(init_state(params, statistics, optimizer), mesh))
     metrics = []
     batches = train_batches(tiny_dataset(validation=0.0).train, 40, seed=0, epoch=0)
     for index, batch in enumerate(batches):
         batch = {name: batch[name] for name in ("image", "label")}
         batch |= {"stop": np.zeros(40, np.float32)}
         batch = batch if change is None else change(index, batch)
-        state, values = execution.step(state, batch, key)
+        state, values = step(state, batch, key)
         metrics.append(jax.device_get(values))
-    return execution.gather(state), metrics
+    return step.gather(state), metrics
 
 
 def assert_same(found, expected):

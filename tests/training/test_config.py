@@ -1,9 +1,18 @@
+import dataclasses
+import json
 import re
 
 import pytest
 
 from falcon_jax.methods import get_method
-from falcon_jax.training.config import check_config, check_override, default_config
+from falcon_jax.training.config import (
+    ExperimentConfig,
+    TrainConfig,
+    check_config,
+    check_override,
+    default_config,
+)
+from tests import config_page
 
 FIRST = ("stages/0/0/conv", None)
 
@@ -34,10 +43,11 @@ def variants(**options):
 
 
 def test_the_default_is_good():
-    experiment = check_config(default_config())
-    assert (experiment.model, experiment.start, experiment.variants) == ("vgg19_cifar", "train", ())
-    assert experiment.data["source"] == "digits"
-    assert experiment.train == experiment.finetune
+    config = check_config(default_config())
+    assert config == ExperimentConfig()
+    assert (config.model.name, config.compression.start) == ("vgg19_cifar", "train")
+    assert config.compression.chosen == () and config.data.source == "digits"
+    assert config.train == config.finetune == TrainConfig()
 
 
 def test_the_default_is_locked_and_new_every_time():
@@ -48,8 +58,17 @@ def test_the_default_is_locked_and_new_every_time():
         config.train.epoch = 3
 
 
-def test_the_seed_is_that_of_the_data_too():
-    assert check_config(changed(seed=7)).data["seed"] == 7
+def test_the_tree_is_what_the_config_says_field_by_field():
+    given = changed(
+        seed=7,
+        data__augmentation__flip=True,
+        train__boundaries=[1, 2],
+        compression__variants=variants(rank=2, rules=(FIRST,)),
+        parallel="pmap",
+    )
+    found = dataclasses.asdict(check_config(given))
+    expected = json.loads(given.to_json_best_effort())
+    assert json.loads(json.dumps(found)) == expected
 
 
 def test_checking_does_not_change_the_config():
@@ -157,7 +176,9 @@ def test_variants_by_name_with_their_own_solvers():
         "a": {"method": "depthwise_separable", "rank": 1, "solver": "random"},
     }
     # ConfigDict keeps its fields in alphabetical order.
-    a, b = check_config(changed(compression__variants=given, compression__solver="adamw")).variants
+    a, b = check_config(
+        changed(compression__variants=given, compression__solver="adamw")
+    ).compression.chosen
     assert (b.name, b.solver, b.method) == ("b", "adamw", get_method("falcon", rank=2))
     assert (a.name, a.solver) == ("a", "random")
     assert a.method == get_method("depthwise_separable", rank=1)
@@ -171,7 +192,7 @@ def test_rules_come_before_the_method_and_a_variant_may_have_its_own():
     }
     none, own, shared = check_config(
         changed(compression__variants=given, compression__rules=(FIRST,))
-    ).variants
+    ).compression.chosen
     falcon = get_method("falcon", rank=2)
     assert [(rule.path, rule.method) for rule in shared.rules] == [FIRST, (".*", falcon)]
     assert [(r.path, r.method) for r in own.rules] == [
@@ -222,7 +243,7 @@ def test_a_variant_must_have_a_folder_of_its_own(name):
 def test_only_chooses_in_the_order_of_the_config():
     given = {f"k{rank}": {"method": "falcon", "rank": rank} for rank in (1, 2, 3)}
     config = changed(compression__variants=given, compression__only=" k3 ,k1,")
-    assert [variant.name for variant in check_config(config).variants] == ["k1", "k3"]
+    assert [variant.name for variant in check_config(config).compression.chosen] == ["k1", "k3"]
     message = refused(compression__variants=given, compression__only="k4")
     assert message.startswith("config.compression.only: there is no 'k4'; there are k1, k2, k3")
 
@@ -263,3 +284,7 @@ def test_overrides_of_other_fields_name_the_nearest(dotted, unknown, near):
 def test_overrides_below_a_value():
     with pytest.raises(ValueError, match=r"config\.seed\.x: there is no 'x'; there are no fields"):
         check_override("config.seed.x")
+
+
+def test_the_page_of_fields_is_that_of_the_tree():
+    assert config_page.PAGE.read_text() == config_page.page(), "run python -m tests.config_page"

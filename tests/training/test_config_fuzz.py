@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from falcon_jax.training.config import Experiment, check_config, default_config
+from falcon_jax.training.config import ExperimentConfig, check_config, default_config
 
 pytestmark = pytest.mark.usefixtures("without_hook")
 FREE_FORM = "compression__variants"
@@ -189,7 +189,7 @@ def test_any_value_is_right_or_refused_by_name(field, value):
     except ValueError as error:
         assert str(error).startswith(dotted(field))
     else:
-        assert isinstance(experiment, Experiment)
+        assert isinstance(experiment, ExperimentConfig)
         default = FIELDS[field]
         assert isinstance(value, bool) == isinstance(default, bool)
         assert isinstance(value, (list, tuple)) == isinstance(default, tuple)

@@ -5,9 +5,9 @@ from flax import nnx
 
 from falcon_jax.data.dataset import Split
 from falcon_jax.training.devices import data_mesh
-from falcon_jax.training.execution import evaluate
+from falcon_jax.training.evaluation import evaluate, make_eval_step
 from falcon_jax.training.network import Network
-from falcon_jax.training.step import Preprocessing, make_eval_step
+from falcon_jax.training.step import Preprocessing
 from tests.training.tiny import Tiny, tiny_dataset
 
 

@@ -43,7 +43,7 @@ def small(**fields):
 
 
 def run(config, workdir):
-    return run_experiment(check_config(config), workdir, config.to_dict())
+    return run_experiment(check_config(config), workdir)
 
 
 @pytest.fixture(scope="module", autouse=True)

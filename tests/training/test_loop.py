@@ -8,11 +8,11 @@ import pytest
 from falcon_jax.data.augmentation import Augmentation
 from falcon_jax.training import loop
 from falcon_jax.training.checkpoints import Checkpoints
+from falcon_jax.training.config import LogConfig
 from falcon_jax.training.loop import train
 from falcon_jax.training.monitoring import MetricsLog
 from falcon_jax.training.network import Network
-from falcon_jax.training.run import LogSettings
-from tests.training.tiny import Tiny, tiny_dataset, tiny_run
+from tests.training.tiny import Tiny, tiny_dataset, tiny_job
 
 VARIED = Augmentation(crop_padding=1, flip=True)
 
@@ -52,7 +52,7 @@ def assert_equal(a, b):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run of four epochs without interruption, and what it returned."""
-    run = tiny_run(tmp_path_factory.mktemp("whole"), epochs=4, augmentation=VARIED)
+    run = tiny_job(tmp_path_factory.mktemp("whole"), epochs=4, augmentation=VARIED)
     return run, started(run)
 
 
@@ -71,7 +71,7 @@ def test_a_line_an_epoch_with_all_metrics(whole):
 def test_the_parameters_given_are_neither_changed_nor_deleted(tmp_path):
     network, params, statistics = Network.split(Tiny())
     before = jax.device_get((params, statistics))
-    train(tiny_run(tmp_path, epochs=1), network, params, statistics)
+    train(tiny_job(tmp_path, epochs=1), network, params, statistics)
     assert_equal(params, before[0])
     assert_equal(statistics, before[1])
 
@@ -137,7 +137,7 @@ def test_a_finished_run_takes_no_step(whole, monkeypatch):
     def fail(*args, **options):
         raise AssertionError("a step was made")
 
-    monkeypatch.setattr(loop, "make_execution", fail)
+    monkeypatch.setattr(loop, "make_parallel_step", fail)
     before = (whole[0].directory / "metrics.jsonl").read_bytes()
     params, statistics = started(whole[0])
     assert_equal(params, whole[1][0])
@@ -161,7 +161,7 @@ def recorded(monkeypatch, scores=None):
 
 def test_the_epoch_with_the_best_validation_accuracy_is_returned(tmp_path, monkeypatch):
     saved = recorded(monkeypatch, scores=[0.1, 0.9, 0.3])
-    params, _ = started(tiny_run(tmp_path))
+    params, _ = started(tiny_job(tmp_path))
     assert_equal(params, saved[2][0])
     assert not np.array_equal(params["head/bias"], saved[3][0]["head/bias"])
     sums = {"loss": 0.0, "accuracy": 0.0, "steps": 0}
@@ -170,21 +170,21 @@ def test_the_epoch_with_the_best_validation_accuracy_is_returned(tmp_path, monke
 
 def test_the_score_is_the_validation_accuracy(tmp_path, monkeypatch):
     saved = recorded(monkeypatch)
-    started(tiny_run(tmp_path))
+    started(tiny_job(tmp_path))
     scores = [score for _, _, score in saved.values()]
     assert scores == [line["val_accuracy"] for line in lines(tmp_path)]
 
 
 def test_without_a_validation_split_the_last_epoch_is_returned(tmp_path, monkeypatch):
     saved = recorded(monkeypatch)
-    params, _ = started(tiny_run(tmp_path, dataset=tiny_dataset(validation=0.0), batch_size=80))
+    params, _ = started(tiny_job(tmp_path, dataset=tiny_dataset(validation=0.0), batch_size=80))
     assert_equal(params, saved[3][0])
     assert all("val_loss" not in line for line in lines(tmp_path))
 
 
 def test_no_epochs_give_back_what_was_given(tmp_path):
     network, params, statistics = Network.split(Tiny())
-    found = train(tiny_run(tmp_path / "run", epochs=0), network, params, statistics).arrays
+    found = train(tiny_job(tmp_path / "run", epochs=0), network, params, statistics).arrays
     assert_equal(found[0], params)
     assert_equal(found[1], statistics)
     assert not (tmp_path / "run").exists()
@@ -192,15 +192,15 @@ def test_no_epochs_give_back_what_was_given(tmp_path):
 
 def test_batches_that_do_not_fit_are_refused_before_anything_is_written(tmp_path):
     with pytest.raises(ValueError, match="batch_size 30 cannot be shared evenly by 8 devices"):
-        started(tiny_run(tmp_path / "run", batch_size=30))
+        started(tiny_job(tmp_path / "run", batch_size=30))
     with pytest.raises(ValueError, match="batch_size 160 is larger than the training split"):
-        started(tiny_run(tmp_path / "run", batch_size=160))
+        started(tiny_job(tmp_path / "run", batch_size=160))
     assert not (tmp_path / "run").exists()
 
 
 def test_the_profilers_window_leaves_a_trace(tmp_path):
-    log = LogSettings(tensorboard=False, progress=False, profile_start_step=1, profile_steps=2)
-    started(tiny_run(tmp_path, epochs=1, log=log))
+    log = LogConfig(tensorboard=False, progress=False, profile_start_step=1, profile_steps=2)
+    started(tiny_job(tmp_path, epochs=1, log=log))
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
@@ -209,7 +209,7 @@ def test_no_trace_without_a_window_and_no_event_files_unless_asked(whole):
 
 
 def test_event_files_and_progress_on_request(tmp_path, capsys):
-    started(tiny_run(tmp_path, epochs=2, log=LogSettings()))
+    started(tiny_job(tmp_path, epochs=2, log=LogConfig()))
     assert list(tmp_path.glob("events.out.tfevents.*"))
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -220,7 +220,7 @@ def test_event_files_and_progress_on_request(tmp_path, capsys):
 
 
 def test_quiet_on_request(tmp_path, capsys):
-    started(tiny_run(tmp_path, epochs=1))
+    started(tiny_job(tmp_path, epochs=1))
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
 
@@ -228,6 +228,6 @@ def test_quiet_on_request(tmp_path, capsys):
 def test_bfloat16_trains_with_float32_arrays(tmp_path):
     network, params, statistics = Network.split(Tiny(dtype=jax.numpy.bfloat16))
     found = train(
-        tiny_run(tmp_path, epochs=1, dtype="bfloat16"), network, params, statistics
+        tiny_job(tmp_path, epochs=1, dtype="bfloat16"), network, params, statistics
     ).arrays
     assert all(array.dtype == np.float32 for arrays in found for array in arrays.values())

@@ -3,12 +3,12 @@ import numpy as np
 import optax
 import pytest
 
+from falcon_jax.training.config import TrainConfig
 from falcon_jax.training.optimizers import make_optimizer, make_schedule
-from falcon_jax.training.run import TrainSettings
 
 
 def rates(steps_per_epoch, at, **settings):
-    schedule = make_schedule(TrainSettings(**settings), steps_per_epoch)
+    schedule = make_schedule(TrainConfig(**settings), steps_per_epoch)
     return [float(schedule(jnp.asarray(step))) for step in at]
 
 
@@ -89,7 +89,7 @@ def problem():
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_sgd_equals_pytorchs_rule_in_float64(problem, nesterov):
     start, gradients = problem
-    settings = TrainSettings(
+    settings = TrainConfig(
         epochs=4,
         boundaries=(1.0, 2.0),
         learning_rate=0.1,
@@ -114,7 +114,7 @@ def test_sgd_equals_pytorchs_rule_in_float64(problem, nesterov):
 
 def test_adamw_decouples_weight_decay_in_float64(problem):
     start, gradients = problem
-    settings = TrainSettings(
+    settings = TrainConfig(
         epochs=4, optimizer="adamw", learning_rate=0.01, weight_decay=0.3, boundaries=(1.0,)
     )
     w, first, second, expected = start.copy(), 0.0, 0.0, []

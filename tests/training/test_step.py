@@ -6,8 +6,9 @@ from flax import nnx
 
 from falcon_jax.data.batching import train_batches
 from falcon_jax.training.devices import data_mesh
+from falcon_jax.training.evaluation import make_eval_step
 from falcon_jax.training.network import Network
-from falcon_jax.training.step import cross_entropy, make_eval_step
+from falcon_jax.training.step import cross_entropy
 from tests.training.steps import PLAIN, assert_same, four_steps, one_device
 from tests.training.tiny import Tiny, tiny_dataset
 

@@ -5,15 +5,14 @@ import numpy as np
 import pytest
 
 from falcon_jax.data.fake import make_image_folder
-from falcon_jax.data.loading import load_dataset
+from falcon_jax.data.loading import DataConfig, load_dataset
 from falcon_jax.training import loop
 from falcon_jax.training.config import check_config, default_config
-from falcon_jax.training.execution import evaluate
+from falcon_jax.training.evaluation import evaluate, make_eval_step
 from falcon_jax.training.experiment import begin, run_experiment
 from falcon_jax.training.loop import train
 from falcon_jax.training.network import Network
-from falcon_jax.training.step import make_eval_step
-from tests.training.tiny import Tiny, tiny_run
+from tests.training.tiny import Tiny, tiny_job
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +23,7 @@ def folder(tmp_path_factory):
 
 
 def load(folder, **options):
-    return load_dataset("folder", data_dir=str(folder), image_size=16, **options)
+    return load_dataset(DataConfig(source="folder", data_dir=str(folder), image_size=16, **options))
 
 
 def started(run):
@@ -35,7 +34,7 @@ def test_learns_and_goes_on_from_an_interruption_to_the_same_parameters(
     folder, tmp_path, monkeypatch
 ):
     options = {"dataset": load(folder), "learning_rate": 0.2, "batch_size": 24, "epochs": 4}
-    whole = tiny_run(tmp_path / "whole", **options)
+    whole = tiny_job(tmp_path / "whole", **options)
     trained = started(whole)
     network, *_ = Network.split(Tiny(dropout=0.1))
     eval_step = make_eval_step(network, whole.preprocessing)
@@ -51,7 +50,7 @@ def test_learns_and_goes_on_from_an_interruption_to_the_same_parameters(
                 raise KeyboardInterrupt
             yield batch
 
-    run = tiny_run(tmp_path / "interrupted", **options)
+    run = tiny_job(tmp_path / "interrupted", **options)
     with monkeypatch.context() as patched:
         patched.setattr(loop, "train_batches", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -71,17 +70,17 @@ def test_augmentation_on_the_device_is_refused_for_streamed_images(folder, tmp_p
     config = folder_config(folder, data__augmentation__flip=True)
     told = r"^config\.data\.augmentation\.flip: the images of set are streamed, .* flip False$"
     with pytest.raises(ValueError, match=told):
-        run_experiment(check_config(config), tmp_path / "new", config.to_dict())
+        run_experiment(check_config(config), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
 def test_calibration_inputs_and_shapes_come_from_streamed_images(folder, tmp_path):
     config = folder_config(folder)
     config.train.batch_size = 8
-    experiment = check_config(config)
-    with begin(experiment, tmp_path / "new", config.to_dict()) as setting:
-        assert setting.sample(2).shape == (2, 16, 16, 3)
-        first, second = setting.inputs(experiment.train, 2)
+    checked = check_config(config)
+    with begin(checked, tmp_path / "new") as workspace:
+        assert workspace.sample(2).shape == (2, 16, 16, 3)
+        first, second = workspace.inputs(checked.train, 2)
     assert first.shape == second.shape == (8, 16, 16, 3)
     assert first.dtype == np.float32
     assert -2.2 < float(first.min()) < float(first.max()) < 2.7

@@ -11,13 +11,12 @@ import pytest
 
 from falcon_jax.data.augmentation import Augmentation
 from falcon_jax.data.batching import train_batches
-from falcon_jax.training import execution as evaluation
-from falcon_jax.training import loop
+from falcon_jax.training import evaluation, loop
 from falcon_jax.training import monitoring as watch
 from falcon_jax.training.interruption import Interruption, Stopped
 from falcon_jax.training.network import Network
 from tests.training.test_loop import assert_equal, latest, started, untimed
-from tests.training.tiny import Touchy, tiny_run
+from tests.training.tiny import Touchy, tiny_job
 
 VARIED = Augmentation(crop_padding=1, flip=True)
 
@@ -25,7 +24,7 @@ VARIED = Augmentation(crop_padding=1, flip=True)
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run of three epochs of three steps without interruption, and what it returned."""
-    run = tiny_run(tmp_path_factory.mktemp("whole"), augmentation=VARIED)
+    run = tiny_job(tmp_path_factory.mktemp("whole"), augmentation=VARIED)
     return run, started(run)
 
 
@@ -41,7 +40,11 @@ def stopping_at(monkeypatch, run, step):
 
 
 def anew(run, directory, **changes):
-    return dataclasses.replace(run, directory=directory, interruption=Interruption(), **changes)
+    """Return the run in another folder, with changes of its checkpoints."""
+    config = dataclasses.replace(
+        run.config, checkpoint=dataclasses.replace(run.config.checkpoint, **changes)
+    )
+    return dataclasses.replace(run, directory=directory, config=config, interruption=Interruption())
 
 
 def assert_same_end(run, result, whole):
@@ -122,7 +125,7 @@ def touchy(tmp_path, monkeypatch):
                 yield {**batch, "image": image}
 
         monkeypatch.setattr(loop, "train_batches", whitened)
-        run = tiny_run(tmp_path, **settings)
+        run = tiny_job(tmp_path, **settings)
         return run, loop.train(run, *Network.split(Touchy())).arrays
 
     return train
@@ -131,13 +134,13 @@ def touchy(tmp_path, monkeypatch):
 def test_numbers_that_go_bad_stop_the_run_and_keep_the_epoch_before(tmp_path, touchy):
     with pytest.raises(FloatingPointError, match=r"loss nan, .* at step 5 in epoch 2.*Try a lower"):
         touchy(white=[5])
-    run = tiny_run(tmp_path)
+    run = tiny_job(tmp_path)
     assert latest(run)[0] == 3
     assert len(untimed(tmp_path)) == 1
     kept = json.loads((tmp_path / "not_finite_step_5.json").read_text())
     assert (kept["step"], kept["epoch"], kept["loss"]) == (5, 2, "nan")
     (expected,) = itertools.islice(
-        train_batches(run.dataset.train, 40, seed=run.seed, epoch=1), 1, 2
+        train_batches(run.dataset.train, 40, seed=run.config.seed, epoch=1), 1, 2
     )
     assert kept["indices"] == expected["index"].tolist()
 

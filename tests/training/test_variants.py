@@ -3,12 +3,14 @@ import json
 import pytest
 
 import falcon_jax as fj
-from falcon_jax.training.config import check_config, chosen_variants, default_config
+from falcon_jax.training.config import check_config, default_config
 
 
 def checked(variants, only="", rules=()):
-    compression = {"solver": "exact", "rules": rules, "variants": variants, "only": only}
-    return {variant.name: variant for variant in chosen_variants(compression)}
+    config = default_config()
+    config.compression.rules, config.compression.only = rules, only
+    config.compression.variants = variants
+    return {variant.name: variant for variant in check_config(config).compression.chosen}
 
 
 def test_methods_units_and_what_compresses_what():
@@ -74,4 +76,4 @@ def test_what_makes_no_sense_is_told_with_its_name(variant, message):
 def test_a_whole_config_with_units():
     config = default_config()
     config.compression.variants = {"pdp": {"unit": "pdp", "expansion": 0.5}}
-    assert [v.kind for v in check_config(config).variants] == ["pdp"]
+    assert [v.kind for v in check_config(config).compression.chosen] == ["pdp"]

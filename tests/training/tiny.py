@@ -6,12 +6,19 @@ from flax import nnx
 
 from falcon_jax.data.dataset import Dataset, channel_statistics, hold_out
 from falcon_jax.data.fake import make_fake
+from falcon_jax.training.config import (
+    CheckpointConfig,
+    DataConfig,
+    ExperimentConfig,
+    LogConfig,
+    TrainConfig,
+)
 from falcon_jax.training.devices import data_mesh
 from falcon_jax.training.interruption import Interruption
-from falcon_jax.training.run import LogSettings, Run, TrainSettings
+from falcon_jax.training.loop import Job
 from falcon_jax.training.step import Preprocessing
 
-QUIET = LogSettings(tensorboard=False, progress=False)
+QUIET = LogConfig(tensorboard=False, progress=False)
 
 
 class Tiny(nnx.Module):
@@ -57,7 +64,7 @@ def tiny_dataset(*, validation=0.25, num_train=160, num_test=45, seed=0):
     )
 
 
-def tiny_run(
+def tiny_job(
     directory,
     *,
     dataset=None,
@@ -70,18 +77,23 @@ def tiny_run(
 ):
     dataset = tiny_dataset() if dataset is None else dataset
     options = {} if augmentation is None else {"augmentation": augmentation}
+    preprocessing = Preprocessing(mean=dataset.mean, std=dataset.std, **options)
     chosen = {"epochs": 3, "batch_size": 40, "boundaries": (2.0,), "learning_rate": 0.05}
-    return Run(
+    recipe = TrainConfig(**(chosen | settings))
+    return Job(
         label="tiny",
         directory=directory,
+        config=ExperimentConfig(
+            seed=3,
+            data=DataConfig(**options),
+            train=recipe,
+            checkpoint=CheckpointConfig(keep=1, every_steps=every_steps),
+            log=log,
+        ),
+        recipe=recipe,
         dataset=dataset,
-        preprocessing=Preprocessing(mean=dataset.mean, std=dataset.std, **options),
-        settings=TrainSettings(**(chosen | settings)),
-        log=log,
-        keep=1,
-        every_steps=every_steps,
+        preprocessing=preprocessing,
         interruption=Interruption() if interruption is None else interruption,
-        seed=3,
         mesh=data_mesh() if mesh is None else mesh,
         meta={"model": "tiny"},
     )

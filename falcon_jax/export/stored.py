@@ -1,25 +1,93 @@
-"""Stored models on the Hugging Face Hub: what they are as JSON, their arrays as safetensors."""
+"""Stored models written for other programs: in any of the formats by name, and for the Hub.
+
+On the Hugging Face Hub, JSON says what a model is, and its arrays are safetensors.
+"""
 
 import json
 import os
 import pathlib
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from flax import nnx
 
 from falcon_jax.compression.plan import Plan, compressed_blank
 from falcon_jax.compression.quantization import Quantization
-from falcon_jax.export.files import optional
+from falcon_jax.export.files import FORMATS, optional, require_packages
+from falcon_jax.export.inference import AUTO
+from falcon_jax.export.onnx_file import OPSET, onnx, onnx_int8
 from falcon_jax.export.safetensors_file import (
     check_fits,
     load_safetensors,
     read_arrays,
     safetensors,
 )
+from falcon_jax.export.serialized import stablehlo, tflite
 from falcon_jax.models.registry import same_key_rngs
 from falcon_jax.paths import read_json, user_path
+from falcon_jax.settings import no_such
 from falcon_jax.storage.models import Description, Stored
 from falcon_jax.wording import reason, shown
+
+
+def export_stored(
+    stored: Stored,
+    name: str,
+    path: str | os.PathLike[str],
+    *,
+    batches: Iterable[Any] = (),
+    open_sizes: str | Sequence[str] = AUTO,
+    opset: int = OPSET,
+) -> str:
+    """Write a stored model in a format.
+
+    The description of the model, which says how images are prepared, goes into files of ONNX as
+    metadata ``falcon_jax``.
+
+    Args:
+        stored: the model.
+        name: of the format, out of `FORMATS`.
+        path: of the file, or folder.
+        batches: for ``int8``: images to calibrate on, as the model sees them.
+        open_sizes: as in `falcon_jax.export.onnx`.
+        opset: as there.
+
+    Returns:
+        What was written, as a text.
+
+    Raises:
+        ValueError: if there is no such format, or the model cannot be written in it.
+        ImportError: if a package is not installed.
+        OSError: if the file cannot be written.
+    """
+    if name not in FORMATS:
+        raise ValueError(no_such("format", name, FORMATS))
+    require_packages([name])
+    model, sample = stored.model, stored.description.sample
+    if name == "hub":
+        save_pretrained(stored, path)
+        return os.fspath(path)
+    if name == "safetensors":
+        return os.fspath(safetensors(model, path))
+    if name == "tflite":
+        return str(tflite(model, sample, path))
+    if name == "stablehlo":
+        return str(stablehlo(model, sample, path, open_sizes=open_sizes))
+    metadata = {"falcon_jax": json.dumps(stored.description.to_json())}
+    if name == "onnx":
+        made = onnx(model, sample, path, open_sizes=open_sizes, opset=opset, metadata=metadata)
+    else:
+        made = onnx_int8(
+            model,
+            sample,
+            path,
+            batches,
+            open_sizes=open_sizes,
+            opset=opset,
+            metadata=metadata,
+        )
+    return str(made)
+
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _VERSION = 1

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from falcon_jax.cli import main as cli
+from falcon_jax import __main__ as cli
 
 
 @pytest.fixture

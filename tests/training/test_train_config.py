@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from falcon_jax.training.run import TrainSettings, defaults
+from falcon_jax.training.config import TrainConfig, default_config
 
 
 @pytest.mark.parametrize(
@@ -30,18 +30,18 @@ from falcon_jax.training.run import TrainSettings, defaults
 )
 def test_each_field_says_what_it_is_and_what_it_may_be(field, value, need):
     with pytest.raises(ValueError) as caught:
-        TrainSettings(**{field: value})
+        TrainConfig(**{field: value})
     assert str(caught.value) == f"{field} must be {need}, but is {value!r}"
 
 
 @pytest.mark.parametrize("field", ["learning_rate", "weight_decay", "momentum", "warmup_epochs"])
 def test_nan_is_refused(field):
     with pytest.raises(ValueError, match=field):
-        TrainSettings(**{field: float("nan")})
+        TrainConfig(**{field: float("nan")})
 
 
 def test_the_edges_are_allowed():
-    TrainSettings(
+    TrainConfig(
         epochs=0,
         batch_size=1,
         eval_batch_size=1,
@@ -50,7 +50,7 @@ def test_the_edges_are_allowed():
         boundaries=(),
         factor=1.0,
     )
-    TrainSettings(epochs=3, warmup_epochs=3.0)
+    TrainConfig(epochs=3, warmup_epochs=3.0)
 
 
 def test_the_defaults_are_the_papers():
@@ -64,10 +64,11 @@ def test_the_defaults_are_the_papers():
         "boundaries": (150.0, 250.0),
         "factor": 0.1,
     }
-    assert paper.items() <= defaults().items()
-    assert set(defaults()) == {field.name for field in dataclasses.fields(TrainSettings)}
+    defaults = default_config().train.to_dict()
+    assert paper.items() <= defaults.items()
+    assert set(defaults) == {field.name for field in dataclasses.fields(TrainConfig)}
 
 
-def test_settings_cannot_be_changed():
+def test_a_config_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        TrainSettings().epochs = 3  # type: ignore[misc]
+        TrainConfig().epochs = 3  # type: ignore[misc]
