@@ -11,7 +11,7 @@ TUNED := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 # One XLA thread a worker: two workers leave each other alone.
 PYTEST = $(BIN)/python -m pytest -n auto --doctest-modules $(PYTEST_OPTIONS)
 
-.PHONY: demo test test-all test-smoke lint clean
+.PHONY: demo test test-all test-smoke lint docs dist clean
 
 demo: $(VENV)/.installed-train
 	$(TUNED) $(BIN)/python train.py --config=configs/demo.py --workdir=runs/demo
@@ -36,6 +36,20 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# The site, into docs/_build/html; a warning is an error, and the notebooks are run.
+docs: $(VENV)/.installed-docs
+	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
+
+# Wheel and sdist, into dist/, checked and tried in a clean environment.
+dist: $(VENV)/.installed-dist
+	rm -rf dist build $(VENV)-wheel
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv $(VENV)-wheel
+	$(VENV)-wheel/bin/pip install --quiet dist/*.whl
+	cd dist && ../$(VENV)-wheel/bin/python -c "import falcon_jax; print(falcon_jax.__version__)"
+	rm -rf $(VENV)-wheel
+
 $(VENV)/.installed-train: pyproject.toml requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -r requirements.txt
@@ -45,5 +59,13 @@ $(VENV)/.installed-test: $(VENV)/.installed-train
 	$(BIN)/pip install --quiet -e ".[train,test]"
 	touch $@
 
+$(VENV)/.installed-docs: $(VENV)/.installed-train
+	$(BIN)/pip install --quiet -e ".[train,docs]"
+	touch $@
+
+$(VENV)/.installed-dist: $(VENV)/.installed-train
+	$(BIN)/pip install --quiet -e ".[dist]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs .xla_cache
+	rm -rf $(VENV) $(VENV)-wheel runs dist build docs/_build .xla_cache
