@@ -303,12 +303,14 @@ def _front(quantity: Quantity, original: float, stays: Plan, options: Options) -
         [np.array([o.loss for o in each]) for each in options.values()],
     )
     standing = sum(each[0].cost for each in options.values())
+    # Layers alone may take longer than the whole of them.
+    scale = min(1.0, original / standing)
     return Front(
         quantity=quantity,
         original=original,
         stays=stays,
         options=options,
-        costs=costs + (original - standing),
+        costs=original + scale * (costs - standing),
         losses=losses,
         choices=choices,
     )
