@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import sys
 from typing import Any
 
 import jax.numpy as jnp
@@ -91,13 +92,18 @@ def _shrink(parsed: argparse.Namespace) -> None:
         candidates=candidates,
         rules=rules,
         sample=jnp.zeros(shape.shape, shape.dtype),
-        progress=True,
+        progress=sys.stderr.isatty(),
         report=reports.append,
     )
     (shrunk,) = reports
     if parsed.distill:
         small = distill(
-            stored.model, small, batches, steps=parsed.distill, temperature=1.0, progress=True
+            stored.model,
+            small,
+            batches,
+            steps=parsed.distill,
+            temperature=1.0,
+            progress=sys.stderr.isatty(),
         )
     print(write_shrunk(shrunk, parsed.report) if parsed.report else shrunk)
     save_stored(parsed.out, Stored(model=small, plan=shrunk.plan, description=stored.description))
