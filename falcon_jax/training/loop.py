@@ -147,9 +147,9 @@ class _Training:
     ):
         self._job = job
         self._step = step
-        self._taught: TeacherArrays = ()
+        self._taught: TeacherArrays = {}
         if _teacher(job) is not None and job.teacher is not None:
-            self._taught = step.place_teacher(job.teacher[1:])
+            self._taught = step.place_teacher(*job.teacher[1:])
         self._checkpoints = checkpoints
         self._at = position
         self._steps = steps

@@ -48,9 +48,9 @@ class ParallelStep:
         first = jax.tree.map(lambda array: array[0], _local(state))
         return replicate(first, self.mesh)
 
-    def place_teacher(self, arrays: tuple[Arrays, Arrays]) -> TeacherArrays:
+    def place_teacher(self, params: Arrays, statistics: Arrays) -> TeacherArrays:
         """Return a teacher's parameters and statistics in the form that a step takes."""
-        whole = replicate(arrays, self.mesh)
+        whole = replicate({"params": params, "statistics": statistics}, self.mesh)
         return _spread(_local(whole)) if self.mapped else whole
 
     def __call__(
@@ -58,14 +58,14 @@ class ParallelStep:
         state: TrainState,
         batch: Mapping[str, np.ndarray],
         key: PRNGKeyArray,
-        teacher: TeacherArrays = (),
+        teacher: TeacherArrays | None = None,
     ) -> tuple[TrainState, Metrics]:
         """Take a step with this process's rows of a batch; the old state is gone afterwards."""
         if not self.mapped:
-            return self._step(state, shard_batch(batch, self.mesh), key, teacher)
+            return self._step(state, shard_batch(batch, self.mesh), key, teacher or {})
         devices = jax.local_device_count()
         rows = {n: a.reshape(devices, len(a) // devices, *a.shape[1:]) for n, a in batch.items()}
-        return self._step(state, rows, key, teacher)
+        return self._step(state, rows, key, teacher or {})
 
 
 @functools.lru_cache(maxsize=32)  # the networks of a comparison, which come again with every seed

@@ -53,7 +53,7 @@ class Preprocessing:
     augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
 
 
-TeacherArrays = tuple[Arrays, ...]  # parameters and statistics; none without a teacher
+TeacherArrays = Mapping[str, Arrays]  # params and statistics; nothing without a teacher
 TrainStep = Callable[..., tuple[TrainState, Metrics]]
 
 
@@ -142,7 +142,7 @@ def make_train_step(
         replicated: whether the step is mapped over the axis `devices.AXIS` and sees only the rows
             of one replica.
         teacher: whose answers count beside the labels, on the same augmented images; its arrays
-            are the last argument of the step, an empty tuple without one.
+            are the last argument of the step, ``{}`` without one.
 
     Returns:
         The step. Metrics: ``loss`` and ``accuracy`` of the batch, before the update;
@@ -161,7 +161,7 @@ def make_train_step(
         logits, statistics = network.apply_training(params, statistics, x, key)
         losses = cross_entropy(logits, labels, label_smoothing=label_smoothing)
         if teacher is not None:
-            taught = teacher.network.apply(*arrays, x)
+            taught = teacher.network.apply(arrays["params"], arrays["statistics"], x)
             share = teacher.weight
             losses = (1 - share) * losses + share * teacher.loss(taught, logits)
         return losses.mean(), (jnp.mean(logits.argmax(axis=-1) == labels), statistics)
@@ -169,7 +169,7 @@ def make_train_step(
     gradient = jax.value_and_grad(loss, has_aux=True)
 
     def train_step(
-        state: TrainState, batch: Batch, key: PRNGKeyArray, arrays: TeacherArrays = ()
+        state: TrainState, batch: Batch, key: PRNGKeyArray, arrays: TeacherArrays
     ) -> tuple[TrainState, Metrics]:
         augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
         part = _part(batch["image"]) if replicated else None

@@ -51,7 +51,7 @@ def four_steps(
         **({"label_smoothing": 0.1} | options),
     )
     state = step.place(replicate(init_state(params, statistics, optimizer), mesh))
-    teacher = () if taught is None else step.place_teacher(taught)
+    teacher = None if taught is None else step.place_teacher(*taught)
     metrics = []
     batches = train_batches(tiny_dataset(validation=0.0).train, 40, seed=0, epoch=0)
     for index, batch in enumerate(batches):

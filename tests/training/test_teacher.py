@@ -32,8 +32,9 @@ def test_the_loss_is_that_of_labels_and_answers(weight):
     images = rng.integers(0, 256, (6, 8, 8, 3), np.uint8)
     labels = rng.integers(0, 3, 6).astype(np.int32)
     batch = {"image": images, "label": labels, "stop": np.zeros(6, np.float32)}
+    taught_arrays = {"params": arrays[0], "statistics": arrays[1]}
     _, metrics = jax.jit(step)(
-        init_state(params, statistics, optax.sgd(0.1)), batch, jax.random.key(0), arrays
+        init_state(params, statistics, optax.sgd(0.1)), batch, jax.random.key(0), taught_arrays
     )
     x = jnp.asarray(images, jnp.float32) / 255
     logits, _ = network.apply_training(params, statistics, x, jax.random.key(0))
