@@ -9,6 +9,7 @@ from falcon_jax.cli.convert import add_compress, add_convert
 from falcon_jax.cli.data import add_make_folder
 from falcon_jax.cli.evaluate import add_evaluate, add_profile
 from falcon_jax.cli.export import add_export
+from falcon_jax.cli.shrink import add_shrink
 from falcon_jax.data.tfds import prepare
 
 BAD_INPUT = 2
@@ -58,6 +59,7 @@ def add_prepare(commands: Any) -> None:
 COMMANDS: tuple[Callable[[Any], None], ...] = (
     add_convert,
     add_compress,
+    add_shrink,
     add_evaluate,
     add_profile,
     add_export,

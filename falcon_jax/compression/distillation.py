@@ -131,7 +131,15 @@ def distill(
     for step in shown(range(1, steps + 1), "distill", progress=progress):
         loss_of, named, arrays = losses.of(seen[order[step - 1]])
         params, averaged, state = _step(
-            params, averaged, state, rest, named, arrays, ema, loss_of=loss_of, optimizer=optimizer
+            params,
+            averaged,
+            state,
+            rest,
+            named,
+            arrays,
+            ema=ema,
+            loss_of=loss_of,
+            optimizer=optimizer,
         )
         if step % every and step != steps:
             continue
@@ -253,8 +261,8 @@ def _take_step(
     rest: Mapping[str, Array],
     named: Mapping[str, Array],
     arrays: Sequence[Array],
-    ema: float,
     *,
+    ema: float,
     loss_of: LossOf,
     optimizer: optax.GradientTransformation,
 ) -> tuple[dict[str, Array], dict[str, Array], Any]:
@@ -265,7 +273,7 @@ def _take_step(
     return new, mean, state
 
 
-_step = jax.jit(_take_step, static_argnames=("loss_of", "optimizer"))
+_step = jax.jit(_take_step, static_argnames=("ema", "loss_of", "optimizer"))
 
 
 def _order(batches: int, steps: int, key: PRNGKeyArray) -> list[int]:

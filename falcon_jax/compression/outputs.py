@@ -23,8 +23,7 @@ class OutputLoss:
 
     def __init__(self, wanted: Iterable[Sequence[Array]]):
         self._wanted = [list(outputs) for outputs in wanted]
-        parts = zip(*([_spread(y) for y in ys] for ys in self._wanted), strict=True)
-        self._spread = [float(sum(each)) for each in parts]
+        self._spread = [_spread(batches) for batches in zip(*self._wanted, strict=True)]
         if not self._spread:
             raise ValueError("the model gives no floating-point output to compare.")
 
@@ -67,7 +66,8 @@ def _squares(wanted: Array, given: Array) -> Array:
     return jnp.sum(jnp.square((given - wanted).astype(jnp.float32)))
 
 
-@jax.jit
-def _spread(outputs: Array) -> Array:
-    wide = outputs.astype(jnp.float32)
-    return jnp.sum(jnp.square(wide - wide.mean(tuple(range(wide.ndim - 1)), keepdims=True)))
+def _spread(batches: Sequence[Array]) -> float:
+    """Return ``sum ||f - E f||^2`` of an output, E over all axes but the last."""
+    flat = [y.astype(jnp.float32).reshape(-1, y.shape[-1] if y.ndim else 1) for y in batches]
+    mean = sum(y.sum(0) for y in flat) / sum(y.shape[0] for y in flat)
+    return float(sum(_squares(y, jnp.broadcast_to(mean, y.shape)) for y in flat))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -81,9 +81,9 @@ class Target:
     def budget(self, original: float) -> float:
         """Return what a model may cost at most, given what the original costs."""
         if self.latency_ms is not None:
-            return self.latency_ms
+            return float(self.latency_ms)
         share = next((v for v in (self.latency, self.params, self.mult_adds) if v), math.inf)
-        return share * original if share <= 1 else share
+        return float(share * original if share <= 1 else share)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -199,7 +199,7 @@ class Option:
     """
 
     row: PlanRow
-    cost: float | int
+    cost: float
     loss: float
 
 
@@ -247,8 +247,7 @@ def search(
         ValueError: if the target cannot be reached, saying what is nearest; a target of latency
             comes without a sample; or as `sensitivity` says.
     """
-    by_latency = target.quantity == "latency_ms"
-    if by_latency and sample is None:
+    if target.quantity == "latency_ms" and sample is None:
         raise ValueError(
             f"{target} is measured on a sample: give sample=, an example input of the batch size "
             "that the model is to serve."
@@ -265,74 +264,79 @@ def search(
             key=key,
             progress=progress,
         )
-    options = {
-        path: tuple(
-            Option(row=row, cost=getattr(row.after, target.quantity), loss=loss)
-            for row, loss in _choices(found)
-        )
-        for path, found in effects.effects.items()
-    }
-    original = float("nan") if by_latency else getattr(effects.plan.before, target.quantity)
-    if by_latency:
-        options, original = _timed(model, effects.plan, options, Inputs.of(sample), progress)
+    if target.quantity == "latency_ms":
+        options, original = _timed(model, effects, Inputs.of(sample), progress)
+    else:
+        options = _counted(effects, target.quantity)
+        original = float(getattr(effects.plan.before, target.quantity))
     return _front(target.quantity, original, effects.plan, options).plan(target)
 
 
-def _choices(effects: Sequence[Effect]) -> Iterator[tuple[PlanRow, float]]:
-    first = effects[0].row
-    stays = dataclasses.replace(
-        first, method=None, after=first.before, reason="the search leaves it alone"
-    )
-    yield stays, 0.0
-    for effect in effects:
-        remark = f"alone, it costs {effect.loss:.1e} of the output"
-        yield dataclasses.replace(effect.row, reason=remark), effect.loss
+Options = dict[str, tuple[Option, ...]]
 
 
-def _front(
-    quantity: Quantity, original: float, stays: Plan, options: Mapping[str, tuple[Option, ...]]
-) -> Front:
+def _counted(effects: Sensitivity, quantity: Quantity) -> Options:
+    """Return what each layer may become, first that it stays, with what is counted."""
+    return {
+        path: tuple(
+            Option(row=row, cost=float(getattr(row.after, quantity)), loss=loss)
+            for row, loss in ((_stays(found[0]), 0.0), *((_remarked(e), e.loss) for e in found))
+        )
+        for path, found in effects.effects.items()
+    }
+
+
+def _stays(effect: Effect) -> PlanRow:
+    row = effect.row
+    reason = "the search leaves it alone"
+    return dataclasses.replace(row, method=None, after=row.before, reason=reason)
+
+
+def _remarked(effect: Effect) -> PlanRow:
+    reason = f"alone, it costs {effect.loss:.1e} of the output"
+    return dataclasses.replace(effect.row, reason=reason)
+
+
+def _front(quantity: Quantity, original: float, stays: Plan, options: Options) -> Front:
     costs, losses, choices = pareto_front(
         [np.array([o.cost for o in each], float) for each in options.values()],
         [np.array([o.loss for o in each]) for each in options.values()],
     )
     standing = sum(each[0].cost for each in options.values())
+    # Layers alone may take longer than the whole of them.
+    scale = min(1.0, original / standing)
     return Front(
         quantity=quantity,
         original=original,
         stays=stays,
         options=options,
-        costs=costs + (original - standing),
+        costs=original + scale * (costs - standing),
         losses=losses,
         choices=choices,
     )
 
 
 def _timed(
-    model: Model,
-    stays: Plan,
-    options: Mapping[str, tuple[Option, ...]],
-    sample: Inputs,
-    progress: bool,
-) -> tuple[dict[str, tuple[Option, ...]], float]:
-    """Return options that are no slower than to stay, with milliseconds; and the original's."""
+    model: Model, effects: Sensitivity, sample: Inputs, progress: bool
+) -> tuple[Options, float]:
+    """Return what each layer may become that is faster than to stay, and the model's latency."""
     layers = {layer.path: layer for layer in framework_of(model).find_layers(model, sample.shapes)}
     known: Times = {}
-    found: dict[str, tuple[Option, ...]] = {}
-    for path in shown(list(options), "latency", progress=progress):
-        stay, *others = options[path]
+    options: Options = {}
+    for path in shown(list(effects.effects), "latency", progress=progress):
+        found = effects.effects[path]
         standard, timed = math.inf, []
-        for option in others:
-            assert option.row.method is not None
-            ms = form_times(layers[path], option.row.method, known)
+        for effect in found:
+            assert effect.row.method is not None
+            ms = form_times(layers[path], effect.row.method, known)
             standard = min(standard, ms.pop(None))
-            form = min((form for form in ms if form is not None), key=lambda form: ms[form])
-            row = dataclasses.replace(option.row, method=form)
-            timed.append(dataclasses.replace(option, row=row, cost=ms[form]))
-        faster = [option for option in timed if option.cost < standard]
-        found[path] = (dataclasses.replace(stay, cost=standard), *faster)
+            form, least = min(ms.items(), key=lambda item: item[1])
+            row = dataclasses.replace(_remarked(effect), method=form)
+            timed.append(Option(row=row, cost=least, loss=effect.loss))
+        stays = Option(row=_stays(found[0]), cost=standard, loss=0.0)
+        options[path] = (stays, *(option for option in timed if option.cost < standard))
     serve = deploy(model, sample)
-    return found, median_ms(lambda: serve(*sample.arrays))
+    return options, median_ms(lambda: serve(*sample.arrays))
 
 
 def _told(cost: float) -> str:

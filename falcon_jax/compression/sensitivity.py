@@ -59,12 +59,14 @@ class Effect:
     """What comes of replacing one layer alone.
 
     Attributes:
+        candidate: the method as it was given.
         row: of a plan that replaces it.
         error: of the layer's answers, ``E ||y - y'||^2 / E ||y - E y||^2``.
         loss: of the outputs f of the model, ``E ||f - f'||^2 / E ||f - E f||^2``; the mean of
             these, where there are several outputs.
     """
 
+    candidate: Method
     row: PlanRow
     error: float
     loss: float
@@ -88,7 +90,8 @@ class Sensitivity:
         return {
             path: [
                 {
-                    "method": None if effect.row.method is None else str(effect.row.method),
+                    "candidate": str(effect.candidate),
+                    "method": str(effect.row.method),
                     **dataclasses.asdict(effect.row.after),
                     "error": effect.error,
                     "loss": effect.loss,
@@ -173,7 +176,7 @@ def sensitivity(
             "give other candidates, or other rules."
         )
     runs = runs_of(network, network, list(rows), batches)
-    units = units_of(runs, [found[0] for found in rows.values()], network)
+    units = units_of(runs, [found[0][1] for found in rows.values()], network)
     compared = _first_batches(runs, examples)
     loss_of = OutputLoss(_outputs(compared))
     key = jax.random.key(0) if key is None else key
@@ -183,7 +186,7 @@ def sensitivity(
         for run in runs:
             run.advance(units[index:], to_outputs=True)
         pick = jax.random.fold_in(key, index)
-        methods = [row.method for row in rows[unit.row.path] if row.method is not None]
+        methods = [row.method for _, row in rows[unit.row.path] if row.method is not None]
         answers = observed(unit, runs, points, pick, relu_aware=False, by_sensitivity=True)[:2]
         changes = _changes(unit, methods, answers, network, mean_after(unit, runs))
         effects = [(error, loss_of(_outputs(compared, values))) for error, values in changes]
@@ -194,15 +197,21 @@ def sensitivity(
             path: tuple(
                 # Of the layers of a stack, errors are averaged, and losses add up.
                 Effect(
+                    candidate=candidate,
                     row=row,
                     error=sum(error for error, _ in each) / len(each),
                     loss=sum(loss for _, loss in each),
                 )
-                for row, each in zip(rows[path], zip(*effects, strict=True), strict=True)
+                for (candidate, row), each in zip(
+                    rows[path], zip(*effects, strict=True), strict=True
+                )
             )
             for path, effects in found.items()
         },
     )
+
+
+Candidates = tuple[tuple[Method, PlanRow], ...]
 
 
 def _candidates(
@@ -210,13 +219,13 @@ def _candidates(
     plan: Plan,
     candidates: Sequence[Method],
     rules: Sequence[Rule],
-) -> dict[str, tuple[PlanRow, ...]]:
-    """Return the rows of every replaceable layer for whatever saves something there."""
+) -> dict[str, Candidates]:
+    """Return, for every layer, the candidates that save something there, with their rows."""
     assert plan.inputs is not None
     layers = framework_of(model).find_layers(model, plan.inputs)
     check_all_used(rules, [(row.path, row.spec) for row in plan.rows])
     kernels = framework_of(model).kernels(model, [row.path for row in plan.rows])
-    found: dict[str, tuple[PlanRow, ...]] = {}
+    found: dict[str, Candidates] = {}
     for layer in layers:
         spec = layer.spec
         if spec is None or layer.obstacle or layer.path in found or layer.path not in kernels:
@@ -225,16 +234,16 @@ def _candidates(
             continue
         decided = first_match(rules, layer.path, spec)
         given = candidates if decided is None else [rules[decided].method]
-        rows: dict[Method, PlanRow] = {}
-        for method in given:
-            if method is None or method.supports(spec) is not None:
+        rows: dict[Method, tuple[Method, PlanRow]] = {}
+        for candidate in given:
+            if candidate is None or candidate.supports(spec) is not None:
                 continue
-            method = for_trained(method, jnp.asarray(kernels[layer.path]), spec)
+            method = for_trained(candidate, jnp.asarray(kernels[layer.path]), spec)
             row = row_of(layer, spec, method, plan.inputs.batch)
             saves = row.after.params < row.before.params
             saves |= row.after.mult_adds < row.before.mult_adds
             if saves:
-                rows.setdefault(method, row)
+                rows.setdefault(method, (candidate, row))
         if rows:
             found[layer.path] = tuple(rows.values())
     return found

@@ -11,6 +11,7 @@ from falcon_jax.compression.compress import compress
 from falcon_jax.compression.outputs import OutputLoss, outputs_of
 from falcon_jax.compression.plan import Rule
 from falcon_jax.compression.search import SearchedPlan, Target, search
+from falcon_jax.compression.sensitivity import Sensitivity, sensitivity
 from falcon_jax.frameworks.interface import M
 from falcon_jax.frameworks.layers import Inputs
 from falcon_jax.frameworks.norms import NotReachedError
@@ -24,6 +25,7 @@ class Shrunk:
     """What `shrink` did.
 
     Attributes:
+        effects: of every candidate in every layer.
         plan: that was carried out; ``plan.front`` has the alternatives.
         responses: errors of the layers' answers, as `calibrate` reports them.
         loss: of the outputs f on the batches, ``E ||f - f'||^2 / E ||f - E f||^2``, after each
@@ -31,6 +33,7 @@ class Shrunk:
         kept: the stage that was returned.
     """
 
+    effects: Sensitivity
     plan: SearchedPlan
     responses: tuple[ResponseError, ...]
     loss: dict[str, float]
@@ -39,6 +42,7 @@ class Shrunk:
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain data."""
         return {
+            "effects": self.effects.to_json(),
             "plan": self.plan.to_json(),
             "front": self.plan.front.to_json(),
             "predicted_loss": self.plan.predicted_loss,
@@ -105,15 +109,10 @@ def shrink(
     (4, 8, 8, 8)
     """
     given = [Inputs.of(batch) for batch in batches]
-    plan = search(
-        model,
-        given,
-        target=target,
-        candidates=candidates,
-        rules=rules,
-        sample=sample,
-        progress=progress,
+    effects = sensitivity(
+        model, given, candidates=candidates, rules=rules, sample=sample, progress=progress
     )
+    plan = search(model, given, target=target, effects=effects, sample=sample, progress=progress)
     if not plan.replaced:
         raise ValueError(
             f"{target} is met by the model as it is: nothing to shrink. Give a smaller one."
@@ -130,5 +129,5 @@ def shrink(
     loss = {name: loss_of(outputs_of(Network.of(m), given)) for name, m in stages.items()}
     kept = min(loss, key=lambda name: loss[name])
     if report is not None:
-        report(Shrunk(plan=plan, responses=tuple(responses), loss=loss, kept=kept))
+        report(Shrunk(effects=effects, plan=plan, responses=tuple(responses), loss=loss, kept=kept))
     return stages[kept]

@@ -182,6 +182,27 @@ def plot_tradeoff(
         raise ValueError("there is nothing to plot: no row has an accuracy")
     if not all(math.isfinite(value) for point in points for value in point):
         raise ValueError(f"cannot plot {points}: every {x} and accuracy must be finite")
+    figure = new_figure()
+    canvas: Any = figure.canvas
+    axes = plain_axes(figure, xlabel=x_label, ylabel="Accuracy (%)")
+    _set_limits(axes, points)
+    colors = _draw_series(axes, rows, points)
+    corner = _draw_best_corner(axes)
+    canvas.draw()  # fixes the layout, so that places are known
+    labels = [str(row["label"]) for row in rows]
+    _draw_labels(axes, canvas.get_renderer(), labels, points, colors, corner)
+    write_whole(path, png_of(figure))
+
+
+def new_figure(size: tuple[float, float] = (6.4, 4.8)) -> Any:
+    """Return a figure of Matplotlib on a canvas of its own, apart from what is shown on screens.
+
+    Args:
+        size: inches.
+
+    Raises:
+        ImportError: if Matplotlib is not installed.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -189,21 +210,25 @@ def plot_tradeoff(
         raise ImportError(
             f'plots need Matplotlib ({error}): pip install "falcon-jax[train]"'
         ) from error
-    figure = Figure(figsize=(6.4, 4.8), dpi=200, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = Figure(figsize=size, dpi=200, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def plain_axes(figure: Any, **labels: Any) -> Any:
+    """Return axes with a faint grid and no frame at the top and the right."""
     axes = figure.add_subplot()
-    axes.set(xlabel=x_label, ylabel="Accuracy (%)", axisbelow=True)
+    axes.set(axisbelow=True, **labels)
     axes.grid(color="0.92")
     axes.spines[["top", "right"]].set_visible(False)
-    _set_limits(axes, points)
-    colors = _draw_series(axes, rows, points)
-    corner = _draw_best_corner(axes)
-    canvas.draw()  # fixes the layout, so that places are known
-    labels = [str(row["label"]) for row in rows]
-    _draw_labels(axes, canvas.get_renderer(), labels, points, colors, corner)
+    return axes
+
+
+def png_of(figure: Any) -> bytes:
+    """Return a figure as a PNG file."""
     image = io.BytesIO()
     figure.savefig(image, format="png")
-    write_whole(path, image.getvalue())
+    return image.getvalue()
 
 
 def series(rows: Sequence[Row]) -> list[list[int]]:

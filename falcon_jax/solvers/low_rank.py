@@ -1,14 +1,13 @@
 """Best rank-k approximation of many small matrices at once (Eckart-Young), accurate in float32."""
 
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Float
-
-from falcon_jax.ops.linear import add_up
 
 MOST_ROTATED = 32  # rows; LAPACK is faster beyond
 _MAX_SWEEPS = 16  # five or six suffice for 9 x 9; a bound, not a setting
@@ -266,7 +265,7 @@ def leading_terms(
 def _term(a: Array) -> tuple[Array, Array]:
     """Return the leading term ``sqrt(s) u`` and ``sqrt(s) v`` of every matrix."""
     u = _leading_vector(a)
-    row = add_up(u[i : i + 1] * a[i] for i in range(a.shape[0]))
+    row = functools.reduce(operator.add, [u[i : i + 1] * a[i] for i in range(a.shape[0])])
     largest = lax.stop_gradient(jnp.max(jnp.abs(row), axis=0, keepdims=True))
     positive = largest > 0
     scale = jnp.where(positive, largest, 1)
@@ -294,7 +293,9 @@ def _leading_vector(a: Float[Array, "p q b"]) -> Float[Array, "p b"]:
 
     def square(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         g, _, count = state
-        product = add_up(g[:, i][:, None] * g[i][None] for i in range(g.shape[0]))
+        product = functools.reduce(
+            operator.add, [g[:, i][:, None] * g[i][None] for i in range(g.shape[0])]
+        )
         purity = _trace(product)  # of trace 1 and one eigenvector: 1
         return product / purity, purity, count + 1
 
@@ -334,7 +335,9 @@ def _scaled_gram(a: Float[Array, "p q b"]) -> Float[Array, "p p b"]:
     chunk = min(_CHUNK, q)
 
     def some(rows: Array) -> Array:
-        return add_up(rows[:, None, m] * rows[None, :, m] for m in range(rows.shape[1]))
+        return functools.reduce(
+            operator.add, [rows[:, None, m] * rows[None, :, m] for m in range(rows.shape[1])]
+        )
 
     def add(total: Array, start: Array) -> tuple[Array, None]:
         return total + some(lax.dynamic_slice_in_dim(a, start, chunk, axis=1)), None
@@ -351,4 +354,4 @@ def _largest(a: Float[Array, "p q b"]) -> Float[Array, "1 1 b"]:
 
 
 def _trace(g: Float[Array, "p p b"]) -> Float[Array, "1 1 b"]:
-    return add_up(g[i : i + 1, i : i + 1] for i in range(g.shape[0]))
+    return functools.reduce(operator.add, [g[i : i + 1, i : i + 1] for i in range(g.shape[0])])

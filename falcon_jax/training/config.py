@@ -44,6 +44,25 @@ class ModelConfig:
         check_fields(self)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """How much the standard model's answers count in fine-tuning, beside the labels.
+
+    Attributes:
+        weight: share of the loss that is the divergence from the standard model's answers; 0 for
+            labels only, 1 for no labels.
+        temperature: that both models' logits are divided by for it.
+    """
+
+    weight: float = checked(0.0, must_be("in [0, 1]", lambda share, _: 0 <= share <= 1))
+    temperature: float = checked(
+        2.0, must_be("positive and finite", lambda value, _: 0 < value < math.inf)
+    )
+
+    def __post_init__(self):
+        check_fields(self)
+
+
 def _rising(epochs: tuple[float, ...], _: Any) -> bool:
     if not all(isinstance(epoch, (int, float)) and math.isfinite(epoch) for epoch in epochs):
         return False
@@ -74,6 +93,7 @@ class TrainConfig:
             stops.
         dtype: of the computation, ``float32`` or ``bfloat16``; parameters and statistics stay
             float32.
+        distillation: of fine-tuning.
     """
 
     epochs: int = checked(350, at_least(0))
@@ -102,6 +122,7 @@ class TrainConfig:
     label_smoothing: float = checked(0.0, must_be("in [0, 1)", lambda share, _: 0 <= share < 1))
     skip_nonfinite: int = checked(0, at_least(0))
     dtype: str = checked("float32", one_of(("float32", "bfloat16")))
+    distillation: DistillationConfig = dataclasses.field(default_factory=DistillationConfig)
 
     def __post_init__(self):
         check_fields(self)
@@ -127,6 +148,9 @@ class CompressionConfig:
             with ``solver``, ``rules``, ``width`` and ``of`` of its own (docs/training.md
             says what they mean).
         only: names of variants, with commas between them; empty for all.
+        target: one field of `falcon_jax.Target`, such as ``{"mult_adds": 0.15}``, for one more
+            variant, ``searched``: ``search`` finds its plan on the calibration batches, obeying
+            the rules. Empty for none.
     """
 
     start: str = checked(
@@ -142,17 +166,26 @@ class CompressionConfig:
     rules: tuple[Any, ...] = ()
     variants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     only: str = ""
+    target: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         check_fields(self)
         with below("rules: "):
             rules_from(self.rules)
+        if self.target and not self.calibration_batches:
+            raise ValueError("target needs calibration_batches of 1 or more to search on, but is 0")
         _ = self.chosen
 
     @functools.cached_property
     def chosen(self) -> tuple[Variant, ...]:
         """What ``variants`` and ``only`` stand for, those that others compress first."""
-        return chosen_variants(self.variants, solver=self.solver, rules=self.rules, only=self.only)
+        return chosen_variants(
+            self.variants,
+            solver=self.solver,
+            rules=self.rules,
+            only=self.only,
+            target=self.target,
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -225,6 +258,16 @@ class ExperimentConfig:
 
     def __post_init__(self):
         check_fields(self)
+        if self.train.distillation.weight:
+            raise ValueError(
+                "train.distillation.weight must be 0: the standard model has no teacher; give "
+                "finetune.distillation"
+            )
+        if self.finetune.distillation.weight and self.compression.start == "scratch":
+            raise ValueError(
+                "finetune.distillation.weight must be 0 with compression.start 'scratch': no "
+                "standard model is trained to learn from"
+            )
 
 
 def default_config() -> ConfigDict:

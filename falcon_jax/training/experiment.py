@@ -20,6 +20,7 @@ from falcon_jax.compression.calibration import calibrate
 from falcon_jax.compression.compress import compress, narrow
 from falcon_jax.compression.plan import Plan, make_plan
 from falcon_jax.compression.profile import profile
+from falcon_jax.compression.search import search
 from falcon_jax.data.augmentation import normalize
 from falcon_jax.data.batching import train_batches
 from falcon_jax.data.dataset import Dataset
@@ -101,7 +102,13 @@ class Workspace:
         """Return the shape of a batch of images."""
         return ShapeDtypeStruct((batch, *self.dataset.train.image_shape), np.float32)
 
-    def job(self, label: str, recipe: TrainConfig, plan: Plan | None = None) -> Job:
+    def job(
+        self,
+        label: str,
+        recipe: TrainConfig,
+        plan: Plan | None = None,
+        teacher: tuple[Network, Arrays, Arrays] | None = None,
+    ) -> Job:
         """Return what `train` needs to train one network in a folder of its own."""
         return Job(
             label=label,
@@ -116,6 +123,7 @@ class Workspace:
                 "config": json.loads(json.dumps(dataclasses.asdict(self.config))),
                 "plan": None if plan is None else plan.to_json(),
             },
+            teacher=teacher,
         )
 
     def test_accuracy(
@@ -281,9 +289,9 @@ def _all_stages(workspace: Workspace) -> tuple[list[Row], str]:
         workspace.interruption.check()
         row = workspace.finished(workspace.workdir / variant.name)
         if row is None and variant.unit is not None:
-            row = _built(workspace, variant)
+            row = _built(workspace, variant, trained)
         elif row is None:
-            row = _compressed(workspace, variant, *trained, note)
+            row = _compressed(workspace, variant, trained, note)
         rows.append(row)
     standard = profile(workspace.model(config.train, seed=0), workspace.sample(1))
     for row in rows:
@@ -375,10 +383,10 @@ def _standard(workspace: Workspace) -> tuple[tuple[Arrays, Arrays], Row | None, 
     return (params, statistics), row, note and f"compressed from {STANDARD}: {note}"
 
 
-def _built(workspace: Workspace, variant: Variant) -> Row:
+def _built(workspace: Workspace, variant: Variant, trained: tuple[Arrays, Arrays]) -> Row:
     """Train a network of other units from random weights."""
     network, params, statistics = Network.split(_unit_model(workspace, variant))
-    return _finetuned(workspace, variant, None, network, params, statistics, None)
+    return _finetuned(workspace, variant, None, network, params, statistics, trained, None)
 
 
 def _unit_model(workspace: Workspace, variant: Variant) -> nnx.Module:
@@ -390,18 +398,40 @@ def _unit_model(workspace: Workspace, variant: Variant) -> nnx.Module:
 def _compressed(
     workspace: Workspace,
     variant: Variant,
-    params: Arrays,
-    statistics: Arrays,
+    trained: tuple[Arrays, Arrays],
     note: str | None,
 ) -> Row:
     config = workspace.config
-    source, note = _source(workspace, variant, params, statistics, note)
-    plan = make_plan(source, variant.rules, workspace.sample(1), solver=variant.solver)
+    source, note = _source(workspace, variant, *trained, note)
+    plan = _plan(workspace, variant, source)
     workspace.write_plan(variant.name, plan)
     model = compress(source, plan, key=jax.random.key(config.seed))
     if variant.solver != "random":
         model = _fitted_to_data(workspace, source, model, plan)
-    return _finetuned(workspace, variant, plan, *Network.split(model), note)
+    return _finetuned(workspace, variant, plan, *Network.split(model), trained, note)
+
+
+def _plan(workspace: Workspace, variant: Variant, source: nnx.Module) -> Plan:
+    """Return the plan of a variant; one that was searched before an interruption is the same."""
+    sample = workspace.sample(1)
+    if variant.target is None:
+        return make_plan(source, variant.rules, sample, solver=variant.solver)
+    known = workspace.workdir / variant.name / "plan.json"
+    if known.is_file():
+        return Plan.load(known)
+    if variant.target.quantity == "latency_ms" and jax.process_count() > 1:
+        raise ValueError(
+            "config.compression.target: a latency is measured by one process; give mult_adds or "
+            "params, or search with `python -m falcon_jax shrink` first"
+        )
+    config = workspace.config
+    return search(
+        source,
+        list(workspace.inputs(config.finetune, config.compression.calibration_batches)),
+        target=variant.target,
+        rules=variant.rules,
+        sample=jax.numpy.zeros(sample.shape, sample.dtype),
+    )
 
 
 def _fitted_to_data(
@@ -459,13 +489,18 @@ def _finetuned(
     network: Network,
     params: Arrays,
     statistics: Arrays,
+    standard: tuple[Arrays, Arrays],
     note: str | None,
 ) -> Row:
     recipe = workspace.config.finetune
     before = None
     if plan is not None:
         before = workspace.test_accuracy(network, params, statistics, recipe)
-    trained = train(workspace.job(variant.name, recipe, plan), network, params, statistics)
+    teacher = None
+    if recipe.distillation.weight:
+        teacher = (Network.split(workspace.model(recipe, seed=0))[0], *standard)
+    job = workspace.job(variant.name, recipe, plan, teacher)
+    trained = train(job, network, params, statistics)
     params, statistics = on_one_device(trained.arrays)
     note = "; ".join(filter(None, (note, trained.note))) or None
     after = workspace.test_accuracy(network, params, statistics, recipe)

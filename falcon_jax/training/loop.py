@@ -22,7 +22,7 @@ from falcon_jax.training.monitoring import EpochSums, MetricsLog, ProfilerWindow
 from falcon_jax.training.network import Arrays, Network
 from falcon_jax.training.optimizers import make_optimizer
 from falcon_jax.training.parallel import ParallelStep, make_parallel_step
-from falcon_jax.training.step import Preprocessing, TrainState, init_state
+from falcon_jax.training.step import Preprocessing, Teacher, TeacherArrays, TrainState, init_state
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,8 @@ class Job:
         mesh: the devices.
         interruption: tells when to stop early.
         meta: plain data kept with every checkpoint.
+        teacher: network, parameters and statistics whose answers count, too, where the recipe gives
+            them a weight.
     """
 
     label: str
@@ -50,6 +52,7 @@ class Job:
     mesh: Mesh
     interruption: Interruption
     meta: Mapping[str, Any]
+    teacher: tuple[Network, Arrays, Arrays] | None = None
 
 
 def train(job: Job, network: Network, params: Arrays, statistics: Arrays) -> BestModel:
@@ -100,11 +103,19 @@ def train(job: Job, network: Network, params: Arrays, statistics: Arrays) -> Bes
                 batchnorm=job.config.batchnorm,
                 label_smoothing=recipe.label_smoothing,
                 accumulate=recipe.accumulate,
+                teacher=_teacher(job),
             )
             state = _Training(job, network, step, checkpoints, position, steps).go_on(state)
         return checkpoints.restore_best_model(state.params, state.statistics)
     finally:
         checkpoints.close()
+
+
+def _teacher(job: Job) -> Teacher | None:
+    given = job.recipe.distillation
+    if job.teacher is None or not given.weight:
+        return None
+    return Teacher(network=job.teacher[0], weight=given.weight, temperature=given.temperature)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -136,6 +147,9 @@ class _Training:
     ):
         self._job = job
         self._step = step
+        self._taught: TeacherArrays = {}
+        if _teacher(job) is not None and job.teacher is not None:
+            self._taught = step.place_teacher(*job.teacher[1:])
         self._checkpoints = checkpoints
         self._at = position
         self._steps = steps
@@ -192,7 +206,7 @@ class _Training:
         with contextlib.closing(batches):
             for batch in batches:
                 self._window.before(at.step)
-                state, metrics = self._step(state, self._input(batch), self._key)
+                state, metrics = self._step(state, self._input(batch), self._key, self._taught)
                 at.step += 1
                 watch.see(at.step, batch["index"], metrics)
                 self._progress.advance(job.recipe.batch_size)

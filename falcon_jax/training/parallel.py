@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -12,14 +12,18 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import PRNGKeyArray
 
 from falcon_jax.training.devices import AXIS, for_replicas, replicate, shard_batch
-from falcon_jax.training.network import Network
+from falcon_jax.training.network import Arrays, Network
 from falcon_jax.training.step import (
     Metrics,
     Preprocessing,
+    Teacher,
+    TeacherArrays,
     TrainState,
     TrainStep,
     make_train_step,
 )
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,15 +48,24 @@ class ParallelStep:
         first = jax.tree.map(lambda array: array[0], _local(state))
         return replicate(first, self.mesh)
 
+    def place_teacher(self, params: Arrays, statistics: Arrays) -> TeacherArrays:
+        """Return a teacher's parameters and statistics in the form that a step takes."""
+        whole = replicate({"params": params, "statistics": statistics}, self.mesh)
+        return _spread(_local(whole)) if self.mapped else whole
+
     def __call__(
-        self, state: TrainState, batch: Mapping[str, np.ndarray], key: PRNGKeyArray
+        self,
+        state: TrainState,
+        batch: Mapping[str, np.ndarray],
+        key: PRNGKeyArray,
+        teacher: TeacherArrays | None = None,
     ) -> tuple[TrainState, Metrics]:
         """Take a step with this process's rows of a batch; the old state is gone afterwards."""
         if not self.mapped:
-            return self._step(state, shard_batch(batch, self.mesh), key)
+            return self._step(state, shard_batch(batch, self.mesh), key, teacher or {})
         devices = jax.local_device_count()
         rows = {n: a.reshape(devices, len(a) // devices, *a.shape[1:]) for n, a in batch.items()}
-        return self._step(state, rows, key)
+        return self._step(state, rows, key, teacher or {})
 
 
 @functools.lru_cache(maxsize=32)  # the networks of a comparison, which come again with every seed
@@ -66,6 +79,7 @@ def make_parallel_step(
     batchnorm: str,
     label_smoothing: float,
     accumulate: int = 1,
+    teacher: Teacher | None = None,
 ) -> ParallelStep:
     """Return the training step of a network, compiled for the devices.
 
@@ -78,6 +92,7 @@ def make_parallel_step(
         batchnorm: ``synchronised`` or ``per_replica``.
         label_smoothing: as in `make_train_step`.
         accumulate: as in `make_train_step`.
+        teacher: likewise.
     """
     whole_batch = parallel == "jit" and batchnorm == "synchronised"
     if not whole_batch:
@@ -89,15 +104,16 @@ def make_parallel_step(
         label_smoothing=label_smoothing,
         accumulate=accumulate,
         replicated=not whole_batch,
+        teacher=teacher,
     )
     if parallel == "pmap":
-        mapped = jax.pmap(step, AXIS, in_axes=(0, 0, None), out_axes=(0, None), donate_argnums=0)
+        mapped = jax.pmap(step, AXIS, in_axes=(0, 0, None, 0), out_axes=(0, None), donate_argnums=0)
         return ParallelStep(mesh, True, mapped)
     if not whole_batch:
         every, split = PartitionSpec(), PartitionSpec(AXIS)
         # Unchecked: else gradients of what every replica has are summed before we average them.
         step = jax.shard_map(
-            step, mesh=mesh, in_specs=(every, split, every), out_specs=every, check_vma=False
+            step, mesh=mesh, in_specs=(every, split, every, every), out_specs=every, check_vma=False
         )
     return ParallelStep(mesh, False, jax.jit(step, donate_argnums=0))
 
@@ -106,12 +122,12 @@ def _for_replicas(network: Network, *, synchronised: bool) -> Network:
     return network.changed(lambda model: for_replicas(model, synchronised=synchronised))
 
 
-def _local(state: TrainState) -> TrainState:
+def _local(state: T) -> T:
     return jax.tree.map(lambda array: array.addressable_shards[0].data, state)
 
 
-def _spread(state: TrainState) -> TrainState:
-    """Return a state with one copy for every device, along a new leading axis."""
+def _spread(state: T) -> T:
+    """Return arrays with one copy for every device, along a new leading axis."""
     # pmap wants something to map over.
     devices = np.arange(jax.local_device_count())
     return jax.pmap(lambda _, state: state, in_axes=(0, None))(devices, state)

@@ -53,7 +53,35 @@ class Preprocessing:
     augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
 
 
-TrainStep = Callable[[TrainState, Batch, PRNGKeyArray], tuple[TrainState, Metrics]]
+TeacherArrays = Mapping[str, Arrays]  # params and statistics; nothing without a teacher
+TrainStep = Callable[..., tuple[TrainState, Metrics]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """A network whose answers another one is to give.
+
+    ``(1 - w) loss + w T^2 KL(softmax(t / T), softmax(s / T))``, t its logits, s the other's
+
+    Attributes:
+        network: its structure.
+        weight: w.
+        temperature: T.
+
+    Reference:
+        Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015, Section 2.
+    """
+
+    network: Network
+    weight: float
+    temperature: float
+
+    def loss(
+        self, taught: Float[Array, "b classes"], logits: Float[Array, "b classes"]
+    ) -> Float[Array, " b"]:
+        """Return the divergence of every example."""
+        p, q = (jax.nn.log_softmax(y / self.temperature) for y in (taught, logits))
+        return self.temperature**2 * jnp.sum(jnp.exp(p) * (p - q), axis=-1)
 
 
 def init_state(
@@ -96,8 +124,9 @@ def make_train_step(
     label_smoothing: float,
     accumulate: int = 1,
     replicated: bool = False,
+    teacher: Teacher | None = None,
 ) -> TrainStep:
-    """Return the step ``(state, batch, key) -> (state, metrics)``, to be jitted or mapped.
+    """Return the step ``(state, batch, key, teacher) -> (state, metrics)``, to jit or map.
 
     Augmentation and dropout depend on ``key``, that of the whole run, and the step's number alone,
     so a run that is restored from a checkpoint goes on exactly as it would have. A step whose loss
@@ -112,6 +141,8 @@ def make_train_step(
             one part at a time.
         replicated: whether the step is mapped over the axis `devices.AXIS` and sees only the rows
             of one replica.
+        teacher: whose answers count beside the labels, on the same augmented images; its arrays
+            are the last argument of the step, ``{}`` without one.
 
     Returns:
         The step. Metrics: ``loss`` and ``accuracy`` of the batch, before the update;
@@ -120,16 +151,25 @@ def make_train_step(
     """
 
     def loss(
-        params: Arrays, statistics: Arrays, x: Array, labels: Array, key: PRNGKeyArray
+        params: Arrays,
+        statistics: Arrays,
+        x: Array,
+        labels: Array,
+        key: PRNGKeyArray,
+        arrays: TeacherArrays,
     ) -> tuple[Array, tuple[Array, Arrays]]:
         logits, statistics = network.apply_training(params, statistics, x, key)
         losses = cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        if teacher is not None:
+            taught = teacher.network.apply(arrays["params"], arrays["statistics"], x)
+            share = teacher.weight
+            losses = (1 - share) * losses + share * teacher.loss(taught, logits)
         return losses.mean(), (jnp.mean(logits.argmax(axis=-1) == labels), statistics)
 
     gradient = jax.value_and_grad(loss, has_aux=True)
 
     def train_step(
-        state: TrainState, batch: Batch, key: PRNGKeyArray
+        state: TrainState, batch: Batch, key: PRNGKeyArray, arrays: TeacherArrays
     ) -> tuple[TrainState, Metrics]:
         augment_key, dropout_key = jax.random.split(jax.random.fold_in(key, state.step))
         part = _part(batch["image"]) if replicated else None
@@ -137,7 +177,10 @@ def make_train_step(
         x = normalize(images, preprocessing.mean, preprocessing.std)
 
         def piece_sums(statistics: Arrays, piece: tuple[Array, Array, Array]) -> Any:
-            (value, (accuracy, statistics)), gradients = gradient(state.params, statistics, *piece)
+            x, labels, key = piece
+            (value, (accuracy, statistics)), gradients = gradient(
+                state.params, statistics, x, labels, key, arrays
+            )
             return statistics, (value, accuracy, gradients)
 
         if accumulate == 1:

@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from falcon_jax.compression.plan import Rule
+from falcon_jax.compression.search import Target
 from falcon_jax.methods.base import Method
 from falcon_jax.methods.fit import Solver, check_solver
 from falcon_jax.methods.registry import get_method, method_from
 from falcon_jax.models.registry import UNIT_NAMES, get_unit
 from falcon_jax.models.units import UnitFactory
 from falcon_jax.settings import is_number, unknown_field
+
+SEARCHED = "searched"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +30,8 @@ class Variant:
         width: multiplier of the channels; with a method, kernels start from the leading ones.
         unit: builds the network from these units, with random weights; None for the standard.
         unit_options: the unit's name and options, as in the config; None for the standard.
-        kind: the method's or the unit's name.
+        kind: the method's or the unit's name, or ``search``.
+        target: what a plan is searched for; None where methods are given.
     """
 
     name: str
@@ -39,6 +43,7 @@ class Variant:
     unit: UnitFactory | None = None
     unit_options: Mapping[str, Any] | None = None
     kind: str
+    target: Target | None = None
 
     @property
     def rank(self) -> int | str | None:
@@ -48,7 +53,12 @@ class Variant:
 
 
 def chosen_variants(
-    variants: Mapping[str, Any], *, solver: str, rules: Any, only: str
+    variants: Mapping[str, Any],
+    *,
+    solver: str,
+    rules: Any,
+    only: str,
+    target: Mapping[str, Any] | None = None,
 ) -> tuple[Variant, ...]:
     """Return the variants to be made, those that others compress first.
 
@@ -57,6 +67,7 @@ def chosen_variants(
         solver: of those that have none of their own.
         rules: likewise; see `rules_from`.
         only: names, with commas between them, to choose some; empty for all.
+        target: of one more variant, `SEARCHED`; empty for none.
 
     Raises:
         ValueError: with the dotted name of what is wrong, from ``variants`` or ``only`` on.
@@ -64,6 +75,8 @@ def chosen_variants(
     every = {name: _variant(name, variants[name], solver, rules) for name in variants}
     for name, variant in every.items():
         _check_base(name, variant, every)
+    if target:
+        every[SEARCHED] = _searched(target, rules, every)
     chosen = [name.strip() for name in only.split(",") if name.strip()]
     for name in chosen:
         if name not in every:
@@ -72,6 +85,22 @@ def chosen_variants(
     kept |= {every[name].of for name in kept}
     ordered = sorted(every.values(), key=lambda variant: bool(variant.of))
     return tuple(variant for variant in ordered if variant.name in kept)
+
+
+def _searched(target: Mapping[str, Any], rules: Any, others: Mapping[str, Variant]) -> Variant:
+    if SEARCHED in others:
+        raise ValueError(f"variants.{SEARCHED}: target makes a variant of this name; rename it")
+    try:
+        return Variant(
+            name=SEARCHED,
+            method=None,
+            rules=tuple(rules_from(rules)),
+            solver="exact",
+            kind="search",
+            target=Target(**target),
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"target: {error}") from None
 
 
 def _check_base(name: str, variant: Variant, variants: Mapping[str, Variant]) -> None:

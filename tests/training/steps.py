@@ -26,7 +26,15 @@ def one_device():
 
 
 def four_steps(
-    mesh, *, preprocessing=VARIED, model=None, dropout=0.25, parallel=None, change=None, **options
+    mesh,
+    *,
+    preprocessing=VARIED,
+    model=None,
+    dropout=0.25,
+    parallel=None,
+    change=None,
+    taught=None,
+    **options,
 ):
     """Train for four steps and return what there is then, and the metrics of every step."""
     model = Tiny(dropout=dropout) if model is None else model
@@ -43,13 +51,14 @@ def four_steps(
         **({"label_smoothing": 0.1} | options),
     )
     state = step.place(replicate(init_state(params, statistics, optimizer), mesh))
+    teacher = None if taught is None else step.place_teacher(*taught)
     metrics = []
     batches = train_batches(tiny_dataset(validation=0.0).train, 40, seed=0, epoch=0)
     for index, batch in enumerate(batches):
         batch = {name: batch[name] for name in ("image", "label")}
         batch |= {"stop": np.zeros(40, np.float32)}
         batch = batch if change is None else change(index, batch)
-        state, values = step(state, batch, key)
+        state, values = step(state, batch, key, teacher)
         metrics.append(jax.device_get(values))
     return step.gather(state), metrics
 

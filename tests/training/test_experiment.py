@@ -6,11 +6,14 @@ import jax
 import numpy as np
 import pytest
 
+from falcon_jax.compression.plan import Plan
 from falcon_jax.models import vgg
+from falcon_jax.storage.models import load_stored
 from falcon_jax.training import experiment as rooms
 from falcon_jax.training.checkpoints import BestModel
 from falcon_jax.training.config import check_config, default_config
 from falcon_jax.training.experiment import run_experiment
+from falcon_jax.training.interruption import Stopped
 
 FALCON = {"falcon_k1": {"method": "falcon", "rank": 1}}
 UNFITTED = {"unfitted": {"method": "falcon", "rank": 1, "solver": "random"}}
@@ -291,3 +294,64 @@ def test_models_are_exported_as_the_config_says(tmp_path):
         assert kinds.count("Conv") == (3 if label == "standard" else 6)
     with pytest.raises(ValueError, match=r"config\.export: there is no 'onx'.*'onnx'"):
         check_config(small(export=("onx",)))
+
+
+def test_a_plan_is_searched_for_a_target_and_learns_from_the_standard_model(tmp_path, finished):
+    config = small(
+        compression__start=str(finished[0]),
+        compression__calibration_batches=2,
+        finetune__distillation__weight=0.5,
+    )
+    config.compression.variants = {}
+    config.compression.target = {"mult_adds": 0.6}
+    config.compression.rules = ((r".*/0/0/conv", None),)
+    _, (standard, searched), _ = tmp_path, *run(config, tmp_path / "run")
+    assert (searched["label"], searched["method"]) == ("searched", "search")
+    assert searched["mult_adds"] <= 0.6 * standard["mult_adds"]
+    plan = Plan.load(tmp_path / "run/searched/plan.json")
+    assert plan.rows[0].method is None and plan.replaced
+    stored = load_stored(tmp_path / "run/searched/model")
+    assert stored.plan.rows == plan.rows
+
+
+def test_the_plan_of_an_interrupted_search_is_kept(tmp_path, finished, monkeypatch):
+    config = small(compression__start=str(finished[0]), compression__calibration_batches=1)
+    config.compression.variants = {}
+    config.compression.target = {"params": 0.8}
+
+    def stop(*_):
+        raise Stopped("stopped")
+
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        patched.setattr(rooms, "train", stop)
+        run(config, tmp_path)
+    plan = (tmp_path / "searched/plan.json").read_text()
+    monkeypatch.setattr(rooms, "search", stop)
+    run(config, tmp_path)
+    assert (tmp_path / "searched/plan.json").read_text() == plan
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"compression__target": {"mult_adds": 2, "loss": 1}}, r"compression\.target: .*one of"),
+        ({"compression__target": {"size": 0.5}}, r"compression\.target: "),
+        (
+            {"compression__target": {"params": 0.5}, "compression__calibration_batches": 0},
+            "target needs calibration_batches",
+        ),
+        ({"train__distillation__weight": 0.5}, "the standard model has no teacher"),
+        ({"finetune__distillation__weight": 2.0}, r"finetune\.distillation\.weight must be in"),
+        (
+            {"finetune__distillation__weight": 0.5, "compression__start": "scratch"},
+            "no standard model is trained",
+        ),
+    ],
+)
+def test_targets_and_teachers_that_cannot_be(fields, told):
+    config = small()
+    target = fields.pop("compression__target", {})
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
+    config.compression.target = target
+    with pytest.raises(ValueError, match=told):
+        check_config(config)
