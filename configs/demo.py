@@ -2,7 +2,7 @@
 
 Command: python train.py --config=configs/demo.py --workdir=runs/demo
 Machine: two CPU cores
-Run time: 3 min 16 s (results/demo/run_time.json)
+Run time: 3 min 24 s (results/demo/run_time.json)
 Expected score: 97% or better for the standard model and for rank 2 after fine-tuning
 """
 
