@@ -51,6 +51,7 @@ CANDIDATES: tuple[Method, ...] = (
     *(SpatialDecomposition(rank=Budget(ratio)) for ratio in RATIOS),
 )
 EXAMPLES = 32
+_STAYS = "left alone by path='.*'"  # of the plan in which every layer stays
 STEPS = 2  # of a fit; more change the errors of all by a few percent
 
 
@@ -192,7 +193,7 @@ def sensitivity(
         effects = [(error, loss_of(_outputs(compared, values))) for error, values in changes]
         found.setdefault(unit.row.path, []).append(effects)
     return Sensitivity(
-        plan=plan,
+        plan=dataclasses.replace(plan, rows=tuple(_told(row, rows, rules) for row in plan.rows)),
         effects={
             path: tuple(
                 # Of the layers of a stack, errors are averaged, and losses add up.
@@ -247,6 +248,16 @@ def _candidates(
         if rows:
             found[layer.path] = tuple(rows.values())
     return found
+
+
+def _told(row: PlanRow, candidates: Mapping[str, Candidates], rules: Sequence[Rule]) -> PlanRow:
+    """Return the row of a layer with the reason why it has no candidates, if it can have some."""
+    if row.path in candidates or row.reason != _STAYS:
+        return row
+    decided = first_match(rules, row.path, row.spec)
+    if decided is not None and rules[decided].method is None:
+        return dataclasses.replace(row, reason=f"left alone by path={rules[decided].path!r}")
+    return dataclasses.replace(row, reason="no candidate saves parameters or mult-adds here")
 
 
 def _first_batches(runs: Sequence[Run], examples: int) -> list[tuple[Run, int]]:

@@ -5,6 +5,8 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from falcon_jax.compression.batchnorm import reestimate_batchnorm
 from falcon_jax.compression.calibration import ResponseError, calibrate
 from falcon_jax.compression.compress import compress
@@ -125,7 +127,10 @@ def shrink(
     )
     stages = {"compressed": compressed, "calibrated": calibrated}
     with contextlib.suppress(NotReachedError):
-        stages["statistics"] = reestimate_batchnorm(calibrated, given)
+        estimated = reestimate_batchnorm(calibrated, given)
+        values = [Network.of(m).values for m in (calibrated, estimated)]
+        if any(not jnp.array_equal(old, values[1][name]) for name, old in values[0].items()):
+            stages["statistics"] = estimated
     loss = {name: loss_of(outputs_of(Network.of(m), given)) for name, m in stages.items()}
     kept = min(loss, key=lambda name: loss[name])
     if report is not None:

@@ -10,16 +10,23 @@ from flax import nnx
 import falcon_jax as fj
 from falcon_jax import __main__ as cli
 from falcon_jax.convert.checkpoint import compressed
+from falcon_jax.models import vgg
 from falcon_jax.storage import models as stored
 from falcon_jax.storage.models import Description, ImagePreprocessing
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quickly():
+    """Compile fewer layers."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(vgg, "VGG8_STAGES", ((8, 8), (16,)))
+        yield
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     preprocessing = ImagePreprocessing(image_size=8, mean=(0.5,), std=(0.2,))
-    description = Description(
-        arch="vgg8_cifar", classes=10, width=0.25, preprocessing=preprocessing
-    )
+    description = Description(arch="vgg8_cifar", classes=10, preprocessing=preprocessing)
     model = description.build(rngs=nnx.Rngs(0))
     model.eval()
     path = tmp_path_factory.mktemp("models") / "model"

@@ -127,6 +127,8 @@ def test_rules_decide_beforehand():
     found = measure(candidates=[fj.Falcon()], rules=rules)
     ranks = {path: [e.row.method.rank for e in each] for path, each in found.effects.items()}
     assert ranks == {"second": [2], "third": [1]}
+    reasons = {row.path: row.reason for row in found.plan.rows}
+    assert reasons["first"] == "left alone by path='first'"
     text = str(found)
     assert "falcon 2" in text and "loss of the output" in text
     assert found.to_json()["third"][0]["loss"] == found.effects["third"][0].loss

@@ -1,3 +1,4 @@
+import importlib
 import itertools
 import json
 import shutil
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from falcon_jax.compression.plan import Plan
+from falcon_jax.methods import Falcon, SpatialDecomposition
 from falcon_jax.models import vgg
 from falcon_jax.storage.models import load_stored
 from falcon_jax.training import experiment as rooms
@@ -296,6 +298,13 @@ def test_models_are_exported_as_the_config_says(tmp_path):
         check_config(small(export=("onx",)))
 
 
+@pytest.fixture
+def _few_candidates(monkeypatch):
+    module = importlib.import_module("falcon_jax.compression.sensitivity")
+    monkeypatch.setattr(module, "CANDIDATES", (Falcon(rank=1), SpatialDecomposition(rank=2)))
+
+
+@pytest.mark.usefixtures("_few_candidates")
 def test_a_plan_is_searched_for_a_target_and_learns_from_the_standard_model(tmp_path, finished):
     config = small(
         compression__start=str(finished[0]),
@@ -314,6 +323,7 @@ def test_a_plan_is_searched_for_a_target_and_learns_from_the_standard_model(tmp_
     assert stored.plan.rows == plan.rows
 
 
+@pytest.mark.usefixtures("_few_candidates")
 def test_the_plan_of_an_interrupted_search_is_kept(tmp_path, finished, monkeypatch):
     config = small(compression__start=str(finished[0]), compression__calibration_batches=1)
     config.compression.variants = {}
