@@ -137,6 +137,7 @@ class Run:
         kept = {
             path: tuple(effect for effect in each if only(effect.candidate))
             for path, each in self.effects.effects.items()
+            if any(only(effect.candidate) for effect in each)
         }
         effects = fj.Sensitivity(plan=self.effects.plan, effects=kept)
         sample = self.sample
