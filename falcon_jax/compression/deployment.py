@@ -11,6 +11,8 @@ from falcon_jax.compression.batchnorm import fold_batchnorm
 from falcon_jax.frameworks.interface import Model, framework_of
 from falcon_jax.frameworks.layers import Inputs
 from falcon_jax.frameworks.tracing import inner_jaxprs
+from falcon_jax.native.graph import with_native_steps
+from falcon_jax.native.library import load as native_is_there
 
 
 def deploy(
@@ -67,7 +69,8 @@ def deploy(
         bound = Inputs(*arrays) if inputs is None else inputs.with_arrays(list(arrays))
         return bound.call(call)
 
-    return jax.jit(forward if chunk is None else _in_chunks(forward, chunk, written))
+    step = with_native_steps(forward) if native_is_there() else forward
+    return jax.jit(step if chunk is None else _in_chunks(step, chunk, written))
 
 
 def _in_chunks(forward: Callable[..., Any], chunk: int, written: list[bool]) -> Callable[..., Any]:

@@ -1,0 +1,563 @@
+// Convolutions for inference on CPUs, called by XLA: y = act(conv(x) + bias + residual).
+//
+// What stands between a pointwise and a depthwise step never leaves the cache: rows of it go
+// through a ring buffer. Arrays are channels last, float32. Weights come packed, see packing.py.
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+constexpr int kLanes = 16;
+constexpr int kPanel = 64;  // columns of packed weights that lie together
+typedef float Vec __attribute__((vector_size(64), aligned(4), may_alias));
+
+#if defined(__AVX512F__)
+constexpr int kMaxVecs = 4;  // columns of a register tile, in vectors
+constexpr int TileRows(int vecs) { return vecs == 4 ? 6 : vecs == 3 ? 8 : 12; }
+#else
+constexpr int kMaxVecs = 1;
+constexpr int TileRows(int) { return 6; }
+#endif
+
+inline Vec Load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+inline void Store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
+inline Vec LoadSome(const float* p, int n) {
+  if (n >= kLanes) return Load(p);
+  Vec v = {};
+  std::memcpy(&v, p, sizeof(float) * n);
+  return v;
+}
+inline void StoreSome(float* p, Vec v, int n) {
+  if (n >= kLanes) {
+    Store(p, v);
+  } else {
+    std::memcpy(p, &v, sizeof(float) * n);
+  }
+}
+inline Vec Relu(Vec v) {
+  Vec zero = {};
+  return v > zero ? v : zero;  // NaN becomes zero: as in no case that matters here
+}
+
+// acc[i][v] = sum over segments s and k of rows[s * MR + i][k] * b[s * depth + k][16 v ...]
+template <int MR, int NV>
+inline void Multiply(const float* const* rows, int segments, int64_t depth, const float* b,
+                     int64_t stride, Vec (&acc)[MR][NV]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) acc[i][v] = Vec{};
+  for (int s = 0; s < segments; ++s) {
+    const float* a[MR];
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) a[i] = rows[s * MR + i];
+    for (int64_t k = 0; k < depth; ++k) {
+      Vec column[NV];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) column[v] = Load(b + kLanes * v);
+#pragma GCC unroll 16
+      for (int i = 0; i < MR; ++i) {
+        const float x = a[i][k];
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) acc[i][v] += x * column[v];
+      }
+      b += stride;
+    }
+  }
+}
+
+struct Shape {
+  int64_t batch, height, width, in;           // of the input
+  int64_t out_height, out_width, out;         // of the output
+  int64_t terms;                              // rank k
+  int64_t rows, cols;                         // taps
+  int64_t stride_h, stride_w, dilation_h, dilation_w;
+  int64_t top, left;                          // zeros before the first row and column
+  bool relu, has_residual;
+  int64_t padded_out() const { return (out + kLanes - 1) / kLanes * kLanes; }
+};
+
+inline int PanelWidth(const Shape& s, int64_t panel) {
+  return static_cast<int>(std::min<int64_t>(kPanel, s.padded_out() - panel * kPanel));
+}
+
+// What is added to an output and where it is stored.
+struct Epilogue {
+  const float* bias;      // padded_out entries
+  const float* residual;  // as the output, or null
+  float* y;
+  bool relu;
+  int64_t out;
+
+  inline void Put(int64_t pixel, int64_t channel, Vec v) const {
+    const int n = static_cast<int>(out - channel);
+    if (n <= 0) return;
+    v += Load(bias + channel);
+    if (residual) v += LoadSome(residual + pixel * out + channel, n);
+    if (relu) v = Relu(v);
+    StoreSome(y + pixel * out + channel, v, n);
+  }
+};
+
+template <int MR, int NV, class Sink>
+inline void Tile(const float* const* rows, int segments, int64_t depth, const float* b,
+                 int64_t stride, Sink&& sink) {
+  Vec acc[MR][NV];
+  Multiply<MR, NV>(rows, segments, depth, b, stride, acc);
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) sink(i, kLanes * v, acc[i][v]);
+}
+
+// Rows [0, count) of a product with NV * 16 columns. `point(s, i)` gives where the depth entries
+// of row i for segment s stand; `sink(i, column, vector)` takes the results.
+template <int NV, class Point, class Sink>
+inline void Product(int64_t count, int segments, int64_t depth, const float* b, int64_t stride,
+                    Point&& point, Sink&& sink) {
+  constexpr int MR = TileRows(NV);
+  std::vector<const float*> rows(static_cast<size_t>(segments) * MR);
+  int64_t i = 0;
+  for (; i + MR <= count; i += MR) {
+    for (int s = 0; s < segments; ++s)
+      for (int r = 0; r < MR; ++r) rows[s * MR + r] = point(s, i + r);
+    Tile<MR, NV>(rows.data(), segments, depth, b, stride,
+                 [&](int r, int c, Vec v) __attribute__((always_inline)) { sink(i + r, c, v); });
+  }
+  auto rest = [&](auto size) {
+    constexpr int R = decltype(size)::value;
+    if constexpr (R < MR) {
+      for (; i + R <= count; i += R) {
+        for (int s = 0; s < segments; ++s)
+          for (int r = 0; r < R; ++r) rows[s * R + r] = point(s, i + r);
+        Tile<R, NV>(rows.data(), segments, depth, b, stride,
+                    [&](int r, int c, Vec v) __attribute__((always_inline)) { sink(i + r, c, v); });
+      }
+    }
+  };
+  rest(std::integral_constant<int, 8>{});
+  rest(std::integral_constant<int, 4>{});
+  rest(std::integral_constant<int, 2>{});
+  rest(std::integral_constant<int, 1>{});
+}
+
+template <class Point, class Sink>
+inline void PanelProduct(int width, int64_t count, int segments, int64_t depth, const float* b,
+                         Point&& point, Sink&& sink) {
+  int done = 0;
+  auto part = [&](auto vecs) {
+    constexpr int NV = decltype(vecs)::value;
+    for (; width - done >= NV * kLanes; done += NV * kLanes) {
+      const int first = done;
+      Product<NV>(count, segments, depth, b + first, width, point,
+                  [&](int64_t i, int c, Vec v)
+                      __attribute__((always_inline)) { sink(i, first + c, v); });
+    }
+  };
+  if constexpr (kMaxVecs == 4) {
+    part(std::integral_constant<int, 4>{});
+    part(std::integral_constant<int, 3>{});
+    part(std::integral_constant<int, 2>{});
+  }
+  part(std::integral_constant<int, 1>{});
+}
+
+int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Run tasks on the caller and on the pool; returns when all are done.
+void RunTasks(ffi::ThreadPool& pool, int64_t tasks, std::function<void(int64_t)> body) {
+  const int64_t threads = std::min<int64_t>(std::max<int64_t>(pool.num_threads(), 1), tasks);
+  if (threads <= 1) {
+    for (int64_t t = 0; t < tasks; ++t) body(t);
+    return;
+  }
+  struct State {
+    std::atomic<int64_t> next{0}, done{0};
+    int64_t tasks;
+    std::function<void(int64_t)> body;
+    void Work() {
+      for (int64_t t; (t = next.fetch_add(1)) < tasks; done.fetch_add(1)) body(t);
+    }
+  };
+  auto state = std::make_shared<State>();  // a helper that comes late finds nothing to do
+  state->tasks = tasks;
+  state->body = std::move(body);
+  for (int64_t t = 1; t < threads; ++t) pool.Schedule([state] { state->Work(); });
+  state->Work();
+  while (state->done.load() < tasks) std::this_thread::yield();
+}
+
+struct Plan {
+  int64_t panels;  // a task's, of the output channels
+  int64_t chunks;  // that the rows are cut into
+  int64_t step;    // output rows between two products
+};
+
+constexpr int64_t kRingFloats = 160 * 1024;  // 640 kB a task
+constexpr int64_t kStepPoints = 96;
+constexpr int64_t kFewChannels = 16;
+
+Plan MakePlan(const Shape& s, int64_t threads) {
+  const int64_t panels = CeilDiv(s.out, kPanel);
+  const int64_t padded = (s.out_width - 1) * s.stride_w + (s.cols - 1) * s.dilation_w + 1;
+  const int64_t halo = (s.rows - 1) * s.dilation_h + 1 - s.stride_h;
+  Plan best{1, 1, 1};
+  double least = 1e300;
+  for (int64_t g = panels; g >= 1; g = g == 1 ? 0 : CeilDiv(g, 2)) {
+    for (int64_t chunks = 1; chunks <= std::min<int64_t>(s.out_height, 4 * threads); chunks *= 2) {
+      const int64_t rows = CeilDiv(s.out_height, chunks);
+      const int64_t in_rows = rows * s.stride_h + std::max<int64_t>(halo, 0);
+      const int64_t step =
+          std::min<int64_t>(rows, std::max<int64_t>(1, CeilDiv(kStepPoints, s.stride_h * s.width)));
+      const int64_t columns = std::min(g * kPanel, s.padded_out());
+      const int64_t ring =
+          s.terms * ((step - 1) * s.stride_h + (s.rows - 1) * s.dilation_h + 1) * padded * columns;
+      const double product = double(in_rows) * s.width *
+                             (double(s.terms) * s.in * columns / kLanes + s.in / 8.0);
+      const double depthwise =
+          double(rows) * s.out_width * columns / kLanes * (s.terms * s.rows * s.cols * 1.3 + 6);
+      double cost = product + depthwise;
+      if (ring > kRingFloats) cost *= 1.0 + 0.25 * double(ring) / kRingFloats;
+      const int64_t tasks = s.batch * chunks * CeilDiv(panels, g);
+      const double total = CeilDiv(tasks, threads) * (cost + 2000);
+      if (total < least * 0.999) {
+        least = total;
+        best = {g, chunks, step};
+      }
+    }
+  }
+  return best;
+}
+
+// Depthwise step of one output row from ring rows z[term][tap row], columns [0, columns).
+template <int KH, int KW, int STRIDE>
+inline void DepthwiseRow(const Shape& s, const float* const* z, int64_t columns, int64_t channel0,
+                         const float* depthwise, int64_t pixel0, const Epilogue& epilogue) {
+  const int rows = KH ? KH : static_cast<int>(s.rows), cols = KW ? KW : static_cast<int>(s.cols);
+  const int64_t stride = STRIDE ? STRIDE : s.stride_w;
+  const int64_t dilation = KW ? 1 : s.dilation_w;
+  const int64_t padded_out = s.padded_out();
+  const int terms = static_cast<int>(s.terms);
+  constexpr int kAtOnce = 4;
+  for (int64_t c = 0; c < columns; c += kLanes) {
+    const float* weights = depthwise + channel0 + c;
+    int64_t w = 0;
+    for (; w + kAtOnce <= s.out_width; w += kAtOnce) {
+      Vec acc[kAtOnce] = {};
+      for (int r = 0; r < terms; ++r) {
+#pragma GCC unroll 3
+        for (int i = 0; i < rows; ++i) {
+          const float* row = z[r * rows + i] + w * stride * columns + c;
+          const float* taps = weights + (int64_t(i) * cols * terms + r) * padded_out;
+          if constexpr (KW > 0 && STRIDE > 0) {
+            constexpr int kPoints = (kAtOnce - 1) * (STRIDE ? STRIDE : 1) + (KW ? KW : 1);
+            Vec points[kPoints];
+#pragma GCC unroll 16
+            for (int p = 0; p < kPoints; ++p) points[p] = Load(row + p * columns);
+#pragma GCC unroll 8
+            for (int j = 0; j < KW; ++j) {
+              const Vec tap = Load(taps + int64_t(j) * terms * padded_out);
+#pragma GCC unroll 4
+              for (int q = 0; q < kAtOnce; ++q) acc[q] += points[q * STRIDE + j] * tap;
+            }
+          } else {
+            for (int j = 0; j < cols; ++j) {
+              const Vec tap = Load(taps + int64_t(j) * terms * padded_out);
+#pragma GCC unroll 4
+              for (int q = 0; q < kAtOnce; ++q)
+                acc[q] += Load(row + (q * stride + j * dilation) * columns) * tap;
+            }
+          }
+        }
+      }
+#pragma GCC unroll 4
+      for (int q = 0; q < kAtOnce; ++q) epilogue.Put(pixel0 + w + q, channel0 + c, acc[q]);
+    }
+    for (; w < s.out_width; ++w) {
+      Vec acc = {};
+      for (int r = 0; r < terms; ++r)
+        for (int i = 0; i < rows; ++i) {
+          const float* row = z[r * rows + i] + w * stride * columns + c;
+          const float* taps = weights + (int64_t(i) * cols * terms + r) * padded_out;
+          for (int j = 0; j < cols; ++j)
+            acc += Load(row + j * dilation * columns) * Load(taps + int64_t(j) * terms * padded_out);
+        }
+      epilogue.Put(pixel0 + w, channel0 + c, acc);
+    }
+  }
+}
+
+void AnyDepthwiseRow(const Shape& s, const float* const* z, int64_t columns, int64_t channel0,
+                     const float* depthwise, int64_t pixel0, const Epilogue& e) {
+  const bool three = s.rows == 3 && s.cols == 3 && s.dilation_w == 1;
+  if (three && s.stride_w == 1) {
+    DepthwiseRow<3, 3, 1>(s, z, columns, channel0, depthwise, pixel0, e);
+  } else if (three && s.stride_w == 2) {
+    DepthwiseRow<3, 3, 2>(s, z, columns, channel0, depthwise, pixel0, e);
+  } else {
+    DepthwiseRow<0, 0, 0>(s, z, columns, channel0, depthwise, pixel0, e);
+  }
+}
+
+float* Scratch(size_t floats) {
+  thread_local std::vector<float> buffer;
+  if (buffer.size() < floats + kLanes) buffer.resize(floats + kLanes);
+  const auto address = reinterpret_cast<uintptr_t>(buffer.data());
+  return buffer.data() + (64 - address % 64) % 64 / sizeof(float);
+}
+
+// One task: output rows [first, last) of one image and some panels of channels.
+// `fill(row, panel0, panels, ring rows)` computes what the depthwise step reads.
+void PointwiseDepthwiseTask(const Shape& s, const Plan& plan, const float* x, const float* weights,
+                            const float* depthwise, const Epilogue& whole, int64_t image,
+                            int64_t first, int64_t last, int64_t panel0, int64_t panels) {
+  const int64_t channel0 = panel0 * kPanel;
+  const int64_t columns = std::min(panels * kPanel, s.padded_out() - channel0);
+  const int64_t padded = (s.out_width - 1) * s.stride_w + (s.cols - 1) * s.dilation_w + 1;
+  const int64_t extent = (s.rows - 1) * s.dilation_h + 1;
+  const int64_t ring = (plan.step - 1) * s.stride_h + extent;
+  const int64_t row_floats = padded * columns;
+  float* z = Scratch(s.terms * ring * row_floats + row_floats);
+  float* zeros = z + s.terms * ring * row_floats;
+  std::fill(zeros, zeros + row_floats, 0.0f);
+  const int64_t begin = std::min(s.left, padded), end = std::min(s.left + s.width, padded);
+  for (int64_t r = 0; r < s.terms * ring; ++r) {
+    float* row = z + r * row_floats;
+    std::fill(row, row + begin * columns, 0.0f);
+    std::fill(row + std::max(end, begin) * columns, row + row_floats, 0.0f);
+  }
+  const int64_t used = std::max<int64_t>(end - begin, 0);
+  const float* picture = x + image * s.height * s.width * s.in;
+  Epilogue epilogue = whole;
+  std::vector<const float*> taps(s.terms * s.rows);
+  int64_t ready = std::max<int64_t>(first * s.stride_h - s.top, 0);  // rows before are computed
+  for (int64_t oh = first; oh < last; oh += plan.step) {
+    const int64_t stop = std::min(oh + plan.step, last);
+    const int64_t need = std::min((stop - 1) * s.stride_h - s.top + extent, s.height);
+    ready = std::max(ready, std::max<int64_t>(oh * s.stride_h - s.top, 0));
+    if (need > ready && used > 0) {
+      const int64_t from = ready, count = (need - from) * used;
+      auto point = [&](int, int64_t i) {
+        const int64_t row = used == s.width ? 0 : i / used;
+        return picture + (used == s.width ? from * s.width + i
+                                          : (from + row) * s.width + i - row * used) * s.in;
+      };
+      if (!weights) {
+        const int64_t real = std::min(columns, s.out - channel0);
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t row = i / used, at = i - row * used;
+          float* target = z + ((from + row) % ring) * row_floats + (begin + at) * columns;
+          std::memcpy(target, point(0, i) + channel0, sizeof(float) * real);
+          for (int64_t c = real; c < columns; ++c) target[c] = 0.0f;
+        }
+      }
+      for (int64_t p = 0; weights && p < panels; ++p) {
+        const int width = PanelWidth(s, panel0 + p);
+        for (int64_t r = 0; r < s.terms; ++r) {
+          float* base = z + r * ring * row_floats + p * kPanel;
+          const float* b =
+              weights + (panel0 + p) * kPanel * s.in * s.terms + r * s.in * width;
+          int64_t row = 0, at = 0, seen = -1;
+          float* target = nullptr;
+          PanelProduct(width, count, 1, s.in, b, point,
+                       [&](int64_t i, int c, Vec v) __attribute__((always_inline)) {
+                         if (i != seen) {
+                           seen = i;
+                           row = i / used;
+                           at = i - row * used;
+                           target = base + ((from + row) % ring) * row_floats +
+                                    (begin + at) * columns;
+                         }
+                         Store(target + c, v);
+                       });
+        }
+      }
+      ready = need;
+    }
+    for (int64_t row = oh; row < stop; ++row) {
+      for (int64_t i = 0; i < s.rows; ++i) {
+        const int64_t from = row * s.stride_h - s.top + i * s.dilation_h;
+        const bool inside = from >= 0 && from < s.height;
+        for (int64_t r = 0; r < s.terms; ++r)
+          taps[r * s.rows + i] = inside ? z + (r * ring + from % ring) * row_floats : zeros;
+      }
+      AnyDepthwiseRow(s, taps.data(), columns, channel0, depthwise,
+                      (image * s.out_height + row) * s.out_width, epilogue);
+    }
+  }
+}
+
+using F32 = ffi::Buffer<ffi::F32>;
+
+ffi::Error PointwiseDepthwise(ffi::ThreadPool pool, F32 x, F32 weights, F32 depthwise, F32 bias,
+                              F32 residual, ffi::Span<const int64_t> taps,
+                              ffi::Span<const int64_t> geometry, bool relu,
+                              ffi::ResultBuffer<ffi::F32> y) {
+  const auto in = x.dimensions(), out = y->dimensions();
+  Shape s{};
+  s.batch = in[0], s.height = in[1], s.width = in[2], s.in = in[3];
+  s.out_height = out[1], s.out_width = out[2], s.out = out[3];
+  s.rows = taps[0], s.cols = taps[1], s.terms = taps[2];
+  s.stride_h = geometry[0], s.stride_w = geometry[1];
+  s.dilation_h = geometry[2], s.dilation_w = geometry[3];
+  s.top = geometry[4], s.left = geometry[5];
+  if (y->element_count() == 0) return ffi::Error::Success();
+  const Epilogue epilogue{bias.typed_data(),
+                          residual.element_count() ? residual.typed_data() : nullptr,
+                          y->typed_data(), relu, s.out};
+  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
+  const Plan plan = MakePlan(s, threads);
+  const int64_t panels = CeilDiv(s.out, kPanel), groups = CeilDiv(panels, plan.panels);
+  const int64_t rows = CeilDiv(s.out_height, plan.chunks);
+  const float *px = x.typed_data(), *pd = depthwise.typed_data();
+  const float* pw = weights.element_count() ? weights.typed_data() : nullptr;
+  RunTasks(pool, s.batch * plan.chunks * groups, [=](int64_t task) {
+    const int64_t group = task % groups, chunk = task / groups % plan.chunks;
+    const int64_t image = task / groups / plan.chunks;
+    const int64_t first = chunk * rows, last = std::min(first + rows, s.out_height);
+    const int64_t panel0 = group * plan.panels;
+    if (first < last)
+      PointwiseDepthwiseTask(s, plan, px, pw, pd, epilogue, image, first, last, panel0,
+                             std::min(plan.panels, panels - panel0));
+  });
+  return ffi::Error::Success();
+}
+
+// What each of some output pixels sees of the input, one after the other.
+void PackPixels(const Shape& s, const float* x, int64_t first, int64_t count, float* to) {
+  int64_t w = first % s.out_width, rest = first / s.out_width;
+  int64_t h = rest % s.out_height, image = rest / s.out_height;
+  const int64_t run = s.cols * s.in;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t col = w * s.stride_w - s.left;
+    const bool whole = s.dilation_w == 1 && col >= 0 && col + s.cols <= s.width;
+    for (int64_t j = 0; j < s.rows; ++j, to += run) {
+      const int64_t row = h * s.stride_h - s.top + j * s.dilation_h;
+      if (row < 0 || row >= s.height) {
+        std::fill(to, to + run, 0.0f);
+        continue;
+      }
+      const float* from = x + ((image * s.height + row) * s.width + col) * s.in;
+      if (whole) {
+        for (int64_t m = 0; m < run; ++m) to[m] = from[m];
+        continue;
+      }
+      for (int64_t q = 0; q < s.cols; ++q)
+        for (int64_t m = 0; m < s.in; ++m) {
+          const int64_t at = q * s.dilation_w;
+          const bool inside = col + at >= 0 && col + at < s.width;
+          to[q * s.in + m] = inside ? from[at * s.in + m] : 0.0f;
+        }
+    }
+    if (++w == s.out_width) {
+      w = 0;
+      if (++h == s.out_height) h = 0, ++image;
+    }
+  }
+}
+
+// A standard convolution, or a pointwise one: rows of the product are output pixels, segments taps.
+ffi::Error Convolution(ffi::ThreadPool pool, F32 x, F32 weights, F32 bias, F32 residual,
+                       ffi::Span<const int64_t> taps, ffi::Span<const int64_t> geometry, bool relu,
+                       ffi::ResultBuffer<ffi::F32> y) {
+  const auto in = x.dimensions(), out = y->dimensions();
+  Shape s{};
+  s.batch = in[0], s.height = in[1], s.width = in[2], s.in = in[3];
+  s.out_height = out[1], s.out_width = out[2], s.out = out[3];
+  s.rows = taps[0], s.cols = taps[1], s.terms = 1;
+  s.stride_h = geometry[0], s.stride_w = geometry[1];
+  s.dilation_h = geometry[2], s.dilation_w = geometry[3];
+  s.top = geometry[4], s.left = geometry[5];
+  if (y->element_count() == 0) return ffi::Error::Success();
+  const Epilogue epilogue{bias.typed_data(),
+                          residual.element_count() ? residual.typed_data() : nullptr,
+                          y->typed_data(), relu, s.out};
+  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
+  const int64_t pixels = s.batch * s.out_height * s.out_width;
+  const int64_t panels = CeilDiv(s.out, kPanel);
+  const int64_t depth = s.in * s.rows * s.cols;
+  // Rows of a task: enough to use a panel again, and few enough that input rows stay in the cache.
+  int64_t block = std::min<int64_t>(std::max<int64_t>(24, 48 * 1024 / std::max<int64_t>(depth, 1)) / 24 * 24, 480);
+  int64_t blocks = CeilDiv(pixels, block);
+  int64_t groups = 1;
+  while (groups < panels && blocks * groups < 2 * threads) ++groups;
+  const int64_t each = CeilDiv(panels, groups);
+  groups = CeilDiv(panels, each);
+  const auto zeros = std::make_shared<std::vector<float>>(s.in, 0.0f);
+  const float *px = x.typed_data(), *pw = weights.typed_data();
+  const int segments = static_cast<int>(s.rows * s.cols);
+  const bool plain = s.rows == 1 && s.cols == 1 && s.stride_h == 1 && s.stride_w == 1 &&
+                     s.top == 0 && s.left == 0;
+  RunTasks(pool, blocks * groups, [=](int64_t task) {
+    const int64_t group = task / blocks, first = task % blocks * block;
+    const int64_t count = std::min(block, pixels - first);
+    auto point = [&](int segment, int64_t i) -> const float* {
+      const int64_t pixel = first + i;
+      if (plain) return px + pixel * s.in;
+      const int64_t w = pixel % s.out_width, rest = pixel / s.out_width;
+      const int64_t h = rest % s.out_height, image = rest / s.out_height;
+      const int64_t row = h * s.stride_h - s.top + segment / s.cols * s.dilation_h;
+      const int64_t col = w * s.stride_w - s.left + segment % s.cols * s.dilation_w;
+      if (row < 0 || row >= s.height || col < 0 || col >= s.width) return zeros->data();
+      return px + ((image * s.height + row) * s.width + col) * s.in;
+    };
+    float* packed = nullptr;
+    if (segments > 1 && s.in < kFewChannels) {  // side by side: the product's loop is then long
+      packed = Scratch(count * depth);
+      PackPixels(s, px, first, count, packed);
+    }
+    for (int64_t p = group * each; p < std::min(panels, (group + 1) * each); ++p) {
+      const int width = PanelWidth(s, p);
+      auto sink = [&](int64_t i, int c, Vec v) __attribute__((always_inline)) {
+        epilogue.Put(first + i, p * kPanel + c, v);
+      };
+      const float* b = pw + p * kPanel * depth;
+      if (packed) {
+        auto row = [&](int, int64_t i) { return packed + i * depth; };
+        PanelProduct(width, count, 1, depth, b, row, sink);
+      } else if (segments == 1) {
+        PanelProduct(width, count, 1, s.in, b, point, sink);
+      } else {
+        PanelProduct(width, count, segments, s.in, b, point, sink);
+      }
+    }
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FalconPointwiseDepthwise, PointwiseDepthwise,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<F32>()
+                                  .Arg<F32>()
+                                  .Arg<F32>()
+                                  .Arg<F32>()
+                                  .Arg<F32>()
+                                  .Attr<ffi::Span<const int64_t>>("taps")
+                                  .Attr<ffi::Span<const int64_t>>("geometry")
+                                  .Attr<bool>("relu")
+                                  .Ret<F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FalconConvolution, Convolution,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<F32>()
+                                  .Arg<F32>()
+                                  .Arg<F32>()
+                                  .Arg<F32>()
+                                  .Attr<ffi::Span<const int64_t>>("taps")
+                                  .Attr<ffi::Span<const int64_t>>("geometry")
+                                  .Attr<bool>("relu")
+                                  .Ret<F32>());

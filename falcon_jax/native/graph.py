@@ -1,0 +1,612 @@
+"""A traced model as a list of operations, and convolutions in it joined with what follows them.
+
+What is looked for are operations of ``lax``, in `canonical_forms`: a pointwise convolution and the
+depthwise ones of its channels, products with constant matrices, biases, sums with other branches,
+rectifications. Everything else is carried out as it was traced.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+from jaxtyping import Array
+
+from falcon_jax.frameworks.tracing import inner_jaxprs
+from falcon_jax.native.kernels import Step, convolve, pack_columns, pack_rows
+from falcon_jax.ops.choice import canonical_forms
+from falcon_jax.ops.convolution import conv_on_small_maps, max_pool_2x2
+from falcon_jax.ops.depthwise import depthwise_conv
+from falcon_jax.ops.separable import pointwise_conv
+
+# Equations that only call another jaxpr, and the parameter that holds it.
+_CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+}
+_LARGE = 2**16  # elements: constants that only repeat smaller ones are not made that large
+_CONVOLUTION = "conv_general_dilated"
+
+
+@dataclasses.dataclass(eq=False)
+class Value:
+    """An array of the program; constants are known."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    constant: Any = None  # an array that is known
+    uses: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Operation:
+    """An equation whose inputs and outputs are values."""
+
+    primitive: Any
+    params: dict[str, Any]
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """A function as a list of operations, calls of other functions put in their place."""
+
+    inputs: tuple[Value, ...]
+    operations: tuple[Operation, ...]
+    outputs: tuple[Value, ...]
+
+
+def with_native_steps(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function whose convolutions are carried out by the compiled kernels.
+
+    Args:
+        forward: a pure function of arrays; weights are its constants.
+    """
+
+    def optimized(*arrays: Any) -> Any:
+        shapes = [jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)) for a in arrays]
+        if not all(isinstance(n, int) for a in shapes for n in a.shape):
+            return forward(*arrays)
+        # A function that is new to JAX, or what was traced in other forms is taken.
+        with canonical_forms():
+            jaxpr, structure = jax.make_jaxpr(lambda *a: forward(*a), return_shape=True)(*shapes)
+        if jaxpr.effects or _convolves_inside(jaxpr.jaxpr):
+            return forward(*arrays)
+        program = _folded(read_program(jaxpr))
+        outputs = _Runner(program).run(arrays)
+        return jax.tree.unflatten(jax.tree.structure(structure), outputs)
+
+    return optimized
+
+
+def _convolves_inside(jaxpr: Any) -> bool:
+    """Return whether a loop or a branch has convolutions, whose weights may be no constants."""
+    return any(
+        eqn.primitive.name not in _CALLS and any(map(_convolves, _inner(eqn)))
+        or eqn.primitive.name in _CALLS and any(map(_convolves_inside, _inner(eqn)))
+        for eqn in jaxpr.eqns
+    )
+
+
+def _convolves(jaxpr: Any) -> bool:
+    return any(
+        eqn.primitive.name == _CONVOLUTION or any(map(_convolves, _inner(eqn)))
+        for eqn in jaxpr.eqns
+    )
+
+
+def _inner(eqn: Any) -> Any:
+    return inner_jaxprs(tuple(eqn.params.values()))
+
+
+def read_program(closed: Any) -> Program:
+    """Return a closed jaxpr as a program."""
+    operations: list[Operation] = []
+
+    def new(atom: Any) -> Value:
+        return Value(tuple(atom.aval.shape), getattr(atom.aval, "dtype", None))
+
+    def read(jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Value]) -> list[Value]:
+        known: dict[Any, Value] = dict(zip(jaxpr.invars, arguments, strict=True))
+        for variable, constant in zip(jaxpr.constvars, constants, strict=True):
+            known[variable] = new(variable)
+            known[variable].constant = constant
+
+        def value(atom: Any) -> Value:
+            if not isinstance(atom, core.Literal):
+                return known[atom]
+            found = new(atom)
+            found.constant = np.asarray(atom.val, found.dtype)
+            return found
+
+        for eqn in jaxpr.eqns:
+            inputs = [value(atom) for atom in eqn.invars]
+            inner = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
+            if inner is not None:
+                closed = isinstance(inner, core.ClosedJaxpr)
+                outputs = read(
+                    inner.jaxpr if closed else inner, inner.consts if closed else (), inputs
+                )
+            else:
+                outputs = [new(variable) for variable in eqn.outvars]
+                operations.append(
+                    Operation(
+                        primitive=eqn.primitive,
+                        params=eqn.params,
+                        inputs=tuple(inputs),
+                        outputs=tuple(outputs),
+                    )
+                )
+            known.update(zip(eqn.outvars, outputs, strict=True))
+        return [value(atom) for atom in jaxpr.outvars]
+
+    arguments = [new(variable) for variable in closed.jaxpr.invars]
+    outputs = read(closed.jaxpr, closed.consts, arguments)
+    for operation in operations:
+        for x in operation.inputs:
+            x.uses += 1
+    for x in outputs:
+        x.uses += 1
+    return Program(inputs=tuple(arguments), operations=tuple(operations), outputs=tuple(outputs))
+
+
+def _folded(program: Program) -> Program:
+    """Return the program without operations on constants only, which are carried out at once."""
+    found: set[Value] = set()
+    constant, rest = [], []
+    for operation in program.operations:
+        known = all(x.constant is not None or x in found for x in operation.inputs)
+        most = max((math.prod(x.shape) for x in operation.inputs), default=0)
+        made = max((math.prod(y.shape) for y in operation.outputs), default=0)
+        if known and made <= max(_LARGE, most) and operation.inputs:
+            constant.append(operation)
+            found.update(operation.outputs)
+        else:
+            rest.append(operation)
+    used = {x for operation in rest for x in operation.inputs} | set(program.outputs)
+    wanted = [y for operation in constant for y in operation.outputs if y in used]
+    if wanted:
+
+        def evaluate(arrays: list[Any]) -> list[Any]:
+            values = dict(zip(given, arrays, strict=True))
+            for operation in constant:
+                outputs = _carry_out(operation, [values[x] for x in operation.inputs])
+                values.update(zip(operation.outputs, outputs, strict=True))
+            return [values[y] for y in wanted]
+
+        given = list(
+            dict.fromkeys(x for o in constant for x in o.inputs if x.constant is not None)
+        )
+        with jax.ensure_compile_time_eval():
+            arrays = jax.jit(evaluate)([x.constant for x in given])
+        for y, array in zip(wanted, arrays, strict=True):
+            y.constant = array
+    return dataclasses.replace(program, operations=tuple(rest))
+
+
+def _carry_out(operation: Operation, inputs: Sequence[Any]) -> list[Any]:
+    params = operation.primitive.get_bind_params(operation.params)
+    functions, params = params if isinstance(params, tuple) else ((), params)  # JAX before 0.10
+    outputs = operation.primitive.bind(*functions, *inputs, **params)
+    return list(outputs) if operation.primitive.multiple_results else [outputs]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Joined:
+    """A convolution, and what was found to follow it; not carried out yet.
+
+    Attributes:
+        x: its input.
+        step: the kernel's.
+        weights: of the pointwise or standard step, shape ``(depth, k, N)``; None if depthwise.
+        depthwise: shape ``(*kernel_size, k, N)``; None if standard.
+        bias: N entries.
+        residual: what is added.
+        shape: of the output, as the program has it.
+        small: the input's shape as the kernel takes it.
+    """
+
+    x: Value
+    step: Step
+    weights: np.ndarray | None = None
+    depthwise: np.ndarray | None = None
+    bias: np.ndarray | None = None
+    residual: Value | None = None
+    shape: tuple[int, ...]
+    small: tuple[int, ...]
+
+    @property
+    def is_linear(self) -> bool:
+        """Return whether nothing follows the convolution yet."""
+        return self.bias is None and self.residual is None and not self.step.relu
+
+    def scaled(self, gain: np.ndarray) -> "Joined":
+        """Return it with outputs multiplied by a gain per channel."""
+        last = "weights" if self.depthwise is None else "depthwise"
+        bias = None if self.bias is None else self.bias * gain
+        changed: dict[str, Any] = {last: getattr(self, last) * gain}
+        return dataclasses.replace(self, bias=bias, **changed)
+
+
+class _Runner:
+    """Carries out a program; convolutions wait for what follows them."""
+
+    def __init__(self, program: Program):
+        self.program = program
+        self.made: dict[Value, Any] = {}
+        self.waiting: dict[Value, Joined] = {}
+        self.repeated: dict[Value, np.ndarray] = {}  # per channel, or one number
+
+    def run(self, arrays: Sequence[Any]) -> list[Any]:
+        self.made.update(zip(self.program.inputs, arrays, strict=True))
+        for operation in self.program.operations:
+            rule = _RULES.get(operation.primitive.name)
+            if rule is not None and rule(self, operation):
+                continue
+            outputs = self.carried_out(operation)
+            self.made.update(zip(operation.outputs, outputs, strict=True))
+        return [self.array(y) for y in self.program.outputs]
+
+    def carried_out(self, operation: Operation) -> list[Any]:
+        inputs = [self.array(x) for x in operation.inputs]
+        special = _INSTEAD.get(operation.primitive.name)
+        y = special(operation, *inputs) if special is not None else None
+        return _carry_out(operation, inputs) if y is None else [y]
+
+    def array(self, value: Value) -> Any:
+        """Return the array that a value is, made now if it was waiting."""
+        if value.constant is not None:
+            return jnp.asarray(value.constant)
+        if value not in self.made:
+            self.made[value] = self._make(self.waiting[value])
+        return self.made[value]
+
+    def _make(self, joined: Joined) -> Any:
+        step = joined.step
+        none = np.zeros((0,), np.float32)
+        bias = np.zeros(step.out_features, np.float32) if joined.bias is None else joined.bias
+        residual = None if joined.residual is None else self.array(joined.residual)
+        small = step.output_shape(joined.small)
+        y = convolve(
+            step,
+            self.array(joined.x).reshape(joined.small),
+            none if joined.weights is None else pack_columns(joined.weights),
+            none if joined.depthwise is None else pack_rows(joined.depthwise),
+            pack_rows(bias),
+            None if residual is None else residual.reshape(small),
+        )
+        return y.reshape(joined.shape)
+
+    def taken(self, value: Value) -> Joined | None:
+        """Return a convolution that waits, if this is its only use."""
+        return self.waiting.get(value) if value.uses == 1 else None
+
+    def per_channel(self, value: Value, channels: int) -> np.ndarray | None:
+        """Return a constant that differs between channels only; one entry for each of them."""
+        if value in self.repeated:
+            row = self.repeated[value]
+        elif value.constant is None:
+            return None
+        else:
+            row = np.asarray(value.constant)
+            if row.size not in (1, channels) or row.shape[-1:] not in ((), (1,), (channels,)):
+                return None
+            row = row.reshape(-1)
+        return np.broadcast_to(row, (channels,)).astype(np.float32)
+
+
+def _convolution(runner: _Runner, operation: Operation) -> bool:
+    x, kernel = operation.inputs
+    (y,) = operation.outputs
+    joined = _as_step(operation)
+    if joined is None:
+        return False
+    pointwise = runner.taken(x)
+    if pointwise is not None and joined.step.kind == "depthwise":
+        both = _followed_by(pointwise, joined)
+        if both is not None:
+            runner.waiting[y] = both
+            return True
+    runner.waiting[y] = joined
+    return True
+
+
+def _followed_by(pointwise: Joined, depthwise: Joined) -> Joined | None:
+    """Return the two steps as one, if nothing stands between them and padding is of zeros."""
+    one = pointwise.step
+    if not (pointwise.is_linear and one.kind == "standard" and one.kernel_size == (1, 1)):
+        return None
+    if one.strides != (1, 1) or any(one.padding[0] + one.padding[1]):
+        return None
+    step = dataclasses.replace(
+        depthwise.step, kind="pointwise_depthwise", in_features=one.in_features
+    )
+    return dataclasses.replace(
+        depthwise, x=pointwise.x, step=step, weights=pointwise.weights, small=pointwise.small
+    )
+
+
+def _as_step(operation: Operation) -> Joined | None:
+    """Return a convolution as the kernels know it, or None."""
+    x, kernel = operation.inputs
+    (y,) = operation.outputs
+    params = operation.params
+    axes = len(x.shape) - 2
+    last = (0, axes + 1, *range(1, axes + 1))
+    layout = params["dimension_numbers"]
+    groups = params["feature_group_count"]
+    if (
+        axes not in (1, 2)
+        or not all(a.dtype == jnp.float32 for a in (x, kernel, y))
+        or kernel.constant is None
+        or tuple(layout.lhs_spec) != last
+        or tuple(layout.out_spec) != last
+        or tuple(layout.rhs_spec) != (axes + 1, axes, *range(axes))
+        or params["batch_group_count"] != 1
+        or max(params["lhs_dilation"]) > 1
+        or min(min(pair) for pair in params["padding"]) < 0
+        or 0 in (*x.shape, *kernel.shape, *y.shape)
+        or groups not in (1, x.shape[-1])
+        or groups > 1 and kernel.shape[-1] != groups
+    ):
+        return None
+    array = np.asarray(kernel.constant)
+    m, n = x.shape[-1], kernel.shape[-1]
+    front = (1,) * (2 - axes)
+    size: Any = (*front, *kernel.shape[:axes])
+    depthwise = groups > 1
+    step = Step(
+        kind="depthwise" if depthwise else "standard",
+        kernel_size=size,
+        in_features=m,
+        out_features=n,
+        strides=(*front, *params["window_strides"]),  # type: ignore[arg-type]
+        padding=(*(((0, 0),) * len(front)), *map(tuple, params["padding"])),  # type: ignore[arg-type]
+        dilation=(*front, *params["rhs_dilation"]),  # type: ignore[arg-type]
+    )
+    return Joined(
+        x=x,
+        step=step,
+        weights=None if depthwise else array.reshape(-1, 1, n),
+        depthwise=array.reshape(*size, 1, n) if depthwise else None,
+        shape=y.shape,
+        small=(x.shape[0], *front, *x.shape[1:]),
+    )
+
+
+def _product(runner: _Runner, operation: Operation) -> bool:
+    """Take a product with a constant matrix as a pointwise convolution."""
+    x, matrix = operation.inputs
+    (y,) = operation.outputs
+    (of_x, of_matrix), batch = operation.params["dimension_numbers"]
+    if (
+        not all(a.dtype == jnp.float32 for a in (x, matrix, y))
+        or matrix.constant is None
+        or len(matrix.shape) != 2
+        or len(x.shape) < 2
+        or tuple(of_x) != (len(x.shape) - 1,)
+        or any(map(len, batch))
+        or 0 in (*x.shape, *matrix.shape)
+    ):
+        return False
+    array = np.asarray(matrix.constant)
+    array = array if tuple(of_matrix) == (0,) else array.T
+    step = Step(
+        kind="standard", kernel_size=(1, 1), in_features=x.shape[-1], out_features=array.shape[1]
+    )
+    rows = math.prod(x.shape[:-1])
+    runner.waiting[y] = Joined(
+        x=x, step=step, weights=array[:, None], shape=y.shape, small=(1, 1, rows, x.shape[-1])
+    )
+    return True
+
+
+def _part(joined: Joined, start: int, stop: int, shape: tuple[int, ...]) -> Joined:
+    assert joined.weights is not None
+    step = dataclasses.replace(joined.step, out_features=stop - start)
+    return dataclasses.replace(joined, step=step, weights=joined.weights[..., start:stop], shape=shape)
+
+
+def _split(runner: _Runner, operation: Operation) -> bool:
+    """Take the parts of a product's channels as products."""
+    (x,) = operation.inputs
+    joined = runner.taken(x)
+    if joined is None or not joined.is_linear or joined.step.kind != "standard":
+        return False
+    if operation.params["axis"] != len(x.shape) - 1:
+        return False
+    start = 0
+    for y in operation.outputs:
+        stop = start + y.shape[-1]
+        runner.waiting[y] = _part(joined, start, stop, y.shape)
+        start = stop
+    return True
+
+
+def _add(runner: _Runner, operation: Operation) -> bool:
+    (y,) = operation.outputs
+    for x, other in (operation.inputs, operation.inputs[::-1]):
+        joined = runner.taken(x)
+        if joined is None or joined.step.relu or x.shape != y.shape:
+            continue
+        row = runner.per_channel(other, joined.step.out_features)
+        if row is not None and joined.residual is None:
+            bias = row if joined.bias is None else joined.bias + row
+            runner.waiting[y] = dataclasses.replace(joined, bias=bias)
+            return True
+        terms = runner.taken(other)
+        if terms is not None and other is not x:
+            both = _sum_of_terms(joined, terms)
+            if both is not None:
+                runner.waiting[y] = both
+                return True
+        if joined.residual is None and other.shape == y.shape and other.dtype == jnp.float32:
+            if other in runner.repeated:
+                continue
+            runner.array(other)
+            runner.waiting[y] = dataclasses.replace(joined, residual=other)
+            return True
+    return False
+
+
+def _sum_of_terms(one: Joined, other: Joined) -> Joined | None:
+    """Return the sum of two pointwise-then-depthwise convolutions of one input as one of rank k."""
+    if "pointwise_depthwise" not in (one.step.kind, other.step.kind):
+        return None
+    same = dataclasses.replace(one.step, terms=1) == dataclasses.replace(other.step, terms=1)
+    if not (same and one.x is other.x and one.is_linear and other.is_linear):
+        return None
+    assert one.weights is not None and other.weights is not None
+    assert one.depthwise is not None and other.depthwise is not None
+    return dataclasses.replace(
+        one,
+        step=dataclasses.replace(one.step, terms=one.step.terms + other.step.terms),
+        weights=np.concatenate([one.weights, other.weights], axis=1),
+        depthwise=np.concatenate([one.depthwise, other.depthwise], axis=-2),
+    )
+
+
+def _scale(
+    runner: _Runner, operation: Operation, change: Callable[[np.ndarray], np.ndarray], first: bool
+) -> bool:
+    """Take a factor per channel into the weights.
+
+    Args:
+        runner: of the program.
+        operation: of two values.
+        change: the factor, of the constant.
+        first: whether the convolution has to be the first value.
+    """
+    (y,) = operation.outputs
+    pairs = (operation.inputs, operation.inputs[::-1])
+    for x, other in pairs[:1] if first else pairs:
+        joined = runner.taken(x)
+        if joined is None or joined.step.relu or joined.residual is not None or x.shape != y.shape:
+            continue
+        row = runner.per_channel(other, joined.step.out_features)
+        if row is not None:
+            runner.waiting[y] = joined.scaled(change(row))
+            return True
+    return False
+
+
+def _subtract(runner: _Runner, operation: Operation) -> bool:
+    x, other = operation.inputs
+    (y,) = operation.outputs
+    joined = runner.taken(x)
+    if joined is None or joined.step.relu or joined.residual is not None or x.shape != y.shape:
+        return False
+    row = runner.per_channel(other, joined.step.out_features)
+    if row is None:
+        return False
+    bias = -row if joined.bias is None else joined.bias - row
+    runner.waiting[y] = dataclasses.replace(joined, bias=bias)
+    return True
+
+
+def _maximum(runner: _Runner, operation: Operation) -> bool:
+    (y,) = operation.outputs
+    for x, other in (operation.inputs, operation.inputs[::-1]):
+        joined = runner.taken(x)
+        if joined is None or x.shape != y.shape:
+            continue
+        row = runner.per_channel(other, joined.step.out_features)
+        if row is not None and not row.any():
+            step = dataclasses.replace(joined.step, relu=True)
+            runner.waiting[y] = dataclasses.replace(joined, step=step)
+            return True
+    return False
+
+
+def _repeat(runner: _Runner, operation: Operation) -> bool:
+    """Remember a constant that is repeated over all but channels; it is made when it is used."""
+    x = operation.inputs[0]
+    (y,) = operation.outputs
+    if x.constant is None or x.dtype != jnp.float32:
+        return False
+    row = np.asarray(x.constant)
+    axes = operation.params["broadcast_dimensions"]
+    varies = [axis for axis, n in zip(axes, row.shape, strict=True) if n > 1]
+    if varies not in ([], [len(y.shape) - 1]):
+        return False
+    runner.repeated[y] = row.reshape(-1)
+    outputs = functools.partial(_carry_out, operation, [row])
+    runner.made[y] = outputs()[0]
+    return True
+
+
+_RULES: dict[str, Callable[[_Runner, Operation], bool]] = {
+    _CONVOLUTION: _convolution,
+    "dot_general": _product,
+    "split": _split,
+    "add": _add,
+    "sub": _subtract,
+    "mul": lambda runner, operation: _scale(runner, operation, lambda row: row, False),
+    "div": lambda runner, operation: _scale(runner, operation, lambda row: 1 / row, True),
+    "max": _maximum,
+    "broadcast_in_dim": _repeat,
+}
+
+
+def _other_convolution(operation: Operation, x: Array, kernel: Array) -> Array | None:
+    """Return a convolution that the kernels do not know, in the form that is fast in JAX."""
+    params = operation.params
+    groups, axes = params["feature_group_count"], x.ndim - 2
+    last = (0, axes + 1, *range(1, axes + 1))
+    layout = params["dimension_numbers"]
+    plain = tuple(layout.lhs_spec) == tuple(layout.out_spec) == last
+    plain = plain and tuple(layout.rhs_spec) == (axes + 1, axes, *range(axes))
+    if not plain or params["batch_group_count"] != 1 or params["preferred_element_type"]:
+        return None
+    geometry = {
+        "strides": params["window_strides"],
+        "padding": params["padding"],
+        "input_dilation": params["lhs_dilation"],
+        "kernel_dilation": params["rhs_dilation"],
+    }
+    if groups == x.shape[-1] == kernel.shape[-1] and groups > 1:
+        return depthwise_conv(x, kernel[..., 0, :], **geometry)
+    moved = max(params["window_strides"]) > 1 or any(map(any, params["padding"]))
+    if math.prod(kernel.shape[:-2]) == 1 and not moved and max(params["lhs_dilation"]) == 1:
+        matrix = kernel.reshape(kernel.shape[-2:])
+        return pointwise_conv(
+            x, matrix, feature_group_count=groups, precision=params["precision"]
+        )
+    return conv_on_small_maps(
+        x,
+        kernel,
+        params["window_strides"],
+        params["padding"],
+        params["lhs_dilation"],
+        params["rhs_dilation"],
+        feature_group_count=groups,
+        dimension_numbers=layout,
+        precision=params["precision"],
+    )
+
+
+def _pool(operation: Operation, x: Array) -> Array | None:
+    """Return a 2x2 pooling as the maximum of slices."""
+    params = operation.params
+    two = (1, 2, 2, 1)
+    known = params["window_dimensions"] == two and params["window_strides"] == two
+    dilated = max((*params["base_dilation"], *params["window_dilation"])) > 1
+    return None if not known or dilated or any(map(any, params["padding"])) else max_pool_2x2(x)
+
+
+_INSTEAD: dict[str, Callable[..., Any]] = {
+    _CONVOLUTION: _other_convolution,
+    "reduce_window_max": _pool,
+}
