@@ -50,10 +50,12 @@ inline Vec Relu(Vec v) {
   return v > zero ? v : zero;  // NaN becomes zero: as in no case that matters here
 }
 
-// acc[i][v] = sum over segments s and k of rows[s * MR + i][k] * b[s * depth + k][16 v ...]
+// out[i][16 v ...] = sum over segments s and k of rows[s * MR + i][k] * b[s * depth + k][16 v ...]
+// A function of its own, so that the sums stay in registers whatever is done with them.
 template <int MR, int NV>
-inline void Multiply(const float* const* rows, int segments, int64_t depth, const float* b,
-                     int64_t stride, Vec (&acc)[MR][NV]) {
+__attribute__((noinline)) void Multiply(const float* const* rows, int segments, int64_t depth,
+                                        const float* b, int64_t stride, float* out) {
+  Vec acc[MR][NV];
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
@@ -75,6 +77,10 @@ inline void Multiply(const float* const* rows, int segments, int64_t depth, cons
       b += stride;
     }
   }
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) Store(out + (i * NV + v) * kLanes, acc[i][v]);
 }
 
 struct Shape {
@@ -84,7 +90,8 @@ struct Shape {
   int64_t rows, cols;                         // taps
   int64_t stride_h, stride_w, dilation_h, dilation_w;
   int64_t top, left;                          // zeros before the first row and column
-  bool relu, has_residual;
+  bool pool;                                  // 2x2 maxima of the output are stored
+  int64_t padded_width() const { return (out_width - 1) * stride_w + (cols - 1) * dilation_w + 1; }
   int64_t padded_out() const { return (out + kLanes - 1) / kLanes * kLanes; }
 };
 
@@ -100,70 +107,68 @@ struct Epilogue {
   bool relu;
   int64_t out;
 
+  inline Vec Finish(int64_t pixel, int64_t channel, Vec v) const {
+    v += Load(bias + channel);
+    if (residual)
+      v += LoadSome(residual + pixel * out + channel, static_cast<int>(out - channel));
+    return relu ? Relu(v) : v;
+  }
   inline void Put(int64_t pixel, int64_t channel, Vec v) const {
     const int n = static_cast<int>(out - channel);
-    if (n <= 0) return;
-    v += Load(bias + channel);
-    if (residual) v += LoadSome(residual + pixel * out + channel, n);
-    if (relu) v = Relu(v);
-    StoreSome(y + pixel * out + channel, v, n);
+    if (n > 0) StoreSome(y + pixel * out + channel, Finish(pixel, channel, v), n);
   }
 };
 
-template <int MR, int NV, class Sink>
-inline void Tile(const float* const* rows, int segments, int64_t depth, const float* b,
-                 int64_t stride, Sink&& sink) {
-  Vec acc[MR][NV];
-  Multiply<MR, NV>(rows, segments, depth, b, stride, acc);
-#pragma GCC unroll 16
-  for (int i = 0; i < MR; ++i)
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) sink(i, kLanes * v, acc[i][v]);
-}
+// The same for one row that is pooled with the next: it goes to a buffer.
+struct PooledEpilogue {
+  const Epilogue& whole;
+  float* row;  // columns of one pixel side by side
+  int64_t columns, channel0, pixel0;
+
+  inline void Put(int64_t pixel, int64_t channel, Vec v) const {
+    if (channel < whole.out)
+      Store(row + (pixel - pixel0) * columns + channel - channel0,
+            whole.Finish(pixel, channel, v));
+  }
+};
 
 // Rows [0, count) of a product with NV * 16 columns. `point(s, i)` gives where the depth entries
-// of row i for segment s stand; `sink(i, column, vector)` takes the results.
+// of row i for segment s stand; `sink(i, vectors)` takes the NV results of a row.
 template <int NV, class Point, class Sink>
 inline void Product(int64_t count, int segments, int64_t depth, const float* b, int64_t stride,
                     Point&& point, Sink&& sink) {
   constexpr int MR = TileRows(NV);
   std::vector<const float*> rows(static_cast<size_t>(segments) * MR);
+  alignas(64) float tile[MR * NV * kLanes];
   int64_t i = 0;
-  for (; i + MR <= count; i += MR) {
-    for (int s = 0; s < segments; ++s)
-      for (int r = 0; r < MR; ++r) rows[s * MR + r] = point(s, i + r);
-    Tile<MR, NV>(rows.data(), segments, depth, b, stride,
-                 [&](int r, int c, Vec v) __attribute__((always_inline)) { sink(i + r, c, v); });
-  }
-  auto rest = [&](auto size) {
+  auto some = [&](auto size) {
     constexpr int R = decltype(size)::value;
-    if constexpr (R < MR) {
+    if constexpr (R <= MR) {
       for (; i + R <= count; i += R) {
         for (int s = 0; s < segments; ++s)
           for (int r = 0; r < R; ++r) rows[s * R + r] = point(s, i + r);
-        Tile<R, NV>(rows.data(), segments, depth, b, stride,
-                    [&](int r, int c, Vec v) __attribute__((always_inline)) { sink(i + r, c, v); });
+        Multiply<R, NV>(rows.data(), segments, depth, b, stride, tile);
+        for (int r = 0; r < R; ++r) sink(i + r, tile + r * NV * kLanes);
       }
     }
   };
-  rest(std::integral_constant<int, 8>{});
-  rest(std::integral_constant<int, 4>{});
-  rest(std::integral_constant<int, 2>{});
-  rest(std::integral_constant<int, 1>{});
+  some(std::integral_constant<int, MR>{});
+  some(std::integral_constant<int, 8>{});
+  some(std::integral_constant<int, 4>{});
+  some(std::integral_constant<int, 2>{});
+  some(std::integral_constant<int, 1>{});
 }
 
+// The same for a panel of some width; `sink(i, column, vectors, values)`.
 template <class Point, class Sink>
 inline void PanelProduct(int width, int64_t count, int segments, int64_t depth, const float* b,
                          Point&& point, Sink&& sink) {
   int done = 0;
   auto part = [&](auto vecs) {
     constexpr int NV = decltype(vecs)::value;
-    for (; width - done >= NV * kLanes; done += NV * kLanes) {
-      const int first = done;
-      Product<NV>(count, segments, depth, b + first, width, point,
-                  [&](int64_t i, int c, Vec v)
-                      __attribute__((always_inline)) { sink(i, first + c, v); });
-    }
+    for (; width - done >= NV * kLanes; done += NV * kLanes)
+      Product<NV>(count, segments, depth, b + done, width, point,
+                  [&](int64_t i, const float* values) { sink(i, done, NV, values); });
   };
   if constexpr (kMaxVecs == 4) {
     part(std::integral_constant<int, 4>{});
@@ -210,7 +215,7 @@ constexpr int64_t kFewChannels = 16;
 
 Plan MakePlan(const Shape& s, int64_t threads) {
   const int64_t panels = CeilDiv(s.out, kPanel);
-  const int64_t padded = (s.out_width - 1) * s.stride_w + (s.cols - 1) * s.dilation_w + 1;
+  const int64_t padded = s.padded_width();
   const int64_t halo = (s.rows - 1) * s.dilation_h + 1 - s.stride_h;
   Plan best{1, 1, 1};
   double least = 1e300;
@@ -240,31 +245,35 @@ Plan MakePlan(const Shape& s, int64_t threads) {
   return best;
 }
 
-// Depthwise step of one output row from ring rows z[term][tap row], columns [0, columns).
-template <int KH, int KW, int STRIDE>
+// Depthwise step of one output row from ring rows z[term][tap row], columns [0, columns). Such a row
+// has 16 channels of all its points, then the next 16.
+template <int KH, int KW, int STRIDE, class Out>
 inline void DepthwiseRow(const Shape& s, const float* const* z, int64_t columns, int64_t channel0,
-                         const float* depthwise, int64_t pixel0, const Epilogue& epilogue) {
+                         const float* depthwise, int64_t pixel0, const Out& epilogue) {
   const int rows = KH ? KH : static_cast<int>(s.rows), cols = KW ? KW : static_cast<int>(s.cols);
   const int64_t stride = STRIDE ? STRIDE : s.stride_w;
   const int64_t dilation = KW ? 1 : s.dilation_w;
-  const int64_t padded_out = s.padded_out();
+  const int64_t padded_out = s.padded_out(), padded = s.padded_width();
   const int terms = static_cast<int>(s.terms);
-  constexpr int kAtOnce = 4;
+  constexpr int kAtOnce = 4, kBlock = 16;
+  // A few points and all their channels, so that the output is written in order.
+  for (int64_t block = 0; block < s.out_width; block += kBlock)
   for (int64_t c = 0; c < columns; c += kLanes) {
     const float* weights = depthwise + channel0 + c;
-    int64_t w = 0;
-    for (; w + kAtOnce <= s.out_width; w += kAtOnce) {
+    const int64_t end = std::min(block + kBlock, s.out_width);
+    int64_t w = block;
+    for (; w + kAtOnce <= end; w += kAtOnce) {
       Vec acc[kAtOnce] = {};
       for (int r = 0; r < terms; ++r) {
 #pragma GCC unroll 3
         for (int i = 0; i < rows; ++i) {
-          const float* row = z[r * rows + i] + w * stride * columns + c;
+          const float* row = z[r * rows + i] + c * padded + w * stride * kLanes;
           const float* taps = weights + (int64_t(i) * cols * terms + r) * padded_out;
           if constexpr (KW > 0 && STRIDE > 0) {
             constexpr int kPoints = (kAtOnce - 1) * (STRIDE ? STRIDE : 1) + (KW ? KW : 1);
             Vec points[kPoints];
 #pragma GCC unroll 16
-            for (int p = 0; p < kPoints; ++p) points[p] = Load(row + p * columns);
+            for (int p = 0; p < kPoints; ++p) points[p] = Load(row + p * kLanes);
 #pragma GCC unroll 8
             for (int j = 0; j < KW; ++j) {
               const Vec tap = Load(taps + int64_t(j) * terms * padded_out);
@@ -276,7 +285,7 @@ inline void DepthwiseRow(const Shape& s, const float* const* z, int64_t columns,
               const Vec tap = Load(taps + int64_t(j) * terms * padded_out);
 #pragma GCC unroll 4
               for (int q = 0; q < kAtOnce; ++q)
-                acc[q] += Load(row + (q * stride + j * dilation) * columns) * tap;
+                acc[q] += Load(row + (q * stride + j * dilation) * kLanes) * tap;
             }
           }
         }
@@ -284,22 +293,23 @@ inline void DepthwiseRow(const Shape& s, const float* const* z, int64_t columns,
 #pragma GCC unroll 4
       for (int q = 0; q < kAtOnce; ++q) epilogue.Put(pixel0 + w + q, channel0 + c, acc[q]);
     }
-    for (; w < s.out_width; ++w) {
+    for (; w < end; ++w) {
       Vec acc = {};
       for (int r = 0; r < terms; ++r)
         for (int i = 0; i < rows; ++i) {
-          const float* row = z[r * rows + i] + w * stride * columns + c;
+          const float* row = z[r * rows + i] + c * padded + w * stride * kLanes;
           const float* taps = weights + (int64_t(i) * cols * terms + r) * padded_out;
           for (int j = 0; j < cols; ++j)
-            acc += Load(row + j * dilation * columns) * Load(taps + int64_t(j) * terms * padded_out);
+            acc += Load(row + j * dilation * kLanes) * Load(taps + int64_t(j) * terms * padded_out);
         }
       epilogue.Put(pixel0 + w, channel0 + c, acc);
     }
   }
 }
 
+template <class Out>
 void AnyDepthwiseRow(const Shape& s, const float* const* z, int64_t columns, int64_t channel0,
-                     const float* depthwise, int64_t pixel0, const Epilogue& e) {
+                     const float* depthwise, int64_t pixel0, const Out& e) {
   const bool three = s.rows == 3 && s.cols == 3 && s.dilation_w == 1;
   if (three && s.stride_w == 1) {
     DepthwiseRow<3, 3, 1>(s, z, columns, channel0, depthwise, pixel0, e);
@@ -317,6 +327,22 @@ float* Scratch(size_t floats) {
   return buffer.data() + (64 - address % 64) % 64 / sizeof(float);
 }
 
+inline Vec Max(Vec a, Vec b) { return a > b ? a : b; }
+
+// Maxima of 2x2 points of two rows.
+void StorePooledRow(const Shape& s, const float* pair, int64_t columns, int64_t channel0,
+                    int64_t image, int64_t row, const Epilogue& e) {
+  const float* next = pair + s.out_width * columns;
+  float* y = e.y + (image * (s.out_height / 2) + row) * (s.out_width / 2) * e.out;
+  for (int64_t w = 0; w < s.out_width / 2; ++w)
+    for (int64_t c = 0; c < columns && channel0 + c < e.out; c += kLanes) {
+      const int64_t at = 2 * w * columns + c;
+      const Vec v = Max(Max(Load(pair + at), Load(pair + at + columns)),
+                        Max(Load(next + at), Load(next + at + columns)));
+      StoreSome(y + w * e.out + channel0 + c, v, static_cast<int>(e.out - channel0 - c));
+    }
+}
+
 // One task: output rows [first, last) of one image and some panels of channels.
 // `fill(row, panel0, panels, ring rows)` computes what the depthwise step reads.
 void PointwiseDepthwiseTask(const Shape& s, const Plan& plan, const float* x, const float* weights,
@@ -324,22 +350,26 @@ void PointwiseDepthwiseTask(const Shape& s, const Plan& plan, const float* x, co
                             int64_t first, int64_t last, int64_t panel0, int64_t panels) {
   const int64_t channel0 = panel0 * kPanel;
   const int64_t columns = std::min(panels * kPanel, s.padded_out() - channel0);
-  const int64_t padded = (s.out_width - 1) * s.stride_w + (s.cols - 1) * s.dilation_w + 1;
+  const int64_t padded = s.padded_width();
   const int64_t extent = (s.rows - 1) * s.dilation_h + 1;
   const int64_t ring = (plan.step - 1) * s.stride_h + extent;
   const int64_t row_floats = padded * columns;
-  float* z = Scratch(s.terms * ring * row_floats + row_floats);
+  const int64_t pooled_floats = s.pool ? 2 * s.out_width * columns : 0;
+  float* z = Scratch(s.terms * ring * row_floats + row_floats + pooled_floats);
   float* zeros = z + s.terms * ring * row_floats;
+  float* pair = zeros + row_floats;
   std::fill(zeros, zeros + row_floats, 0.0f);
   const int64_t begin = std::min(s.left, padded), end = std::min(s.left + s.width, padded);
   for (int64_t r = 0; r < s.terms * ring; ++r) {
-    float* row = z + r * row_floats;
-    std::fill(row, row + begin * columns, 0.0f);
-    std::fill(row + std::max(end, begin) * columns, row + row_floats, 0.0f);
+    for (int64_t c = 0; c < columns; c += kLanes) {
+      float* row = z + r * row_floats + c * padded;
+      std::fill(row, row + begin * kLanes, 0.0f);
+      std::fill(row + std::max(end, begin) * kLanes, row + padded * kLanes, 0.0f);
+    }
   }
   const int64_t used = std::max<int64_t>(end - begin, 0);
   const float* picture = x + image * s.height * s.width * s.in;
-  Epilogue epilogue = whole;
+  const Epilogue& epilogue = whole;
   std::vector<const float*> taps(s.terms * s.rows);
   int64_t ready = std::max<int64_t>(first * s.stride_h - s.top, 0);  // rows before are computed
   for (int64_t oh = first; oh < last; oh += plan.step) {
@@ -357,29 +387,33 @@ void PointwiseDepthwiseTask(const Shape& s, const Plan& plan, const float* x, co
         const int64_t real = std::min(columns, s.out - channel0);
         for (int64_t i = 0; i < count; ++i) {
           const int64_t row = i / used, at = i - row * used;
-          float* target = z + ((from + row) % ring) * row_floats + (begin + at) * columns;
-          std::memcpy(target, point(0, i) + channel0, sizeof(float) * real);
-          for (int64_t c = real; c < columns; ++c) target[c] = 0.0f;
+          float* target = z + ((from + row) % ring) * row_floats + (begin + at) * kLanes;
+          for (int64_t c = 0; c < columns; c += kLanes)
+            Store(target + c * padded,
+                  LoadSome(point(0, i) + channel0 + c, static_cast<int>(real - c)));
         }
       }
+      // Lines of the output are asked for while products are computed.
+      const bool same = s.stride_h == 1 && s.stride_w == 1 && !s.pool;
+      const float* ahead =
+          same ? epilogue.y + (image * s.out_height + oh) * s.out_width * s.out + channel0 : nullptr;
       for (int64_t p = 0; weights && p < panels; ++p) {
         const int width = PanelWidth(s, panel0 + p);
         for (int64_t r = 0; r < s.terms; ++r) {
-          float* base = z + r * ring * row_floats + p * kPanel;
+          float* base = z + r * ring * row_floats + p * kPanel * padded;
           const float* b =
               weights + (panel0 + p) * kPanel * s.in * s.terms + r * s.in * width;
-          int64_t row = 0, at = 0, seen = -1;
-          float* target = nullptr;
           PanelProduct(width, count, 1, s.in, b, point,
-                       [&](int64_t i, int c, Vec v) __attribute__((always_inline)) {
-                         if (i != seen) {
-                           seen = i;
-                           row = i / used;
-                           at = i - row * used;
-                           target = base + ((from + row) % ring) * row_floats +
-                                    (begin + at) * columns;
-                         }
-                         Store(target + c, v);
+                       [&](int64_t i, int c, int vecs, const float* values) {
+                         const int64_t row = i / used, at = i - row * used;
+                         float* target = base + ((from + row) % ring) * row_floats +
+                                         c * padded + (begin + at) * kLanes;
+                         for (int v = 0; v < vecs; ++v)
+                           Store(target + v * kLanes * padded, Load(values + v * kLanes));
+                         if (ahead && oh + row < stop && at < s.out_width)
+                           for (int v = 0; v < vecs; ++v)
+                             __builtin_prefetch(ahead + (row * s.out_width + at) * s.out +
+                                                    p * kPanel + c + v * kLanes, 1, 2);
                        });
         }
       }
@@ -392,40 +426,60 @@ void PointwiseDepthwiseTask(const Shape& s, const Plan& plan, const float* x, co
         for (int64_t r = 0; r < s.terms; ++r)
           taps[r * s.rows + i] = inside ? z + (r * ring + from % ring) * row_floats : zeros;
       }
-      AnyDepthwiseRow(s, taps.data(), columns, channel0, depthwise,
-                      (image * s.out_height + row) * s.out_width, epilogue);
+      const int64_t pixel0 = (image * s.out_height + row) * s.out_width;
+      if (!s.pool) {
+        AnyDepthwiseRow(s, taps.data(), columns, channel0, depthwise, pixel0, epilogue);
+        continue;
+      }
+      float* half = pair + row % 2 * s.out_width * columns;
+      AnyDepthwiseRow(s, taps.data(), columns, channel0, depthwise, pixel0,
+                      PooledEpilogue{epilogue, half, columns, channel0, pixel0});
+      if (row % 2) StorePooledRow(s, pair, columns, channel0, image, row / 2, epilogue);
     }
   }
 }
 
 using F32 = ffi::Buffer<ffi::F32>;
 
-ffi::Error PointwiseDepthwise(ffi::ThreadPool pool, F32 x, F32 weights, F32 depthwise, F32 bias,
-                              F32 residual, ffi::Span<const int64_t> taps,
-                              ffi::Span<const int64_t> geometry, bool relu,
-                              ffi::ResultBuffer<ffi::F32> y) {
-  const auto in = x.dimensions(), out = y->dimensions();
+// Sizes of a convolution from its attributes: taps per axis and rank, strides, dilations, zeros
+// before, and sizes of the output before pooling.
+Shape MakeShape(F32 x, ffi::Span<const int64_t> taps, ffi::Span<const int64_t> geometry,
+                ffi::Span<const int64_t> sizes) {
+  const auto in = x.dimensions();
   Shape s{};
   s.batch = in[0], s.height = in[1], s.width = in[2], s.in = in[3];
-  s.out_height = out[1], s.out_width = out[2], s.out = out[3];
+  s.out_height = sizes[0], s.out_width = sizes[1], s.out = sizes[2];
   s.rows = taps[0], s.cols = taps[1], s.terms = taps[2];
   s.stride_h = geometry[0], s.stride_w = geometry[1];
   s.dilation_h = geometry[2], s.dilation_w = geometry[3];
   s.top = geometry[4], s.left = geometry[5];
+  return s;
+}
+
+Epilogue MakeEpilogue(F32 bias, F32 residual, float* y, bool relu, int64_t out) {
+  const float* added = residual.element_count() ? residual.typed_data() : nullptr;
+  return Epilogue{bias.typed_data(), added, y, relu, out};
+}
+
+ffi::Error PointwiseDepthwise(ffi::ThreadPool pool, F32 x, F32 weights, F32 depthwise, F32 bias,
+                              F32 residual, ffi::Span<const int64_t> taps,
+                              ffi::Span<const int64_t> geometry, ffi::Span<const int64_t> sizes,
+                              bool relu, bool pooled, ffi::ResultBuffer<ffi::F32> y) {
   if (y->element_count() == 0) return ffi::Error::Success();
-  const Epilogue epilogue{bias.typed_data(),
-                          residual.element_count() ? residual.typed_data() : nullptr,
-                          y->typed_data(), relu, s.out};
-  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
-  const Plan plan = MakePlan(s, threads);
+  Shape s = MakeShape(x, taps, geometry, sizes);
+  s.pool = pooled;
+  const Epilogue epilogue = MakeEpilogue(bias, residual, y->typed_data(), relu, s.out);
+  const Plan plan = MakePlan(s, std::max<int64_t>(pool.num_threads(), 1));
   const int64_t panels = CeilDiv(s.out, kPanel), groups = CeilDiv(panels, plan.panels);
-  const int64_t rows = CeilDiv(s.out_height, plan.chunks);
+  const int64_t used = s.pool ? s.out_height / 2 * 2 : s.out_height;
+  int64_t rows = CeilDiv(used, plan.chunks);
+  if (s.pool) rows += rows % 2;
   const float *px = x.typed_data(), *pd = depthwise.typed_data();
   const float* pw = weights.element_count() ? weights.typed_data() : nullptr;
   RunTasks(pool, s.batch * plan.chunks * groups, [=](int64_t task) {
     const int64_t group = task % groups, chunk = task / groups % plan.chunks;
     const int64_t image = task / groups / plan.chunks;
-    const int64_t first = chunk * rows, last = std::min(first + rows, s.out_height);
+    const int64_t first = chunk * rows, last = std::min(first + rows, used);
     const int64_t panel0 = group * plan.panels;
     if (first < last)
       PointwiseDepthwiseTask(s, plan, px, pw, pd, epilogue, image, first, last, panel0,
@@ -469,20 +523,12 @@ void PackPixels(const Shape& s, const float* x, int64_t first, int64_t count, fl
 
 // A standard convolution, or a pointwise one: rows of the product are output pixels, segments taps.
 ffi::Error Convolution(ffi::ThreadPool pool, F32 x, F32 weights, F32 bias, F32 residual,
-                       ffi::Span<const int64_t> taps, ffi::Span<const int64_t> geometry, bool relu,
+                       ffi::Span<const int64_t> taps, ffi::Span<const int64_t> geometry,
+                       ffi::Span<const int64_t> sizes, bool relu,
                        ffi::ResultBuffer<ffi::F32> y) {
-  const auto in = x.dimensions(), out = y->dimensions();
-  Shape s{};
-  s.batch = in[0], s.height = in[1], s.width = in[2], s.in = in[3];
-  s.out_height = out[1], s.out_width = out[2], s.out = out[3];
-  s.rows = taps[0], s.cols = taps[1], s.terms = 1;
-  s.stride_h = geometry[0], s.stride_w = geometry[1];
-  s.dilation_h = geometry[2], s.dilation_w = geometry[3];
-  s.top = geometry[4], s.left = geometry[5];
   if (y->element_count() == 0) return ffi::Error::Success();
-  const Epilogue epilogue{bias.typed_data(),
-                          residual.element_count() ? residual.typed_data() : nullptr,
-                          y->typed_data(), relu, s.out};
+  const Shape s = MakeShape(x, taps, geometry, sizes);
+  const Epilogue epilogue = MakeEpilogue(bias, residual, y->typed_data(), relu, s.out);
   const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
   const int64_t pixels = s.batch * s.out_height * s.out_width;
   const int64_t panels = CeilDiv(s.out, kPanel);
@@ -519,15 +565,14 @@ ffi::Error Convolution(ffi::ThreadPool pool, F32 x, F32 weights, F32 bias, F32 r
     }
     for (int64_t p = group * each; p < std::min(panels, (group + 1) * each); ++p) {
       const int width = PanelWidth(s, p);
-      auto sink = [&](int64_t i, int c, Vec v) __attribute__((always_inline)) {
-        epilogue.Put(first + i, p * kPanel + c, v);
+      auto sink = [&](int64_t i, int c, int vecs, const float* values) {
+        for (int v = 0; v < vecs; ++v)
+          epilogue.Put(first + i, p * kPanel + c + v * kLanes, Load(values + v * kLanes));
       };
       const float* b = pw + p * kPanel * depth;
       if (packed) {
         auto row = [&](int, int64_t i) { return packed + i * depth; };
         PanelProduct(width, count, 1, depth, b, row, sink);
-      } else if (segments == 1) {
-        PanelProduct(width, count, 1, s.in, b, point, sink);
       } else {
         PanelProduct(width, count, segments, s.in, b, point, sink);
       }
@@ -536,8 +581,69 @@ ffi::Error Convolution(ffi::ThreadPool pool, F32 x, F32 weights, F32 bias, F32 r
   return ffi::Error::Success();
 }
 
+// Maxima over windows; what is outside counts as nothing.
+ffi::Error MaxPool(ffi::ThreadPool pool, F32 x, ffi::Span<const int64_t> taps,
+                   ffi::Span<const int64_t> geometry, ffi::ResultBuffer<ffi::F32> y) {
+  if (y->element_count() == 0) return ffi::Error::Success();
+  const auto in = x.dimensions(), out = y->dimensions();
+  const int64_t height = in[1], width = in[2], channels = in[3];
+  const int64_t out_height = out[1], out_width = out[2], rows = in[0] * out_height;
+  const int64_t tall = taps[0], wide = taps[1], stride_h = geometry[0], stride_w = geometry[1];
+  const int64_t top = geometry[2], left = geometry[3];
+  const float* px = x.typed_data();
+  float* py = y->typed_data();
+  const int64_t each = std::max<int64_t>(1, kStepPoints * 64 / (out_width * channels) + 1);
+  RunTasks(pool, CeilDiv(rows, each), [=](int64_t task) {
+    for (int64_t row = task * each; row < std::min(rows, (task + 1) * each); ++row) {
+      const int64_t image = row / out_height, h = row % out_height * stride_h - top;
+      const int64_t h0 = std::max<int64_t>(h, 0), h1 = std::min(h + tall, height);
+      for (int64_t w = 0; w < out_width; ++w) {
+        const int64_t left_edge = w * stride_w - left;
+        const int64_t w0 = std::max<int64_t>(left_edge, 0), w1 = std::min(left_edge + wide, width);
+        for (int64_t c = 0; c < channels; c += kLanes) {
+          const int n = static_cast<int>(std::min<int64_t>(channels - c, kLanes));
+          Vec most = Vec{} - __builtin_inff();
+          for (int64_t i = h0; i < h1; ++i)
+            for (int64_t j = w0; j < w1; ++j)
+              most = Max(most, LoadSome(px + ((image * height + i) * width + j) * channels + c, n));
+          StoreSome(py + (row * out_width + w) * channels + c, most, n);
+        }
+      }
+    }
+  });
+  return ffi::Error::Success();
+}
+
+// y[a, i, b] = sum_t weights[i, t] * x[a, places[i, t], b]: interpolation along one axis.
+ffi::Error AlongAxis(ffi::ThreadPool pool, F32 x, F32 weights, ffi::Buffer<ffi::S32> places,
+                     ffi::ResultBuffer<ffi::F32> y) {
+  if (y->element_count() == 0) return ffi::Error::Success();
+  const int64_t n = x.dimensions()[1], inner = x.dimensions()[2];
+  const int64_t m = weights.dimensions()[0], terms = weights.dimensions()[1];
+  const int64_t rows = x.dimensions()[0] * m;
+  const float *px = x.typed_data(), *pw = weights.typed_data();
+  const int32_t* at = places.typed_data();
+  float* py = y->typed_data();
+  const int64_t each = std::max<int64_t>(1, 16384 / inner);
+  RunTasks(pool, CeilDiv(rows, each), [=](int64_t task) {
+    for (int64_t row = task * each; row < std::min(rows, (task + 1) * each); ++row) {
+      const int64_t i = row % m;
+      const float* from = px + row / m * n * inner;
+      for (int64_t b = 0; b < inner; b += kLanes) {
+        const int count = static_cast<int>(std::min<int64_t>(inner - b, kLanes));
+        Vec sum = {};
+        for (int64_t t = 0; t < terms; ++t)
+          sum += pw[i * terms + t] * LoadSome(from + at[i * terms + t] * inner + b, count);
+        StoreSome(py + row * inner + b, sum, count);
+      }
+    }
+  });
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
+#define FALCON_SPAN ffi::Span<const int64_t>
 XLA_FFI_DEFINE_HANDLER_SYMBOL(FalconPointwiseDepthwise, PointwiseDepthwise,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
@@ -546,9 +652,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(FalconPointwiseDepthwise, PointwiseDepthwise,
                                   .Arg<F32>()
                                   .Arg<F32>()
                                   .Arg<F32>()
-                                  .Attr<ffi::Span<const int64_t>>("taps")
-                                  .Attr<ffi::Span<const int64_t>>("geometry")
+                                  .Attr<FALCON_SPAN>("taps")
+                                  .Attr<FALCON_SPAN>("geometry")
+                                  .Attr<FALCON_SPAN>("sizes")
                                   .Attr<bool>("relu")
+                                  .Attr<bool>("pool")
                                   .Ret<F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(FalconConvolution, Convolution,
                               ffi::Ffi::Bind()
@@ -557,7 +665,22 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(FalconConvolution, Convolution,
                                   .Arg<F32>()
                                   .Arg<F32>()
                                   .Arg<F32>()
-                                  .Attr<ffi::Span<const int64_t>>("taps")
-                                  .Attr<ffi::Span<const int64_t>>("geometry")
+                                  .Attr<FALCON_SPAN>("taps")
+                                  .Attr<FALCON_SPAN>("geometry")
+                                  .Attr<FALCON_SPAN>("sizes")
                                   .Attr<bool>("relu")
+                                  .Ret<F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FalconMaxPool, MaxPool,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<F32>()
+                                  .Attr<FALCON_SPAN>("taps")
+                                  .Attr<FALCON_SPAN>("geometry")
+                                  .Ret<F32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(FalconAlongAxis, AlongAxis,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<F32>()
+                                  .Arg<F32>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<F32>());

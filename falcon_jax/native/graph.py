@@ -18,9 +18,9 @@ from jax.extend import core
 from jaxtyping import Array
 
 from falcon_jax.frameworks.tracing import inner_jaxprs
-from falcon_jax.native.kernels import Step, convolve, pack_columns, pack_rows
+from falcon_jax.native.kernels import AlongAxis, MaxPool, Step, pack_columns, pack_rows, run
 from falcon_jax.ops.choice import canonical_forms
-from falcon_jax.ops.convolution import conv_on_small_maps, max_pool_2x2
+from falcon_jax.ops.convolution import conv_on_small_maps
 from falcon_jax.ops.depthwise import depthwise_conv
 from falcon_jax.ops.separable import pointwise_conv
 
@@ -37,6 +37,8 @@ _CALLS = {
 }
 _LARGE = 2**16  # elements: constants that only repeat smaller ones are not made that large
 _CONVOLUTION = "conv_general_dilated"
+_RANDOM = ("random", "rng")
+_FEW = 8  # entries of an axis that an interpolation takes together
 
 
 @dataclasses.dataclass(eq=False)
@@ -170,7 +172,7 @@ def _folded(program: Program) -> Program:
         known = all(x.constant is not None or x in found for x in operation.inputs)
         most = max((math.prod(x.shape) for x in operation.inputs), default=0)
         made = max((math.prod(y.shape) for y in operation.outputs), default=0)
-        if known and made <= max(_LARGE, most) and operation.inputs:
+        if known and made <= max(_LARGE, most) and not operation.primitive.name.startswith(_RANDOM):
             constant.append(operation)
             found.update(operation.outputs)
         else:
@@ -230,7 +232,12 @@ class Joined:
     @property
     def is_linear(self) -> bool:
         """Return whether nothing follows the convolution yet."""
-        return self.bias is None and self.residual is None and not self.step.relu
+        return self.bias is None and self.residual is None and not self.is_finished
+
+    @property
+    def is_finished(self) -> bool:
+        """Return whether nothing can be added any more."""
+        return self.step.relu or self.step.pool
 
     def scaled(self, gain: np.ndarray) -> "Joined":
         """Return it with outputs multiplied by a gain per channel."""
@@ -238,6 +245,28 @@ class Joined:
         bias = None if self.bias is None else self.bias * gain
         changed: dict[str, Any] = {last: getattr(self, last) * gain}
         return dataclasses.replace(self, bias=bias, **changed)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Resampled:
+    """An array whose axes are multiplied by constant matrices of few entries a row, and permuted.
+
+    Attributes:
+        x: the array.
+        matrices: axis of x and matrix (out, in).
+        order: axes of x in the order of the result's.
+    """
+
+    x: Value
+    matrices: tuple[tuple[int, np.ndarray], ...]
+    order: tuple[int, ...]
+
+
+def _few_entries(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return weights and places of a matrix's entries that are not zero, row by row."""
+    most = max(int(np.count_nonzero(matrix, axis=1).max()), 1)
+    places = np.argsort(matrix == 0, axis=1, kind="stable")[:, :most]
+    return np.take_along_axis(matrix, places, axis=1), places.astype(np.int32)
 
 
 class _Runner:
@@ -248,6 +277,13 @@ class _Runner:
         self.made: dict[Value, Any] = {}
         self.waiting: dict[Value, Joined] = {}
         self.repeated: dict[Value, np.ndarray] = {}  # per channel, or one number
+        self.resampled: dict[Value, Resampled] = {}
+        self.parts: dict[Value, tuple[Value, ...]] = {}  # side by side, not put together yet
+
+    def consumer_of(self, value: Value) -> str:
+        """Return the name of the operation that uses a value, if there is only one."""
+        used = [o.primitive.name for o in self.program.operations if value in o.inputs]
+        return used[0] if len(used) == 1 else ""
 
     def run(self, arrays: Sequence[Any]) -> list[Any]:
         self.made.update(zip(self.program.inputs, arrays, strict=True))
@@ -269,23 +305,40 @@ class _Runner:
         """Return the array that a value is, made now if it was waiting."""
         if value.constant is not None:
             return jnp.asarray(value.constant)
-        if value not in self.made:
-            self.made[value] = self._make(self.waiting[value])
-        return self.made[value]
+        if value in self.made:
+            return self.made[value]
+        if value in self.waiting:
+            made = self._make(self.waiting[value])
+        elif value in self.resampled:
+            made = self._interpolate(self.resampled[value])
+        else:
+            made = jnp.concatenate([self.array(part) for part in self.parts[value]], axis=-1)
+        self.made[value] = made
+        return made
+
+    def _interpolate(self, resampled: "Resampled") -> Any:
+        y = self.array(resampled.x)
+        for axis, matrix in resampled.matrices:
+            shape = y.shape
+            y = y.reshape(math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1 :]))
+            y = run(AlongAxis(size=matrix.shape[0]), y, *_few_entries(matrix))
+            y = y.reshape(*shape[:axis], matrix.shape[0], *shape[axis + 1 :])
+        order = resampled.order
+        return y if order == tuple(range(len(order))) else jnp.transpose(y, order)
 
     def _make(self, joined: Joined) -> Any:
         step = joined.step
         none = np.zeros((0,), np.float32)
         bias = np.zeros(step.out_features, np.float32) if joined.bias is None else joined.bias
         residual = None if joined.residual is None else self.array(joined.residual)
-        small = step.output_shape(joined.small)
-        y = convolve(
+        small = step.convolved(joined.small)
+        y = run(
             step,
             self.array(joined.x).reshape(joined.small),
             none if joined.weights is None else pack_columns(joined.weights),
             none if joined.depthwise is None else pack_rows(joined.depthwise),
             pack_rows(bias),
-            None if residual is None else residual.reshape(small),
+            none if residual is None else residual.reshape(small),
         )
         return y.reshape(joined.shape)
 
@@ -319,7 +372,8 @@ def _convolution(runner: _Runner, operation: Operation) -> bool:
         if both is not None:
             runner.waiting[y] = both
             return True
-    runner.waiting[y] = joined
+    if not _sum_of_parts(runner, joined, y):
+        runner.waiting[y] = joined
     return True
 
 
@@ -391,6 +445,8 @@ def _product(runner: _Runner, operation: Operation) -> bool:
     x, matrix = operation.inputs
     (y,) = operation.outputs
     (of_x, of_matrix), batch = operation.params["dimension_numbers"]
+    if _interpolation(runner, operation):
+        return True
     if (
         not all(a.dtype == jnp.float32 for a in (x, matrix, y))
         or matrix.constant is None
@@ -410,6 +466,128 @@ def _product(runner: _Runner, operation: Operation) -> bool:
     runner.waiting[y] = Joined(
         x=x, step=step, weights=array[:, None], shape=y.shape, small=(1, 1, rows, x.shape[-1])
     )
+    return True
+
+
+def _interpolation(runner: _Runner, operation: Operation) -> bool:
+    """Take a product of one axis that is not the last with a matrix of few entries a row."""
+    (of_left, of_right), batch = operation.params["dimension_numbers"]
+    left, right = operation.inputs
+    (y,) = operation.outputs
+    first = left.constant is not None  # then the matrix's axis comes first in the result
+    x, matrix = (right, left) if first else (left, right)
+    of_x, of_matrix = (of_right, of_left) if first else (of_left, of_right)
+    if (
+        matrix.constant is None
+        or x.constant is not None
+        or len(matrix.shape) != 2
+        or len(x.shape) != 4
+        or len(of_x) != 1
+        or any(map(len, batch))
+        or not all(a.dtype == jnp.float32 for a in (x, matrix, y))
+    ):
+        return False
+    known = runner.resampled.get(x) if x.uses == 1 else None
+    known = known or Resampled(x=x, matrices=(), order=(0, 1, 2, 3))
+    axis = known.order[of_x[0]]
+    array = np.asarray(matrix.constant)
+    array = array.T if of_matrix[0] == 0 else array
+    few = np.count_nonzero(array, axis=1).max(initial=0) <= _FEW
+    if axis in (0, 3) or not few or array.size == 0:
+        return False
+    rest = tuple(a for i, a in enumerate(known.order) if i != of_x[0])
+    runner.resampled[y] = Resampled(
+        x=known.x,
+        matrices=(*known.matrices, (axis, array)),
+        order=(axis, *rest) if first else (*rest, axis),
+    )
+    return True
+
+
+def _transpose(runner: _Runner, operation: Operation) -> bool:
+    (x,) = operation.inputs
+    known = runner.resampled.get(x) if x.uses == 1 else None
+    if known is None:
+        return False
+    order = tuple(known.order[i] for i in operation.params["permutation"])
+    runner.resampled[operation.outputs[0]] = dataclasses.replace(known, order=order)
+    return True
+
+
+def _concatenate(runner: _Runner, operation: Operation) -> bool:
+    """Let arrays that are put side by side by channels wait for a convolution."""
+    (y,) = operation.outputs
+    float32 = all(a.dtype == jnp.float32 and a.constant is None for a in operation.inputs)
+    if operation.params["dimension"] != len(y.shape) - 1 or len(y.shape) != 4 or not float32:
+        return False
+    runner.parts[y] = operation.inputs
+    return True
+
+
+def _sum_of_parts(runner: _Runner, joined: Joined, y: Value) -> bool:
+    """Take a pointwise convolution of arrays side by side as a sum of convolutions.
+
+    One of an interpolated array stands before the interpolation, where there are fewer points.
+    """
+    parts = runner.parts.get(joined.x) if joined.x.uses == 1 else None
+    before = runner.consumer_of(y)
+    plain = joined.step.kernel_size == (1, 1) and joined.step.strides == (1, 1)
+    padded = any(map(any, joined.step.padding))
+    if parts is None or padded or not plain or before in ("split", _CONVOLUTION):
+        return False
+    assert joined.weights is not None
+    start, pieces = 0, []
+    for part in parts:
+        stop = start + part.shape[-1]
+        pieces.append((part, joined.weights[start:stop]))
+        start = stop
+    # The last one carries what follows; interpolated ones come before it.
+    pieces.sort(key=lambda piece: piece[0] not in runner.resampled)
+    residual: Value | None = None
+    for part, weights in pieces:
+        step = dataclasses.replace(joined.step, in_features=part.shape[-1])
+        last = part is pieces[-1][0]
+        known = runner.resampled.get(part) if part.uses == 1 and not last else None
+        if known is not None and known.order == (0, 1, 2, 3) and residual is None:
+            source = known.x
+        else:
+            known, source = None, part
+        shape = (*source.shape[:-1], step.out_features)
+        output = Value(shape, y.dtype, uses=1)
+        runner.waiting[output] = Joined(
+            x=source, step=step, weights=weights, residual=residual, shape=shape, small=source.shape
+        )
+        residual = output
+        if known is not None:
+            residual = Value(y.shape, y.dtype, uses=1)
+            runner.resampled[residual] = dataclasses.replace(known, x=output)
+    assert residual is not None
+    runner.waiting[y] = runner.waiting[residual]
+    return True
+
+
+def _max_pool(runner: _Runner, operation: Operation) -> bool:
+    x = operation.inputs[0]
+    (y,) = operation.outputs
+    params = operation.params
+    dilated = max((*params["base_dilation"], *params["window_dilation"])) > 1
+    ends = [params[name][i] for name in ("window_dimensions", "window_strides") for i in (0, -1)]
+    edges = [params["padding"][i] for i in (0, -1)]
+    if len(x.shape) != 4 or x.dtype != jnp.float32 or dilated or max(ends) > 1:
+        return False
+    if any(map(any, edges)) or 0 in (*x.shape, *y.shape):
+        return False
+    (_, *window, _), (_, *strides, _) = params["window_dimensions"], params["window_strides"]
+    pool = MaxPool(
+        window=tuple(window), strides=tuple(strides), padding=tuple(map(tuple, params["padding"][1:3]))
+    )
+    joined = runner.taken(x)
+    halves = pool == MaxPool(window=(2, 2), strides=(2, 2))
+    if halves and joined is not None and joined.step.kind != "standard" and joined.shape == x.shape:
+        step = dataclasses.replace(joined.step, pool=True)
+        runner.waiting[y] = dataclasses.replace(joined, step=step, shape=y.shape)
+        return True
+    runner.made[y] = run(pool, runner.array(x))
     return True
 
 
@@ -439,10 +617,10 @@ def _add(runner: _Runner, operation: Operation) -> bool:
     (y,) = operation.outputs
     for x, other in (operation.inputs, operation.inputs[::-1]):
         joined = runner.taken(x)
-        if joined is None or joined.step.relu or x.shape != y.shape:
+        if joined is None or joined.is_finished or x.shape != y.shape:
             continue
         row = runner.per_channel(other, joined.step.out_features)
-        if row is not None and joined.residual is None:
+        if row is not None:
             bias = row if joined.bias is None else joined.bias + row
             runner.waiting[y] = dataclasses.replace(joined, bias=bias)
             return True
@@ -493,7 +671,7 @@ def _scale(
     pairs = (operation.inputs, operation.inputs[::-1])
     for x, other in pairs[:1] if first else pairs:
         joined = runner.taken(x)
-        if joined is None or joined.step.relu or joined.residual is not None or x.shape != y.shape:
+        if joined is None or joined.is_finished or joined.residual is not None or x.shape != y.shape:
             continue
         row = runner.per_channel(other, joined.step.out_features)
         if row is not None:
@@ -506,7 +684,7 @@ def _subtract(runner: _Runner, operation: Operation) -> bool:
     x, other = operation.inputs
     (y,) = operation.outputs
     joined = runner.taken(x)
-    if joined is None or joined.step.relu or joined.residual is not None or x.shape != y.shape:
+    if joined is None or joined.is_finished or joined.residual is not None or x.shape != y.shape:
         return False
     row = runner.per_channel(other, joined.step.out_features)
     if row is None:
@@ -557,6 +735,9 @@ _RULES: dict[str, Callable[[_Runner, Operation], bool]] = {
     "div": lambda runner, operation: _scale(runner, operation, lambda row: 1 / row, True),
     "max": _maximum,
     "broadcast_in_dim": _repeat,
+    "transpose": _transpose,
+    "concatenate": _concatenate,
+    "reduce_window_max": _max_pool,
 }
 
 
@@ -597,16 +778,4 @@ def _other_convolution(operation: Operation, x: Array, kernel: Array) -> Array |
     )
 
 
-def _pool(operation: Operation, x: Array) -> Array | None:
-    """Return a 2x2 pooling as the maximum of slices."""
-    params = operation.params
-    two = (1, 2, 2, 1)
-    known = params["window_dimensions"] == two and params["window_strides"] == two
-    dilated = max((*params["base_dilation"], *params["window_dilation"])) > 1
-    return None if not known or dilated or any(map(any, params["padding"])) else max_pool_2x2(x)
-
-
-_INSTEAD: dict[str, Callable[..., Any]] = {
-    _CONVOLUTION: _other_convolution,
-    "reduce_window_max": _pool,
-}
+_INSTEAD: dict[str, Callable[..., Any]] = {_CONVOLUTION: _other_convolution}

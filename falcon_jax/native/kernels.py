@@ -1,15 +1,16 @@
-"""What the compiled kernels compute, as one operation of JAX with a meaning in plain JAX."""
+"""What the compiled kernels compute: operations of JAX, each with its meaning in plain JAX."""
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from falcon_jax.native.library import load
 from falcon_jax.ops.convolution import conv
@@ -18,16 +19,53 @@ from falcon_jax.ops.geometry import output_shape
 from falcon_jax.ops.separable import pointwise_then_depthwise
 
 Kind = Literal["standard", "pointwise_depthwise", "depthwise"]
-Pairs = tuple[tuple[int, int], ...]
+Pair = tuple[int, int]
+Pairs = tuple[Pair, Pair]
 
 PANEL, LANES = 64, 16  # as in convolution.cc
+
+
+class Kernel(Protocol):
+    """An operation with settings; arrays are its operands.
+
+    Attributes:
+        mapped: positions of the operands that have a batch axis, the first.
+    """
+
+    mapped: tuple[int, ...]
+
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the output's shape for the first operand's."""
+        ...
+
+    def plain(self, *operands: Any) -> Any:
+        """Return what it is, in plain JAX."""
+        ...
+
+    def compiled(self, output: jax.ShapeDtypeStruct, *operands: Any) -> Any:
+        """Return the same by the compiled kernel."""
+        ...
+
+
+def run(kernel: Kernel, *operands: Any) -> Array:
+    """Carry out an operation by the compiled kernel; where there is none, in plain JAX.
+
+    Args:
+        kernel: the operation.
+        operands: as its ``plain`` takes them.
+    """
+    return _native.bind(*operands, kernel=kernel)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
     """A convolution of two spatial axes, with what follows it.
 
-    ``y = max(conv(x) + bias + residual, 0)``, the maximum only with ``relu``
+    ``y = pool(max(conv(x) + bias + residual, 0))``, maximum and pooling where they are asked for
+
+    Operands: the input (b, h, w, M), weights of `pack_columns` (empty if depthwise), depthwise
+    kernel of `pack_rows` (empty if standard), bias of `pack_rows`, and what is added, of the
+    convolution's shape (b, h', w', N), or an empty array.
 
     Attributes:
         kind: which.
@@ -39,32 +77,158 @@ class Step:
         padding: ``(low, high)`` zeros per axis.
         dilation: distance between taps.
         relu: whether negative outputs become zero.
+        pool: whether maxima of 2x2 outputs are returned; not of the standard kind.
     """
 
     kind: Kind
-    kernel_size: tuple[int, int]
+    kernel_size: Pair
     in_features: int
     out_features: int
     terms: int = 1
-    strides: tuple[int, int] = (1, 1)
+    strides: Pair = (1, 1)
     padding: Pairs = ((0, 0), (0, 0))
-    dilation: tuple[int, int] = (1, 1)
+    dilation: Pair = (1, 1)
     relu: bool = False
+    pool: bool = False
+
+    mapped = (0, 4)
+
+    def convolved(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the convolution's shape, before any pooling."""
+        sizes = output_shape(shape[1:3], self.kernel_size, **self._geometry)
+        return (shape[0], *sizes, self.out_features)
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the output's shape for an input's."""
-        sizes = output_shape(
-            shape[1:3], self.kernel_size, input_dilation=(1, 1), **self._geometry
-        )
-        return (shape[0], *sizes, self.out_features)
+        b, h, w, n = self.convolved(shape)
+        return (b, h // 2, w // 2, n) if self.pool else (b, h, w, n)
 
     @property
     def _geometry(self) -> dict[str, Any]:
         return {
             "strides": self.strides,
             "padding": self.padding,
+            "input_dilation": (1, 1),
             "kernel_dilation": self.dilation,
         }
+
+    def plain(
+        self,
+        x: Float[Array, "b h w m"],
+        weights: Float[Array, " packed_weights"],
+        depthwise: Float[Array, " packed_depthwise"],
+        bias: Float[Array, " packed_bias"],
+        residual: Float[Array, "*convolved"],
+    ) -> Float[Array, "b h_out w_out n"]:
+        """Return the step in plain JAX."""
+        size, geometry = self.kernel_size, self._geometry
+        if self.kind == "standard":
+            kernel = unpack_columns(weights, math.prod(size) * self.in_features, self)
+            y = conv(x, kernel.reshape(*size, self.in_features, -1), **geometry)
+        elif self.kind == "depthwise":
+            y = depthwise_conv(x, self._rows(depthwise, *size), **geometry)
+        else:
+            kernel = self._rows(depthwise, *size, self.terms)
+            pointwise = unpack_columns(weights, self.in_features, self)
+            y = pointwise_then_depthwise(x, kernel, pointwise, **geometry)
+        y = y + self._rows(bias, 1, 1, 1)
+        if residual.size:
+            y = y + residual
+        y = jnp.maximum(y, 0) if self.relu else y
+        return MaxPool(window=(2, 2), strides=(2, 2)).plain(y) if self.pool else y
+
+    def _rows(self, packed: Array, *shape: int) -> Array:
+        return packed.reshape(*shape, -1)[..., : self.out_features]
+
+    def compiled(self, output: jax.ShapeDtypeStruct, *operands: Any) -> Any:
+        """Return the step by the compiled kernel."""
+        x, weights, depthwise, bias, residual = operands
+        (top, _), (left, _) = self.padding
+        attributes: dict[str, Any] = {
+            "taps": np.array([*self.kernel_size, self.terms]),
+            "geometry": np.array([*self.strides, *self.dilation, top, left]),
+            "sizes": np.array(self.convolved(x.shape)[1:]),
+            "relu": self.relu,
+        }
+        if self.kind == "standard":
+            call = jax.ffi.ffi_call("FalconConvolution", output)
+            return call(x, weights, bias, residual, **attributes)
+        call = jax.ffi.ffi_call("FalconPointwiseDepthwise", output)
+        return call(x, weights, depthwise, bias, residual, **attributes, pool=self.pool)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaxPool:
+    """Maxima over windows of two spatial axes.
+
+    Operand: the input (b, h, w, c).
+
+    Attributes:
+        window: its sizes.
+        strides: step between windows.
+        padding: ``(low, high)`` points per axis that count as nothing.
+    """
+
+    window: Pair
+    strides: Pair
+    padding: Pairs = ((0, 0), (0, 0))
+
+    mapped = (0,)
+
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the output's shape for an input's."""
+        b, *spatial, c = shape
+        sizes = (
+            (n + low + high - size) // step + 1
+            for n, (low, high), size, step in zip(
+                spatial, self.padding, self.window, self.strides, strict=True
+            )
+        )
+        return (b, *sizes, c)
+
+    def plain(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h_out w_out c"]:
+        """Return the maxima in plain JAX."""
+        padding = ((0, 0), *self.padding, (0, 0))
+        window, strides = (1, *self.window, 1), (1, *self.strides, 1)
+        return lax.reduce_window(x, -jnp.inf, lax.max, window, strides, padding)
+
+    def compiled(self, output: jax.ShapeDtypeStruct, *operands: Any) -> Any:
+        """Return the maxima by the compiled kernel."""
+        (top, _), (left, _) = self.padding
+        call = jax.ffi.ffi_call("FalconMaxPool", output)
+        geometry = np.array([*self.strides, top, left])
+        return call(*operands, taps=np.array(self.window), geometry=geometry)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AlongAxis:
+    """Sums of a few entries of one axis, as in interpolation.
+
+    ``y[a, i, b] = sum_t weights[i, t] x[a, places[i, t], b]``
+
+    Operands: the input (a, n, b), weights (m, t), places (m, t).
+
+    Attributes:
+        size: entries m of the axis afterwards.
+    """
+
+    size: int
+
+    mapped = (0,)
+
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the output's shape for an input's."""
+        return (shape[0], self.size, shape[2])
+
+    def plain(
+        self, x: Float[Array, "a n b"], weights: Float[Array, "m t"], places: Int[Array, "m t"]
+    ) -> Float[Array, "a m b"]:
+        """Return the sums in plain JAX."""
+        return jnp.einsum("aitb,it->aib", x[:, places], weights)
+
+    def compiled(self, output: jax.ShapeDtypeStruct, *operands: Any) -> Any:
+        """Return the sums by the compiled kernel."""
+        return jax.ffi.ffi_call("FalconAlongAxis", output)(*operands)
 
 
 def pack_columns(matrix: Float[np.ndarray, "depth terms n"]) -> Float[np.ndarray, " size"]:
@@ -75,14 +239,10 @@ def pack_columns(matrix: Float[np.ndarray, "depth terms n"]) -> Float[np.ndarray
     return np.concatenate([panel.swapaxes(0, 1).reshape(-1) for panel in panels])
 
 
-def pack_rows(rows: Float[np.ndarray, "*rows n"]) -> Float[np.ndarray, " size"]:
-    """Return rows over channels, channels filled up with zeros to a multiple of 16."""
-    fill = [(0, 0)] * (rows.ndim - 1) + [(0, -rows.shape[-1] % LANES)]
-    return np.pad(rows, fill).reshape(-1)
-
-
-def _columns(step: Step, packed: Array, depth: int) -> Array:
-    """Undo `pack_columns`: shape (depth, terms, n)."""
+def unpack_columns(
+    packed: Float[Array, " size"], depth: int, step: Step
+) -> Float[Array, "depth terms n"]:
+    """Return the weights that `pack_columns` made this of."""
     n = step.out_features + -step.out_features % LANES
     widths = [min(PANEL, n - start) for start in range(0, n, PANEL)]
     ends = np.cumsum([depth * step.terms * width for width in widths]).tolist()
@@ -93,113 +253,63 @@ def _columns(step: Step, packed: Array, depth: int) -> Array:
     return jnp.concatenate(panels, -1).swapaxes(0, 1)[..., : step.out_features]
 
 
-def _rows(step: Step, packed: Array, shape: tuple[int, ...]) -> Array:
-    return packed.reshape(*shape, -1)[..., : step.out_features]
+def pack_rows(rows: Float[np.ndarray, "*rows n"]) -> Float[np.ndarray, " size"]:
+    """Return rows over channels, channels filled up with zeros to a multiple of 16."""
+    fill = [(0, 0)] * (rows.ndim - 1) + [(0, -rows.shape[-1] % LANES)]
+    return np.pad(rows, fill).reshape(-1)
 
 
-def plain(
-    x: Float[Array, "b h w m"],
-    weights: Float[Array, " packed_weights"],
-    depthwise: Float[Array, " packed_depthwise"],
-    bias: Float[Array, " packed_bias"],
-    residual: Float[Array, "*output"],
-    *,
-    step: Step,
-) -> Float[Array, "b h_out w_out n"]:
-    """Return what a step is, in plain JAX.
-
-    Args:
-        x: input.
-        weights: of `pack_columns`; empty for a depthwise convolution.
-        depthwise: of `pack_rows`, shape ``(*kernel_size, k, N)`` before; empty for a standard one.
-        bias: of `pack_rows`.
-        residual: what is added, of the output's shape; of no elements if nothing is.
-        step: the convolution.
-    """
-    geometry = {**step._geometry, "input_dilation": (1, 1)}
-    taps = math.prod(step.kernel_size)
-    if step.kind == "standard":
-        kernel = _columns(step, weights, taps * step.in_features)
-        shape = (*step.kernel_size, step.in_features, step.out_features)
-        y = conv(x, kernel.reshape(shape), **geometry)
-    elif step.kind == "depthwise":
-        kernel = _rows(step, depthwise, step.kernel_size)
-        y = depthwise_conv(x, kernel, **geometry)
-    else:
-        kernel = _rows(step, depthwise, (*step.kernel_size, step.terms))
-        pointwise = _columns(step, weights, step.in_features)
-        y = pointwise_then_depthwise(x, kernel, pointwise, **geometry)
-    y = y + _rows(step, bias, ()).reshape(1, 1, 1, -1)
-    if residual.size:
-        y = y + residual
-    return jnp.maximum(y, 0) if step.relu else y
+def _shape(kernel: Kernel, x: Any) -> tuple[int, ...]:
+    return kernel.output_shape(tuple(x.shape))
 
 
-def convolve(
-    step: Step,
-    x: Float[Array, "b h w m"],
-    weights: Any,
-    depthwise: Any,
-    bias: Any,
-    residual: Float[Array, "b h_out w_out n"] | None,
-) -> Float[Array, "b h_out w_out n"]:
-    """Carry out a step by the compiled kernel; where there is none, as `plain` does."""
-    added = jnp.zeros((0,), jnp.float32) if residual is None else residual
-    return _step.bind(x, weights, depthwise, bias, added, step=step)
+def _plain(*operands: Any, kernel: Kernel) -> Any:
+    return kernel.plain(*operands)
 
 
-def _compiled(x: Any, weights: Any, depthwise: Any, bias: Any, residual: Any, *, step: Step) -> Any:
-    shape = jax.ShapeDtypeStruct(step.output_shape(x.shape), jnp.float32)
-    (top, _), (left, _) = step.padding
-    attributes: dict[str, Any] = {
-        "geometry": np.array([*step.strides, *step.dilation, top, left]),
-        "taps": np.array([*step.kernel_size, step.terms]),
-        "relu": step.relu,
-    }
-    if step.kind == "standard":
-        call = jax.ffi.ffi_call("FalconConvolution", shape)
-        return call(x, weights, bias, residual, **attributes)
-    call = jax.ffi.ffi_call("FalconPointwiseDepthwise", shape)
-    return call(x, weights, depthwise, bias, residual, **attributes)
+def _compiled(*operands: Any, kernel: Kernel) -> Any:
+    x = operands[0]
+    return kernel.compiled(jax.ShapeDtypeStruct(_shape(kernel, x), x.dtype), *operands)
 
 
-def _lower(context: Any, *operands: Any, step: Step) -> Any:
+def _lower(context: Any, *operands: Any, kernel: Kernel) -> Any:
     """Lower to the compiled kernel, but for export: another machine has none."""
     exported = context.module_context.lowering_parameters.for_export
-    function = plain if exported or not load() else _compiled
-    return mlir.lower_fun(function, multiple_results=False)(context, *operands, step=step)
+    function = _plain if exported or not load() else _compiled
+    return mlir.lower_fun(function, multiple_results=False)(context, *operands, kernel=kernel)
 
 
-def _batch(operands: Any, axes: Any, *, step: Step) -> tuple[Array, int]:
-    if any(axis is not None for axis in axes[1:4]):
-        mapped = jax.vmap(lambda *a: plain(*a, step=step), in_axes=axes)
-        return mapped(*operands), 0
+def _batch(operands: Any, axes: Any, *, kernel: Kernel) -> tuple[Array, int]:
+    if any(axis is not None and i not in kernel.mapped for i, axis in enumerate(axes)):
+        return jax.vmap(kernel.plain, in_axes=axes)(*operands), 0
     size = next(a.shape[d] for a, d in zip(operands, axes, strict=True) if d is not None)
-    x, *weights, residual = operands
 
-    def flat(array: Array, axis: int | None) -> Array:
+    def joined(array: Array, axis: int | None) -> Array:
         if axis is None:
             array = jnp.broadcast_to(array[None], (size, *array.shape))
         else:
             array = jnp.moveaxis(array, axis, 0)
-        return array.reshape(-1, *array.shape[2:]) if array.ndim > 2 else array.reshape(-1)
+        return array.reshape(-1, *array.shape[2:])
 
-    y = _step.bind(flat(x, axes[0]), *weights, flat(residual, axes[4]), step=step)
-    return y.reshape(size, -1, *y.shape[1:]), 0
+    flat = [
+        joined(array, axis) if i in kernel.mapped else array
+        for i, (array, axis) in enumerate(zip(operands, axes, strict=True))
+    ]
+    y = run(kernel, *flat)
+    return y.reshape(size, y.shape[0] // size, *y.shape[1:]), 0
 
 
-def _differentiate(primals: Any, tangents: Any, *, step: Step) -> Any:
+def _differentiate(primals: Any, tangents: Any, *, kernel: Kernel) -> Any:
     moved = [ad.instantiate_zeros(t) for t in tangents]
-    return jax.jvp(lambda *a: plain(*a, step=step), tuple(primals), tuple(moved))
+    return jax.jvp(kernel.plain, tuple(primals), tuple(moved))
 
 
-_step = Primitive("falcon_native_step")
-_step.def_impl(jax.jit(lambda *a, step: _step.bind(*a, step=step), static_argnames="step"))
-_step.def_abstract_eval(
-    lambda x, *_, step: jax.core.ShapedArray(step.output_shape(x.shape), x.dtype)
+_native = Primitive("falcon_native")
+_native.def_impl(lambda *operands, kernel: jax.jit(run, static_argnums=0)(kernel, *operands))
+_native.def_abstract_eval(
+    lambda x, *_, kernel: jax.core.ShapedArray(_shape(kernel, x), x.dtype)
 )
-ad.primitive_jvps[_step] = _differentiate
-batching.primitive_batchers[_step] = _batch
-mlir.register_lowering(_step, mlir.lower_fun(plain, multiple_results=False))
-mlir.register_lowering(_step, _lower, platform="cpu")
-
+ad.primitive_jvps[_native] = _differentiate
+batching.primitive_batchers[_native] = _batch
+mlir.register_lowering(_native, mlir.lower_fun(_plain, multiple_results=False))
+mlir.register_lowering(_native, _lower, platform="cpu")

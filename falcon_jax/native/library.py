@@ -15,7 +15,7 @@ import jaxlib
 
 from falcon_jax.wording import reason
 
-TARGETS = ("FalconPointwiseDepthwise", "FalconConvolution")
+TARGETS = ("FalconPointwiseDepthwise", "FalconConvolution", "FalconMaxPool", "FalconAlongAxis")
 _SOURCE = pathlib.Path(__file__).with_name("convolution.cc")
 _OPTIONS = ("-std=c++17", "-O3", "-ffast-math", "-fno-finite-math-only", "-fPIC", "-shared")
 
