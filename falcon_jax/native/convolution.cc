@@ -12,6 +12,10 @@
 #include <thread>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -201,6 +205,17 @@ void RunTasks(ffi::ThreadPool& pool, int64_t tasks, std::function<void(int64_t)>
   for (int64_t t = 1; t < threads; ++t) pool.Schedule([state] { state->Work(); });
   state->Work();
   while (state->done.load() < tasks) std::this_thread::yield();
+}
+
+// XLA gives large outputs fresh memory in every call: with huge pages there are fewer faults.
+void AskForHugePages(const float* y, int64_t floats) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 2 << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(y), end = begin + floats * sizeof(float);
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, last = end / kPage * kPage;
+  if (last >= first + 2 * kPage)
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
 }
 
 struct Plan {
@@ -466,6 +481,7 @@ ffi::Error PointwiseDepthwise(ffi::ThreadPool pool, F32 x, F32 weights, F32 dept
                               ffi::Span<const int64_t> geometry, ffi::Span<const int64_t> sizes,
                               bool relu, bool pooled, ffi::ResultBuffer<ffi::F32> y) {
   if (y->element_count() == 0) return ffi::Error::Success();
+  AskForHugePages(y->typed_data(), y->element_count());
   Shape s = MakeShape(x, taps, geometry, sizes);
   s.pool = pooled;
   const Epilogue epilogue = MakeEpilogue(bias, residual, y->typed_data(), relu, s.out);
@@ -492,7 +508,8 @@ ffi::Error PointwiseDepthwise(ffi::ThreadPool pool, F32 x, F32 weights, F32 dept
 void PackPixels(const Shape& s, const float* x, int64_t first, int64_t count, float* to) {
   int64_t w = first % s.out_width, rest = first / s.out_width;
   int64_t h = rest % s.out_height, image = rest / s.out_height;
-  const int64_t run = s.cols * s.in;
+  const int64_t run = s.cols * s.in, wide = (run + kLanes - 1) / kLanes * kLanes;
+  const float* stop = x + s.batch * s.height * s.width * s.in;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t col = w * s.stride_w - s.left;
     const bool whole = s.dilation_w == 1 && col >= 0 && col + s.cols <= s.width;
@@ -503,8 +520,8 @@ void PackPixels(const Shape& s, const float* x, int64_t first, int64_t count, fl
         continue;
       }
       const float* from = x + ((image * s.height + row) * s.width + col) * s.in;
-      if (whole) {
-        for (int64_t m = 0; m < run; ++m) to[m] = from[m];
+      if (whole && from + wide <= stop) {  // what is too much is written over by the next row
+        for (int64_t m = 0; m < run; m += kLanes) Store(to + m, Load(from + m));
         continue;
       }
       for (int64_t q = 0; q < s.cols; ++q)
@@ -527,6 +544,7 @@ ffi::Error Convolution(ffi::ThreadPool pool, F32 x, F32 weights, F32 bias, F32 r
                        ffi::Span<const int64_t> sizes, bool relu,
                        ffi::ResultBuffer<ffi::F32> y) {
   if (y->element_count() == 0) return ffi::Error::Success();
+  AskForHugePages(y->typed_data(), y->element_count());
   const Shape s = MakeShape(x, taps, geometry, sizes);
   const Epilogue epilogue = MakeEpilogue(bias, residual, y->typed_data(), relu, s.out);
   const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
@@ -560,7 +578,7 @@ ffi::Error Convolution(ffi::ThreadPool pool, F32 x, F32 weights, F32 bias, F32 r
     };
     float* packed = nullptr;
     if (segments > 1 && s.in < kFewChannels) {  // side by side: the product's loop is then long
-      packed = Scratch(count * depth);
+      packed = Scratch(count * depth + kLanes);
       PackPixels(s, px, first, count, packed);
     }
     for (int64_t p = group * each; p < std::min(panels, (group + 1) * each); ++p) {
@@ -585,6 +603,7 @@ ffi::Error Convolution(ffi::ThreadPool pool, F32 x, F32 weights, F32 bias, F32 r
 ffi::Error MaxPool(ffi::ThreadPool pool, F32 x, ffi::Span<const int64_t> taps,
                    ffi::Span<const int64_t> geometry, ffi::ResultBuffer<ffi::F32> y) {
   if (y->element_count() == 0) return ffi::Error::Success();
+  AskForHugePages(y->typed_data(), y->element_count());
   const auto in = x.dimensions(), out = y->dimensions();
   const int64_t height = in[1], width = in[2], channels = in[3];
   const int64_t out_height = out[1], out_width = out[2], rows = in[0] * out_height;
@@ -618,6 +637,7 @@ ffi::Error MaxPool(ffi::ThreadPool pool, F32 x, ffi::Span<const int64_t> taps,
 ffi::Error AlongAxis(ffi::ThreadPool pool, F32 x, F32 weights, ffi::Buffer<ffi::S32> places,
                      ffi::ResultBuffer<ffi::F32> y) {
   if (y->element_count() == 0) return ffi::Error::Success();
+  AskForHugePages(y->typed_data(), y->element_count());
   const int64_t n = x.dimensions()[1], inner = x.dimensions()[2];
   const int64_t m = weights.dimensions()[0], terms = weights.dimensions()[1];
   const int64_t rows = x.dimensions()[0] * m;
