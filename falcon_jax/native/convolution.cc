@@ -364,7 +364,8 @@ void StorePooledRow(const Shape& s, const float* pair, int64_t columns, int64_t 
 // One task: output rows [first, last) of one image and some panels of channels. Input rows of the
 // depthwise step stand in a ring: products of x, or without weights x itself.
 void PointwiseDepthwiseTask(const Shape& s, const Plan& plan, const float* x, const float* weights,
-                            const float* depthwise, const Epilogue& whole, int64_t image,
+                            const float* depthwise, const float* inner, const Epilogue& whole,
+                            int64_t image,
                             int64_t first, int64_t last, int64_t panel0, int64_t panels) {
   const int64_t channel0 = panel0 * kPanel;
   const int64_t columns = std::min(panels * kPanel, s.padded_out() - channel0);
@@ -426,8 +427,17 @@ void PointwiseDepthwiseTask(const Shape& s, const Plan& plan, const float* x, co
                          const int64_t row = i / used, at = i - row * used;
                          float* target = base + ((from + row) % ring) * row_floats +
                                          c * padded + (begin + at) * kLanes;
-                         for (int v = 0; v < vecs; ++v)
-                           Store(target + v * kLanes * padded, Load(values + v * kLanes));
+                         const int64_t point = (image * s.height + from + row) * s.width + at;
+                         const float* add = inner + (point * s.terms + r) * s.out + channel0 +
+                                            p * kPanel + c;
+                         const int64_t left = s.out - channel0 - p * kPanel - c;
+                         for (int v = 0; v < vecs; ++v) {
+                           Vec sum = Load(values + v * kLanes);
+                           if (inner && left > v * kLanes)
+                             sum += LoadSome(add + v * kLanes,
+                                             static_cast<int>(left - v * kLanes));
+                           Store(target + v * kLanes * padded, sum);
+                         }
                          if (ahead && oh + row < stop && at < s.out_width)
                            for (int v = 0; v < vecs; ++v)
                              __builtin_prefetch(ahead + (row * s.out_width + at) * s.out +
@@ -480,7 +490,7 @@ Epilogue MakeEpilogue(F32 bias, F32 residual, float* y, bool relu, int64_t out) 
 }
 
 ffi::Error PointwiseDepthwise(ffi::ThreadPool pool, F32 x, F32 weights, F32 depthwise, F32 bias,
-                              F32 residual, ffi::Span<const int64_t> taps,
+                              F32 residual, F32 inner, ffi::Span<const int64_t> taps,
                               ffi::Span<const int64_t> geometry, ffi::Span<const int64_t> sizes,
                               bool relu, bool pooled, ffi::ResultBuffer<ffi::F32> y) {
   if (y->element_count() == 0) return ffi::Error::Success();
@@ -495,13 +505,14 @@ ffi::Error PointwiseDepthwise(ffi::ThreadPool pool, F32 x, F32 weights, F32 dept
   if (s.pool) rows += rows % 2;
   const float *px = x.typed_data(), *pd = depthwise.typed_data();
   const float* pw = weights.element_count() ? weights.typed_data() : nullptr;
+  const float* pi = inner.element_count() ? inner.typed_data() : nullptr;
   RunTasks(pool, s.batch * plan.chunks * groups, [=](int64_t task) {
     const int64_t group = task % groups, chunk = task / groups % plan.chunks;
     const int64_t image = task / groups / plan.chunks;
     const int64_t first = chunk * rows, last = std::min(first + rows, used);
     const int64_t panel0 = group * plan.panels;
     if (first < last)
-      PointwiseDepthwiseTask(s, plan, px, pw, pd, epilogue, image, first, last, panel0,
+      PointwiseDepthwiseTask(s, plan, px, pw, pd, pi, epilogue, image, first, last, panel0,
                              std::min(plan.panels, panels - panel0));
   });
   return ffi::Error::Success();
@@ -670,6 +681,7 @@ ffi::Error AlongAxis(ffi::ThreadPool pool, F32 x, F32 weights, ffi::Buffer<ffi::
 XLA_FFI_DEFINE_HANDLER_SYMBOL(FalconPointwiseDepthwise, PointwiseDepthwise,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
+                                  .Arg<F32>()
                                   .Arg<F32>()
                                   .Arg<F32>()
                                   .Arg<F32>()

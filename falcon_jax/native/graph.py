@@ -360,6 +360,10 @@ class _Runner:
         joined = joined.dense() if joined.is_better_dense else joined
         step = joined.step
         none = np.zeros((0,), np.float32)
+        inner = none
+        if step.kind == "pointwise_depthwise" and joined.x.uses == 1 and joined.x in self.parts:
+            joined, inner = self._of_parts(joined)
+            step = joined.step
         bias = np.zeros(step.out_features, np.float32) if joined.bias is None else joined.bias
         residual = None if joined.residual is None else self.array(joined.residual)
         small = step.convolved(joined.small)
@@ -370,8 +374,35 @@ class _Runner:
             none if joined.depthwise is None else pack_rows(joined.depthwise),
             pack_rows(bias),
             none if residual is None else residual.reshape(small),
+            inner,
         )
         return y.reshape(joined.shape)
+
+    def _of_parts(self, joined: Joined) -> tuple[Joined, Any]:
+        """Return the step of the last of arrays side by side, and the products of the others."""
+        assert joined.weights is not None
+        step, (m, k, n) = joined.step, joined.weights.shape
+        product = Step(kind="standard", kernel_size=(1, 1), in_features=m, out_features=k * n)
+        last = _last_of_parts(
+            self,
+            Joined(
+                x=joined.x,
+                step=product,
+                weights=joined.weights.reshape(m, 1, k * n),
+                shape=(*joined.small[:-1], k * n),
+                small=joined.small,
+            ),
+        )
+        assert last.residual is not None and last.weights is not None
+        inner = self.array(last.residual)
+        part = dataclasses.replace(
+            joined,
+            x=last.x,
+            step=dataclasses.replace(step, in_features=last.step.in_features),
+            weights=last.weights.reshape(-1, k, n),
+            small=last.small,
+        )
+        return part, inner.reshape(*last.small[:-1], k * n)
 
     def taken(self, value: Value) -> Joined | None:
         """Return a convolution that waits, if this is its only use."""
@@ -551,50 +582,65 @@ def _concatenate(runner: _Runner, operation: Operation) -> bool:
     float32 = all(a.dtype == jnp.float32 and a.constant is None for a in operation.inputs)
     if operation.params["dimension"] != len(y.shape) - 1 or len(y.shape) != 4 or not float32:
         return False
+    if len(operation.inputs) < 2:
+        return False
     runner.parts[y] = operation.inputs
     return True
 
 
 def _sum_of_parts(runner: _Runner, joined: Joined, y: Value) -> bool:
-    """Take a pointwise convolution of arrays side by side as a sum of convolutions.
-
-    One of an interpolated array stands before the interpolation, where there are fewer points.
-    """
-    parts = runner.parts.get(joined.x) if joined.x.uses == 1 else None
-    before = runner.consumer_of(y)
-    plain = joined.step.kernel_size == (1, 1) and joined.step.strides == (1, 1)
-    padded = any(map(any, joined.step.padding))
-    if parts is None or padded or not plain or before in ("split", _CONVOLUTION):
+    """Take a convolution of arrays side by side as a sum of convolutions."""
+    if joined.step.kind != "standard" or joined.x.uses > 1 or joined.x not in runner.parts:
         return False
+    pointwise = joined.step.kernel_size == (1, 1)
+    if pointwise and runner.consumer_of(y) in ("split", _CONVOLUTION):  # depthwise ones, perhaps
+        return False
+    runner.waiting[y] = _last_of_parts(runner, joined)
+    return True
+
+
+def _last_of_parts(runner: _Runner, joined: Joined) -> Joined:
+    """Return the convolution of the last array, the others' sum what is added to it.
+
+    A pointwise one of an interpolated array stands before the interpolation, where there are fewer
+    points.
+    """
     assert joined.weights is not None
+    step = joined.step
+    pointwise = step.kernel_size == (1, 1)
+    kernel = joined.weights.reshape(-1, joined.x.shape[-1], step.out_features)  # by tap
     start, pieces = 0, []
-    for part in parts:
+    for part in runner.parts[joined.x]:
         stop = start + part.shape[-1]
-        pieces.append((part, joined.weights[start:stop]))
+        pieces.append((part, kernel[:, start:stop].reshape(-1, 1, step.out_features)))
         start = stop
-    # The last one carries what follows; interpolated ones come before it.
     pieces.sort(key=lambda piece: piece[0] not in runner.resampled)
     residual: Value | None = None
-    for part, weights in pieces:
-        step = dataclasses.replace(joined.step, in_features=part.shape[-1])
-        last = part is pieces[-1][0]
-        known = runner.resampled.get(part) if part.uses == 1 and not last else None
-        if known is not None and known.order == (0, 1, 2, 3) and residual is None:
-            source = known.x
-        else:
-            known, source = None, part
-        shape = (*source.shape[:-1], step.out_features)
-        output = Value(shape, y.dtype, uses=1)
-        runner.waiting[output] = Joined(
-            x=source, step=step, weights=weights, residual=residual, shape=shape, small=source.shape
+    for place, (part, weights) in enumerate(pieces, start=1):
+        known = runner.resampled.get(part) if part.uses == 1 and pointwise else None
+        commutes = known is not None and residual is None and place < len(pieces)
+        commutes = commutes and known is not None and known.order == (0, 1, 2, 3)
+        source = known.x if known is not None and commutes else part
+        small = (*joined.small[:1], *source.shape[1:-1], part.shape[-1])
+        shape = joined.shape if not commutes else (*source.shape[:-1], step.out_features)
+        output = Value(shape, joined.x.dtype, uses=1)
+        piece = dataclasses.replace(
+            joined,
+            x=source,
+            step=dataclasses.replace(step, in_features=part.shape[-1]),
+            weights=weights,
+            residual=residual,
+            shape=shape,
+            small=small,
         )
+        if place == len(pieces):
+            return piece
+        runner.waiting[output] = piece
         residual = output
-        if known is not None:
-            residual = Value(y.shape, y.dtype, uses=1)
+        if known is not None and commutes:
+            residual = Value(joined.shape, output.dtype, uses=1)
             runner.resampled[residual] = dataclasses.replace(known, x=output)
-    assert residual is not None
-    runner.waiting[y] = runner.waiting[residual]
-    return True
+    raise AssertionError("there are no parts")
 
 
 def _max_pool(runner: _Runner, operation: Operation) -> bool:

@@ -67,8 +67,9 @@ class Step:
     ``y = pool(max(conv(x) + bias + residual, 0))``, maximum and pooling where they are asked for
 
     Operands: the input (b, h, w, M), weights of `pack_columns` (empty if depthwise), depthwise
-    kernel of `pack_rows` (empty if standard), bias of `pack_rows`, and what is added, of the
-    convolution's shape (b, h', w', N), or an empty array.
+    kernel of `pack_rows` (empty if standard), bias of `pack_rows`, what is added, of the
+    convolution's shape (b, h', w', N), and what is added between pointwise and depthwise, of shape
+    (b, h, w, k N); the last two empty if nothing is.
 
     Attributes:
         kind: which.
@@ -94,7 +95,7 @@ class Step:
     relu: bool = False
     pool: bool = False
 
-    mapped = (0, 4)
+    mapped = (0, 4, 5)
 
     def convolved(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the convolution's shape, before any pooling."""
@@ -122,6 +123,7 @@ class Step:
         depthwise: Float[Array, " packed_depthwise"],
         bias: Float[Array, " packed_bias"],
         residual: Float[Array, "*convolved"],
+        inner: Float[Array, "*between"],
     ) -> Float[Array, "b h_out w_out n"]:
         """Return the step in plain JAX."""
         size, geometry = self.kernel_size, self._geometry
@@ -134,6 +136,11 @@ class Step:
             kernel = self._rows(depthwise, *size, self.terms)
             pointwise = unpack_columns(weights, self.in_features, self)
             y = pointwise_then_depthwise(x, kernel, pointwise, **geometry)
+            if inner.size:
+                terms = jnp.split(inner, self.terms, axis=-1)
+                y = y + sum(
+                    depthwise_conv(z, kernel[..., r, :], **geometry) for r, z in enumerate(terms)
+                )
         y = y + self._rows(bias, 1, 1, 1)
         if residual.size:
             y = y + residual
@@ -145,7 +152,7 @@ class Step:
 
     def compiled(self, output: jax.ShapeDtypeStruct, *operands: Any) -> Any:
         """Return the step by the compiled kernel."""
-        x, weights, depthwise, bias, residual = operands
+        x, weights, depthwise, bias, residual, inner = operands
         (top, _), (left, _) = self.padding
         attributes: dict[str, Any] = {
             "taps": np.array([*self.kernel_size, self.terms]),
@@ -157,7 +164,8 @@ class Step:
             call = jax.ffi.ffi_call("FalconConvolution", output)
             return call(x, weights, bias, residual, **attributes)
         call = jax.ffi.ffi_call("FalconPointwiseDepthwise", output)
-        return call(x, weights, depthwise, bias, residual, **attributes, pool=self.pool)
+        arrays = (x, weights, depthwise, bias, residual, inner)
+        return call(*arrays, **attributes, pool=self.pool)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

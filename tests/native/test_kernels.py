@@ -25,7 +25,7 @@ def convolution(x, kernel, step):
     return y
 
 
-def expected(step, x, weights, depthwise, bias, residual):
+def expected(step, x, weights, depthwise, bias, residual, inner):
     if step.kind == "standard":
         kernel = weights.reshape(*step.kernel_size, step.in_features, -1)
     elif step.kind == "depthwise":
@@ -33,6 +33,9 @@ def expected(step, x, weights, depthwise, bias, residual):
     else:
         kernel = np.einsum("ijkn,mkn->ijmn", depthwise, weights, dtype=np.float64)
     y = convolution(x, kernel, step) + bias
+    if inner is not None:
+        for r, z in enumerate(np.split(inner, step.terms, axis=-1)):
+            y += convolution(z, depthwise[..., r, :], step)
     y = y if residual is None else y + residual
     y = np.maximum(y, 0) if step.relu else y
     if step.pool:
@@ -41,7 +44,7 @@ def expected(step, x, weights, depthwise, bias, residual):
     return y
 
 
-def operands(step, shape, *, residual=False, seed=0):
+def operands(step, shape, *, residual=False, inner=False, seed=0):
     """Return input, weights and depthwise kernel as they are, and what the kernel takes."""
     r = np.random.default_rng(seed)
     m, k, n = step.in_features, step.terms, step.out_features
@@ -51,6 +54,7 @@ def operands(step, shape, *, residual=False, seed=0):
     depthwise = r.normal(size=(*step.kernel_size, k, n)).astype(np.float32)
     bias = r.normal(size=n).astype(np.float32)
     added = r.normal(size=step.convolved(x.shape)).astype(np.float32) if residual else None
+    between = r.normal(size=(*shape, k * n)).astype(np.float32) if inner else None
     none = np.zeros(0, np.float32)
     packed = (
         x,
@@ -58,8 +62,9 @@ def operands(step, shape, *, residual=False, seed=0):
         none if step.kind == "standard" else pack_rows(depthwise),
         pack_rows(bias),
         none if added is None else added,
+        none if between is None else between,
     )
-    return (x, weights, depthwise, bias, added), packed
+    return (x, weights, depthwise, bias, added, between), packed
 
 
 def step(kind, m, n, **settings):
@@ -109,7 +114,8 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_is_what_it_says(name, residual):
     kernel, shape = CASES[name]
-    plain, packed = operands(kernel, shape, residual=residual)
+    inner = residual and kernel.kind == "pointwise_depthwise"
+    plain, packed = operands(kernel, shape, residual=residual, inner=inner)
     wanted = expected(kernel, *plain)
     np.testing.assert_allclose(run(kernel, *packed), wanted, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(
@@ -155,13 +161,13 @@ def test_sums_along_an_axis():
 def test_transformations_give_what_plain_jax_gives():
     kernel, shape = CASES["rank 2, strides"]
     _, (x, *rest) = operands(kernel, shape, residual=True)
-    *weights, residual = map(jnp.asarray, rest)
+    *weights, residual, inner = map(jnp.asarray, rest)
 
     def native(x):
-        return run(kernel, x, *weights, residual)
+        return run(kernel, x, *weights, residual, inner)
 
     def plain(x):
-        return kernel.plain(x, *weights, residual)
+        return kernel.plain(x, *weights, residual, inner)
 
     xs = jnp.stack([x, 2 * x, -x])
     np.testing.assert_allclose(
@@ -171,9 +177,9 @@ def test_transformations_give_what_plain_jax_gives():
         jax.grad(lambda x, f=f: (f(x) ** 2).sum())(xs[0]) for f in (native, plain)
     )
     np.testing.assert_allclose(of_native, of_plain, rtol=1e-4, atol=1e-4)
-    by_weights = jax.vmap(lambda b: run(kernel, x, *weights[:2], b, residual))
+    by_weights = jax.vmap(lambda b: run(kernel, x, *weights[:2], b, residual, inner))
     biases = jnp.stack([weights[2], 2 * weights[2]])
-    wanted = jnp.stack([kernel.plain(xs[0], *weights[:2], b, residual) for b in biases])
+    wanted = jnp.stack([kernel.plain(xs[0], *weights[:2], b, residual, inner) for b in biases])
     np.testing.assert_allclose(by_weights(biases), wanted, rtol=1e-4, atol=1e-4)
 
 
