@@ -11,7 +11,7 @@ from falcon_jax.compression.batchnorm import fold_batchnorm
 from falcon_jax.frameworks.interface import Model, framework_of
 from falcon_jax.frameworks.layers import Inputs
 from falcon_jax.frameworks.tracing import inner_jaxprs
-from falcon_jax.native.graph import with_native_steps
+from falcon_jax.native.joining import with_native_steps
 from falcon_jax.native.library import load as kernels_are_loaded
 
 

@@ -10,13 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from falcon_jax.frameworks.interface import M, Model, defined_layers, framework_of
 from falcon_jax.frameworks.layers import Inputs, Layer
 from falcon_jax.methods.base import Cost, Method, Params
 from falcon_jax.methods.falcon import Falcon
-from falcon_jax.methods.fit import Solver, check_finite, check_solver, relative_error
+from falcon_jax.methods.fit import Solver, check_finite, check_solver
 from falcon_jax.methods.registry import stored_method
 from falcon_jax.nn.method_conv import fit_stacked, for_trained
 from falcon_jax.ops.geometry import ConvSpec
@@ -426,22 +427,19 @@ def row_of(layer: Layer, spec: ConvSpec, method: Method | None, batch: int) -> P
     return PlanRow(path=layer.path, spec=spec, method=method, reason="", before=before, after=after)
 
 
-@functools.partial(jax.jit, static_argnames=("method", "spec"))
-def _approximation_error(kernel: Array, params: Params, *, method: Method, spec: ConvSpec) -> Array:
-    wide = jnp.promote_types(kernel.dtype, jnp.float32)
-    params = {name: value.astype(wide) for name, value in params.items()}
-    build = functools.partial(method.kernel, spec=spec)
-    for _ in range(kernel.ndim - len(spec.kernel_shape)):
-        build = jax.vmap(build)
-    return relative_error(kernel, build(params))
-
-
 def fit_error(kernel: Array, method: Method, spec: ConvSpec) -> float:
     """Return the relative error of the exact fit of a layer."""
     # The error does not depend on the scale; what is built at that of the largest may overflow.
     safe = times_power_of_two(kernel, -safe_exponent(kernel)).astype(kernel.dtype)
     params = fit_stacked(safe, method, spec)
-    return float(_approximation_error(safe, params, method=method, spec=spec))
+    wide = jnp.promote_types(kernel.dtype, jnp.float32)
+    build = functools.partial(method.kernel, spec=spec)
+    for _ in range(kernel.ndim - len(spec.kernel_shape)):
+        build = jax.vmap(build)
+    built = build({name: value.astype(wide) for name, value in params.items()})
+    trained, fitted = (np.asarray(jax.device_get(a), np.float64) for a in (safe, built))
+    norm = np.linalg.norm(trained)
+    return float(np.linalg.norm(trained - fitted) / (norm or 1))
 
 
 def check_plan(plan: Plan, layers: Sequence[Layer]) -> None:

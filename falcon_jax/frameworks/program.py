@@ -21,6 +21,7 @@ from falcon_jax.frameworks.layers import Inputs
 from falcon_jax.frameworks.linen import intercepted_jaxpr, unbound
 from falcon_jax.frameworks.nnx import ModuleCall, arrays, jaxpr_through, with_arrays
 from falcon_jax.frameworks.tracing import (
+    bind,
     inner_jaxprs,
     mark_answer,
     mark_input,
@@ -281,11 +282,7 @@ def _value(env: Mapping[Any, Any], atom: Any) -> Any:
 
 
 def _bind(eqn: Any, env: dict[Any, Any]) -> None:
-    given = [_value(env, v) for v in eqn.invars]
-    params = eqn.primitive.get_bind_params(eqn.params)
-    functions, params = params if isinstance(params, tuple) else ((), params)  # JAX before 0.10
-    made = eqn.primitive.bind(*functions, *given, **params)
-    made = made if eqn.primitive.multiple_results else [made]
+    made = bind(eqn.primitive, eqn.params, [_value(env, v) for v in eqn.invars])
     env.update(zip(eqn.outvars, made, strict=True))
 
 

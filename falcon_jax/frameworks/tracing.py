@@ -146,6 +146,14 @@ def read_trace(jaxpr: Any, names: Sequence[str | None]) -> Trace:
     )
 
 
+def bind(primitive: Any, params: Mapping[str, Any], inputs: Sequence[Any]) -> list[Any]:
+    """Return the outputs of an equation's primitive for other inputs."""
+    given = primitive.get_bind_params(dict(params))
+    functions, given = given if isinstance(given, tuple) else ((), given)  # JAX before 0.10
+    outputs = primitive.bind(*functions, *inputs, **given)
+    return list(outputs) if primitive.multiple_results else [outputs]
+
+
 def inner_jaxprs(value: Any) -> list[Any]:
     """Return the jaxprs in the parameters of an equation."""
     if isinstance(value, (tuple, list)):

@@ -130,18 +130,16 @@ def check_kernel(kernel: Float[Array, "*kernel_shape"], spec: ConvSpec) -> None:
     check_finite(kernel, "the kernel")
 
 
-@jax.jit
-def _all_finite(values: Array) -> Array:
-    return jnp.isfinite(values).all()
-
-
 def check_finite(values: Float[Array, "*shape"], name: str) -> None:
     """Raise if an array holds a value that is not finite; under a trace, nothing is checked.
 
     Raises:
         ValueError: naming the array.
     """
-    if not isinstance(values, Tracer) and not bool(_all_finite(values)):
+    if isinstance(values, Tracer):
+        return
+    known = np.asarray(jax.device_get(values))
+    if not np.isfinite(known.astype(np.promote_types(known.dtype, np.float32))).all():
         raise ValueError(
             f"{name} holds values that are not finite; the weights are damaged or training "
             "diverged. Load or train the model again."

@@ -1,15 +1,21 @@
-"""Best rank-k approximation of many small matrices at once (Eckart-Young), accurate in float32."""
+"""Best rank-k approximation of many small matrices at once (Eckart-Young), accurate in float32.
+
+Arrays that are known are factored by LAPACK in float64, and nothing is compiled. Under jit, vmap
+and grad the same is done in JAX.
+"""
 
 import functools
 import operator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
 MOST_ROTATED = 32  # rows; LAPACK is faster beyond
+_NOTHING = 1e-14  # share of the largest singular value: rounding
 _MAX_SWEEPS = 16  # five or six suffice for 9 x 9; a bound, not a setting
 
 
@@ -34,12 +40,48 @@ def best_low_rank(
     Reference:
         Eckart and Young, 1936; FALCON, Algorithm 1, stage 1.
     """
+    if not isinstance(matrices, Tracer):
+        left, right = _by_lapack(np.asarray(jax.device_get(matrices)), rank)
+        return jax.device_put(left), jax.device_put(right)
     _, p, q = matrices.shape
     if p > q:
         left, right = best_low_rank(matrices.swapaxes(1, 2), rank=rank)
         return right.swapaxes(1, 2), left.swapaxes(1, 2)
     left, right = _truncated(*_decomposed(matrices), rank=rank)
     return left.astype(matrices.dtype), right.astype(matrices.dtype)
+
+
+def _by_lapack(
+    matrices: Float[np.ndarray, "b p q"], rank: int
+) -> tuple[Float[np.ndarray, "b p k"], Float[np.ndarray, "b k q"]]:
+    """Return the factors of known matrices: of Gram matrices where those are small, else an SVD."""
+    dtype = matrices.dtype
+    a = matrices.astype(np.float64)
+    b, p, q = a.shape
+    short, kept = min(p, q), min(p, q, rank)
+    scale = np.max(np.abs(a), axis=(1, 2), keepdims=True, initial=0)
+    scale[scale == 0] = 1
+    a = (a if p <= q else a.swapaxes(1, 2)) / scale
+    if a.size == 0:
+        basis = np.zeros((b, short, kept))
+    elif short <= MOST_ROTATED and dtype != np.float64:
+        basis = np.linalg.eigh(a @ a.swapaxes(1, 2))[1][..., ::-1][..., :kept]
+    else:
+        basis = np.linalg.svd(a, full_matrices=False)[0][..., :kept]
+    rows = basis.swapaxes(1, 2) @ a
+    values = np.linalg.norm(rows, axis=2)
+    values[values <= _NOTHING * values.max(axis=1, keepdims=True, initial=0)] = 0
+    half = np.sqrt(scale[:, 0])
+    inverse = np.divide(1, np.sqrt(values), where=values > 0, out=np.zeros_like(values))
+    factors = (
+        (basis * (np.sqrt(values) * half)[:, None]),
+        (rows * (inverse * half)[..., None]).swapaxes(1, 2),
+    )
+    short_factor, long_factor = (
+        np.pad(f, ((0, 0), (0, 0), (0, rank - kept))).astype(dtype) for f in factors
+    )
+    left, right = (short_factor, long_factor) if p <= q else (long_factor, short_factor)
+    return left, right.swapaxes(1, 2)
 
 
 # Compiled in pieces: the rotations, slow to compile, serve every rank and many kernel shapes.
@@ -50,9 +92,6 @@ def _decomposed(matrices: Array) -> tuple[Array, Array, Array]:
         basis = singular_basis(a)
         return basis, _transposed_product(basis, a), scale
     basis, values, rows = jnp.linalg.svd(a, full_matrices=False)
-    if not isinstance(basis, Tracer):
-        # LAPACK calls of several fits at once stall on a few cores.
-        jax.block_until_ready(basis)
     return basis, values[:, :, None] * rows, scale
 
 
@@ -205,7 +244,7 @@ _SAFE = (1e-20, 1e30)  # sums of squares within lose nothing to underflow or ove
 
 
 def best_terms(
-    matrices: Float[Array, "p q b"], *, rank: int
+    matrices: Float[Array | np.ndarray, "p q b"], *, rank: int
 ) -> tuple[Float[Array, "p k b"], Float[Array, "q k b"]]:
     """Factor matrices that lie side by side, by the faster of `leading_terms` and `best_low_rank`.
 
@@ -216,6 +255,10 @@ def best_terms(
     Returns:
         ``left`` and ``right`` as of `leading_terms`.
     """
+    if not isinstance(matrices, Tracer):
+        known = np.asarray(jax.device_get(matrices)).transpose(2, 0, 1)
+        left, right = _by_lapack(known, rank)
+        return jax.device_put(left.transpose(1, 2, 0)), jax.device_put(right.transpose(2, 1, 0))
     if rank <= _MOST_TERMS and min(matrices.shape[:2]) <= MOST_ROTATED:
         return leading_terms(matrices, rank=rank)
     left, right = best_low_rank(matrices.transpose(2, 0, 1), rank=rank)
@@ -224,7 +267,7 @@ def best_terms(
 
 @functools.partial(jax.jit, static_argnames="rank")
 def leading_terms(
-    matrices: Float[Array, "p q b"], *, rank: int
+    matrices: Float[Array | np.ndarray, "p q b"], *, rank: int
 ) -> tuple[Float[Array, "p k b"], Float[Array, "q k b"]]:
     """Factor every matrix into its best approximation of a given small rank.
 

@@ -110,14 +110,23 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("residual", [False, True], ids=["", "sum"])
 @pytest.mark.parametrize("name", CASES)
-def test_a_step_is_what_it_says(name, residual):
+def test_a_step_is_what_it_says(name):
     kernel, shape = CASES[name]
-    inner = residual and kernel.kind == "pointwise_depthwise"
-    plain, packed = operands(kernel, shape, residual=residual, inner=inner)
-    wanted = expected(kernel, *plain)
-    np.testing.assert_allclose(run(kernel, *packed), wanted, rtol=1e-4, atol=1e-4)
+    for added in (False, True):
+        inner = added and kernel.kind == "pointwise_depthwise"
+        given, packed = operands(kernel, shape, residual=added, inner=inner)
+        np.testing.assert_allclose(
+            run(kernel, *packed), expected(kernel, *given), rtol=1e-4, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("name", ["dilation", "rank 2, strides", "depthwise, pooled"])
+def test_plain_jax_gives_the_same(name):
+    kernel, shape = CASES[name]
+    inner = kernel.kind == "pointwise_depthwise"
+    _, packed = operands(kernel, shape, residual=True, inner=inner)
+    wanted = run(kernel, *packed)
     np.testing.assert_allclose(
         kernel.plain(*map(jnp.asarray, packed)), wanted, rtol=1e-4, atol=1e-4
     )

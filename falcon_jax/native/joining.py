@@ -1,12 +1,11 @@
-"""A traced model as a list of operations, and convolutions in it joined with what follows them.
+"""Convolutions of a traced model joined with what stands around them, for the compiled kernels.
 
 What is looked for are operations of ``lax``, in `canonical_forms`: a pointwise convolution and the
 depthwise ones of its channels, products with constant matrices, biases, sums with other branches,
-rectifications. Everything else is carried out as it was traced.
+rectifications, poolings, interpolations. Everything else is carried out as it was traced.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,61 +13,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
+from jax.core import Tracer
 from jaxtyping import Array
 
-from falcon_jax.frameworks.tracing import inner_jaxprs
 from falcon_jax.native.kernels import AlongAxis, MaxPool, Step, pack_columns, pack_rows, run
+from falcon_jax.native.program import (
+    CONVOLUTION,
+    Operation,
+    Program,
+    Value,
+    convolves_inside,
+    folded,
+    read_program,
+)
 from falcon_jax.ops.choice import canonical_forms
 from falcon_jax.ops.convolution import conv_on_small_maps
 from falcon_jax.ops.depthwise import depthwise_conv
 from falcon_jax.ops.separable import pointwise_conv
 
-# Equations that only call another jaxpr, and the parameter that holds it.
-_CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
-}
-_SAME = ("name", "copy", "copy_p")
-_LARGE = 2**16  # elements: constants that only repeat smaller ones are not made that large
-_CONVOLUTION = "conv_general_dilated"
 _DEPTHWISE = 16  # input channels that take the time of a depthwise step of nine taps
 _FEW = 8  # entries of an axis that an interpolation takes together
-
-
-@dataclasses.dataclass(eq=False)
-class Value:
-    """An array of the program; constants are known."""
-
-    shape: tuple[int, ...]
-    dtype: Any
-    constant: Any = None  # an array that is known
-    uses: int = 0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Operation:
-    """An equation whose inputs and outputs are values."""
-
-    primitive: Any
-    params: dict[str, Any]
-    inputs: tuple[Value, ...]
-    outputs: tuple[Value, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Program:
-    """A function as a list of operations, calls of other functions put in their place."""
-
-    inputs: tuple[Value, ...]
-    operations: tuple[Operation, ...]
-    outputs: tuple[Value, ...]
 
 
 def with_native_steps(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,132 +48,15 @@ def with_native_steps(forward: Callable[..., Any]) -> Callable[..., Any]:
             return forward(*arrays)
         with canonical_forms():
             jaxpr, structure = jax.make_jaxpr(forward, return_shape=True)(*shapes)
-        if jaxpr.effects or _convolves_inside(jaxpr.jaxpr):
+        if any(isinstance(constant, Tracer) for constant in jaxpr.consts):
+            return forward(*arrays)  # weights that an outer trace computes
+        if jaxpr.effects or convolves_inside(jaxpr.jaxpr):
             return forward(*arrays)
-        program = _folded(read_program(jaxpr))
+        program = folded(read_program(jaxpr))
         outputs = _Runner(program).run(arrays)
         return jax.tree.unflatten(jax.tree.structure(structure), outputs)
 
     return optimized
-
-
-def _convolves_inside(jaxpr: Any) -> bool:
-    """Return whether a loop or a branch has convolutions, whose weights may be no constants."""
-    return any(
-        (eqn.primitive.name not in _CALLS and any(map(_convolves, _inner(eqn))))
-        or (eqn.primitive.name in _CALLS and any(map(_convolves_inside, _inner(eqn))))
-        for eqn in jaxpr.eqns
-    )
-
-
-def _convolves(jaxpr: Any) -> bool:
-    return any(
-        eqn.primitive.name == _CONVOLUTION or any(map(_convolves, _inner(eqn)))
-        for eqn in jaxpr.eqns
-    )
-
-
-def _inner(eqn: Any) -> Any:
-    return inner_jaxprs(tuple(eqn.params.values()))
-
-
-def read_program(closed: Any) -> Program:
-    """Return a closed jaxpr as a program."""
-    operations: list[Operation] = []
-
-    def new(atom: Any) -> Value:
-        return Value(tuple(atom.aval.shape), getattr(atom.aval, "dtype", None))
-
-    def read(jaxpr: Any, constants: Sequence[Any], arguments: Sequence[Value]) -> list[Value]:
-        known: dict[Any, Value] = dict(zip(jaxpr.invars, arguments, strict=True))
-        for variable, constant in zip(jaxpr.constvars, constants, strict=True):
-            known[variable] = new(variable)
-            known[variable].constant = constant
-
-        def value(atom: Any) -> Value:
-            if not isinstance(atom, core.Literal):
-                return known[atom]
-            found = new(atom)
-            found.constant = np.asarray(atom.val, found.dtype)
-            return found
-
-        for eqn in jaxpr.eqns:
-            inputs = [value(atom) for atom in eqn.invars]
-            inner = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
-            if eqn.primitive.name in _SAME:
-                outputs = inputs
-            elif inner is not None:
-                closed = isinstance(inner, core.ClosedJaxpr)
-                outputs = read(
-                    inner.jaxpr if closed else inner, inner.consts if closed else (), inputs
-                )
-            else:
-                outputs = [new(variable) for variable in eqn.outvars]
-                operations.append(
-                    Operation(
-                        primitive=eqn.primitive,
-                        params=eqn.params,
-                        inputs=tuple(inputs),
-                        outputs=tuple(outputs),
-                    )
-                )
-            known.update(zip(eqn.outvars, outputs, strict=True))
-        return [value(atom) for atom in jaxpr.outvars]
-
-    arguments = [new(variable) for variable in closed.jaxpr.invars]
-    outputs = read(closed.jaxpr, closed.consts, arguments)
-    used = set(outputs)
-    kept = []
-    for operation in reversed(operations):
-        if not used.isdisjoint(operation.outputs):
-            used.update(operation.inputs)
-            kept.append(operation)
-    for x in (*outputs, *(x for operation in kept for x in operation.inputs)):
-        x.uses += 1
-    return Program(
-        inputs=tuple(arguments), operations=tuple(reversed(kept)), outputs=tuple(outputs)
-    )
-
-
-def _folded(program: Program) -> Program:
-    """Return the program without operations on constants only, which are carried out at once."""
-    found: set[Value] = set()
-    constant, rest = [], []
-    for operation in program.operations:
-        known = all(x.constant is not None or x in found for x in operation.inputs)
-        arrays = (*operation.inputs, *operation.outputs)
-        known = known and not any(jnp.issubdtype(a.dtype, jax.dtypes.extended) for a in arrays)
-        most = max((math.prod(x.shape) for x in operation.inputs), default=0)
-        made = max((math.prod(y.shape) for y in operation.outputs), default=0)
-        if known and made <= max(_LARGE, most):
-            constant.append(operation)
-            found.update(operation.outputs)
-        else:
-            rest.append(operation)
-    used = {x for operation in rest for x in operation.inputs} | set(program.outputs)
-    wanted = [y for operation in constant for y in operation.outputs if y in used]
-    if wanted:
-
-        def evaluate(arrays: list[Any]) -> list[Any]:
-            values = dict(zip(given, arrays, strict=True))
-            for operation in constant:
-                outputs = _carry_out(operation, [values[x] for x in operation.inputs])
-                values.update(zip(operation.outputs, outputs, strict=True))
-            return [values[y] for y in wanted]
-
-        given = list(dict.fromkeys(x for o in constant for x in o.inputs if x.constant is not None))
-        with jax.ensure_compile_time_eval():
-            arrays = jax.jit(evaluate)([x.constant for x in given])
-        for y, array in zip(wanted, arrays, strict=True):
-            y.constant = array
-    return dataclasses.replace(program, operations=tuple(rest))
-
-
-def _carry_out(operation: Operation, inputs: Sequence[Any]) -> list[Any]:
-    params = operation.primitive.get_bind_params(operation.params)
-    functions, params = params if isinstance(params, tuple) else ((), params)  # JAX before 0.10
-    outputs = operation.primitive.bind(*functions, *inputs, **params)
-    return list(outputs) if operation.primitive.multiple_results else [outputs]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -329,7 +176,7 @@ class _Runner:
         inputs = [self.array(x) for x in operation.inputs]
         special = _INSTEAD.get(operation.primitive.name)
         y = special(operation, *inputs) if special is not None else None
-        return _carry_out(operation, inputs) if y is None else [y]
+        return operation.carry_out(inputs) if y is None else [y]
 
     def array(self, value: Value) -> Any:
         """Return the array that a value is, made now if it was waiting."""
@@ -593,7 +440,7 @@ def _sum_of_parts(runner: _Runner, joined: Joined, y: Value) -> bool:
     if joined.step.kind != "standard" or joined.x.uses > 1 or joined.x not in runner.parts:
         return False
     pointwise = joined.step.kernel_size == (1, 1)
-    if pointwise and runner.consumer_of(y) in ("split", _CONVOLUTION):  # depthwise ones, perhaps
+    if pointwise and runner.consumer_of(y) in ("split", CONVOLUTION):  # depthwise ones, perhaps
         return False
     runner.waiting[y] = _last_of_parts(runner, joined)
     return True
@@ -806,13 +653,12 @@ def _repeat(runner: _Runner, operation: Operation) -> bool:
     if varies not in ([], [len(y.shape) - 1]):
         return False
     runner.repeated[y] = row.reshape(-1)
-    outputs = functools.partial(_carry_out, operation, [row])
-    runner.made[y] = outputs()[0]
+    (runner.made[y],) = operation.carry_out([row])
     return True
 
 
 _RULES: dict[str, Callable[[_Runner, Operation], bool]] = {
-    _CONVOLUTION: _convolution,
+    CONVOLUTION: _convolution,
     "dot_general": _product,
     "split": _split,
     "add": _add,
@@ -862,4 +708,4 @@ def _other_convolution(operation: Operation, x: Array, kernel: Array) -> Array |
     )
 
 
-_INSTEAD: dict[str, Callable[..., Any]] = {_CONVOLUTION: _other_convolution}
+_INSTEAD: dict[str, Callable[..., Any]] = {CONVOLUTION: _other_convolution}
