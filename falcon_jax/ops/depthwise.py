@@ -346,10 +346,23 @@ def _derivative(
         terms += linear_call(_of_input, _to_input, given, (kernel,), (dx,), bilinear=True)
     if dkernel is not None:
         if form == "shifted":  # the padded input is kept, not made anew for the backward pass
-            x, geometry = padded_input(geometry, x), _without_padding(geometry)
+            (x,) = linear_call(_padded, _unpadded, geometry, (), (x,))
+            geometry = _without_padding(geometry)
         given = (form, geometry, kernel.shape[:-1], kernel.dtype)
         terms += linear_call(_of_kernel, _to_kernel, given, (x,), (dkernel,), bilinear=True)
     return (_convolve(form, geometry, x, kernel),), (add_up(terms),)
+
+
+def _padded(geometry: Geometry, residuals: Arrays, inputs: Arrays) -> Arrays:
+    return (padded_input(geometry, *inputs),)
+
+
+def _unpadded(geometry: Geometry, residuals: Arrays, outputs: Arrays) -> Arrays:
+    _, pairs, input_dilation, _ = geometry
+    (dy,) = outputs
+    config = [(-low, -high, 0) for low, high in pairs]
+    points = lax.pad(dy, jnp.zeros((), dy.dtype), [(0, 0, 0), *config, (0, 0, 0)])
+    return (lax.slice(points, (0,) * dy.ndim, points.shape, (1, *input_dilation, 1)),)
 
 
 def _of_input(settings: tuple, residuals: Arrays, inputs: Arrays) -> Arrays:

@@ -296,7 +296,7 @@ def _expand(
     primals: Arrays, series: Series, *, bilinear: bool, **params: Any
 ) -> tuple[Arrays, Series]:
     count = params["residual_count"]
-    if bilinear:
+    if bilinear or not count:
         bind = functools.partial(_linear_call.bind, bilinear=bilinear, **params)
         return _expand_product(bind, count, primals, series)
     names = ("function", "settings", "residual_count", "levels")
@@ -320,21 +320,17 @@ def _expand_product(
 ) -> tuple[Arrays, Series]:
     """Return the coefficients of what is linear in the first ``count`` operands and in the rest.
 
-    ``y_k = sum_j f(r_j, x_{k - j})``
+    ``y_k = sum_j f(r_j, x_{k - j})``; without first operands it is linear, ``y_k = f(x_k)``.
     """
-    orders = list(
-        zip(*([x, *terms] for x, terms in zip(primals, series, strict=True)), strict=True)
-    )
-    first, *others = (
-        [
-            add_up(terms)
-            for terms in zip(
-                *(bind(*orders[j][:count], *orders[k - j][count:]) for j in range(k + 1)),
-                strict=True,
-            )
-        ]
-        for k in range(len(orders))
-    )
+    known = zip(primals, series, strict=True)
+    orders = list(zip(*([x, *terms] for x, terms in known), strict=True))
+
+    def order(k: int) -> list[Array]:
+        pairs = [(orders[j], orders[k - j]) for j in range(k + 1 if count else 1)]
+        terms = [bind(*first[:count], *second[count:]) for first, second in pairs]
+        return [add_up(parts) for parts in zip(*terms, strict=True)]
+
+    first, *others = map(order, range(len(orders)))
     return tuple(first), [[terms[i] for terms in others] for i in range(len(first))]
 
 
