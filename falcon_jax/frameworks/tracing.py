@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 from falcon_jax.ops.geometry import whole_kernel
-from falcon_jax.ops.linear import PRODUCTS
+from falcon_jax.ops.linear import JVP_CALL, PRODUCTS
 
 _CALL, _KERNEL, _INSIDE = "falcon_jax layer ", "falcon_jax kernel ", "falcon_jax inside "
 _INPUT, _ANSWER, _FLAT = "falcon_jax input ", "falcon_jax answer ", "falcon_jax flat "
@@ -172,6 +172,9 @@ def mult_adds_of(eqn: Any) -> int:
     elif eqn.primitive.name == "dot_general":
         (contracted, _), _ = eqn.params["dimension_numbers"]
         taken = math.prod(shapes[0][axis] for axis in contracted)
+    elif eqn.primitive.name == JVP_CALL and PRODUCTS in _scopes(eqn):
+        mapped = sum(of_kernel for _, of_kernel in eqn.params["levels"])
+        taken = math.prod(shapes[1][mapped:-1])
     else:
         return 0
     return taken * math.prod(eqn.outvars[0].aval.shape)
@@ -232,10 +235,6 @@ class _Reader:
             return None
         unknown: list[_Value | None] = [None] * len(eqn.outvars)
         name = eqn.primitive.name
-        if name == "custom_jvp_call" and PRODUCTS in _scopes(eqn):
-            params = frozenset[str]().union(*(v.params for v in given if v is not None))
-            taps = math.prod(eqn.invars[1].aval.shape[:-1])
-            self._count(taps * math.prod(eqn.outvars[0].aval.shape), params, times, layer)
         if name == "scan":
             # What is passed axis by axis has one axis less inside, and so have the stacked outputs.
             (body,) = jaxprs

@@ -1,15 +1,12 @@
 """Depthwise convolution in several forms, with its own backward pass."""
 
-import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
@@ -31,7 +28,7 @@ from falcon_jax.ops.geometry import (
     per_axis,
     tap_slices,
 )
-from falcon_jax.ops.linear import PRODUCTS, Arrays, accumulator, add_up, linear_call
+from falcon_jax.ops.linear import PRODUCTS, Arrays, accumulator, add_up, jvp_call, linear_call
 from falcon_jax.settings import no_such
 
 Pairing = tuple[int, int, int]  # (tap, input pixel, output pixel), all counted in row-major order
@@ -326,30 +323,46 @@ def _grouped(geometry: Geometry, x: Array, kernel: Array, padding: Padding | Non
     )
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _convolve(form: DepthwiseForm, geometry: Geometry, x: Array, kernel: Array) -> Array:
     """Return what is linear in x and in the kernel; each has a transpose of its own."""
+    (y,) = jvp_call(_sum, _derivative, (form, geometry), (x, kernel), bilinear=True)
+    return y
+
+
+def _sum(settings: tuple, operands: Arrays) -> Arrays:
+    (form, geometry), (x, kernel) = settings, operands
     if form == "per_pixel":
-        return sum_per_pixel(geometry, x, kernel)
-    return sum_of_taps(geometry, padded_input(geometry, x), kernel)
+        return (sum_per_pixel(geometry, x, kernel),)
+    return (sum_of_taps(geometry, padded_input(geometry, x), kernel),)
 
 
-@functools.partial(_convolve.defjvp, symbolic_zeros=True)
-def _convolve_jvp(
-    form: DepthwiseForm, geometry: Geometry, primals: tuple[Array, Array], tangents: tuple[Any, Any]
-) -> tuple[Array, Array]:
-    (x, kernel), (dx, dkernel) = primals, tangents
+def _derivative(
+    settings: tuple, primals: Arrays, tangents: tuple[Array | None, ...]
+) -> tuple[Arrays, Arrays]:
+    (form, geometry), (x, kernel), (dx, dkernel) = settings, primals, tangents
     terms: list[Array] = []
-    if not isinstance(dx, SymbolicZero):
-        settings = (form, geometry, x.shape[1:-1], x.dtype)
-        terms += linear_call(_of_input, _to_input, settings, (kernel,), (dx,))
-    if not isinstance(dkernel, SymbolicZero):
+    if dx is not None:
+        given = (form, geometry, x.shape[1:-1], x.dtype)
+        terms += linear_call(_of_input, _to_input, given, (kernel,), (dx,), bilinear=True)
+    if dkernel is not None:
         if form == "shifted":  # the padded input is kept, not made anew for the backward pass
-            x, geometry = padded_input(geometry, x), _without_padding(geometry)
-        settings = (form, geometry, kernel.shape[:-1], kernel.dtype)
-        terms += linear_call(_of_kernel, _to_kernel, settings, (x,), (dkernel,))
-    y: Array = _convolve(form, geometry, x, kernel)
-    return y, add_up(terms) if terms else jnp.zeros_like(y)
+            (x,) = linear_call(_padded, _unpadded, geometry, (), (x,))
+            geometry = _without_padding(geometry)
+        given = (form, geometry, kernel.shape[:-1], kernel.dtype)
+        terms += linear_call(_of_kernel, _to_kernel, given, (x,), (dkernel,), bilinear=True)
+    return (_convolve(form, geometry, x, kernel),), (add_up(terms),)
+
+
+def _padded(geometry: Geometry, residuals: Arrays, inputs: Arrays) -> Arrays:
+    return (padded_input(geometry, *inputs),)
+
+
+def _unpadded(geometry: Geometry, residuals: Arrays, outputs: Arrays) -> Arrays:
+    _, pairs, input_dilation, _ = geometry
+    (dy,) = outputs
+    config = [(-low, -high, 0) for low, high in pairs]
+    points = lax.pad(dy, jnp.zeros((), dy.dtype), [(0, 0, 0), *config, (0, 0, 0)])
+    return (lax.slice(points, (0,) * dy.ndim, points.shape, (1, *input_dilation, 1)),)
 
 
 def _of_input(settings: tuple, residuals: Arrays, inputs: Arrays) -> Arrays:

@@ -1,5 +1,6 @@
-"""Linear functions with a transpose of their own, and sums of many terms."""
+"""Functions with derivatives of their own, linear ones with a transpose, and sums of many terms."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
@@ -11,6 +12,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
+# The primitive of `jvp_call`.
+JVP_CALL = "falcon_jvp_call"
 # The scope of a depthwise convolution, whose multiply-adds no single operation tells.
 PRODUCTS = "falcon_jax depthwise products"
 
@@ -31,6 +34,10 @@ def add_up(terms: Iterable[Array]) -> Array:
 Arrays = tuple[Array, ...]
 # Of settings, residuals and linear inputs.
 Function = Callable[[Any, Arrays, Arrays], Arrays]
+# Of settings and operands.
+Plain = Callable[[Any, Arrays], Arrays]
+# Of settings, operands and their tangents, None for those that stay: outputs and their tangents.
+Derivative = Callable[[Any, Arrays, tuple[Array | None, ...]], tuple[Arrays, Arrays]]
 Levels = tuple[tuple[bool, ...], ...]
 
 
@@ -40,6 +47,8 @@ def linear_call(
     settings: Hashable,
     residuals: Arrays,
     inputs: Arrays,
+    *,
+    bilinear: bool = False,
 ) -> Arrays:
     """Return ``function(settings, residuals, inputs)``, differentiated in reverse by ``transpose``.
 
@@ -50,6 +59,8 @@ def linear_call(
         settings: handed to both.
         residuals: what the function need not be linear in. It is differentiated by them as it is.
         inputs: what it is linear in.
+        bilinear: whether it is linear in the residuals, too. In Taylor mode it is differentiated
+            by them as it is if not.
     """
     return tuple(
         _linear_call.bind(
@@ -58,6 +69,40 @@ def linear_call(
             transpose=transpose,
             settings=settings,
             residual_count=len(residuals),
+            bilinear=bilinear,
+            levels=(),
+        )
+    )
+
+
+def jvp_call(
+    function: Plain,
+    derivative: Derivative,
+    settings: Hashable,
+    operands: Arrays,
+    *,
+    bilinear: bool = False,
+) -> Arrays:
+    """Return ``function(settings, operands)``, differentiated forwards by ``derivative``.
+
+    As by `jax.custom_jvp`, and by `jax.experimental.jet`, which that is not.
+
+    Args:
+        function: defined in a module, not in a function.
+        derivative: gives, for settings, operands and their tangents (None for operands that stay),
+            the outputs and their tangents.
+        settings: handed to both.
+        operands: of the function.
+        bilinear: whether it is linear in each of two operands. In Taylor mode it is differentiated
+            as it is if not.
+    """
+    return tuple(
+        _jvp_call.bind(
+            *_equally_varying(operands),
+            function=function,
+            derivative=derivative,
+            settings=settings,
+            bilinear=bilinear,
             levels=(),
         )
     )
@@ -73,18 +118,21 @@ def _equally_varying(arrays: Arrays) -> Arrays:
     )
 
 
+def _mapped(flat: Callable[..., Any], levels: Levels, others: int = 0) -> Callable[..., Any]:
+    """Vmap a function once for each level over some of its first arguments and all others."""
+    for level in levels:
+        axes = [0 if mapped else None for mapped in level]
+        flat = jax.vmap(flat, in_axes=(*axes, *[0] * others))
+    return flat
+
+
 def _evaluate(
     function: Function, settings: Hashable, residual_count: int, levels: Levels, *operands: Array
 ) -> Arrays:
-    """Call the function, vmapped once for each level over the inputs and some of the residuals."""
-
     def flat(*operands: Array) -> Arrays:
         return function(settings, operands[:residual_count], operands[residual_count:])
 
-    for level in levels:
-        axes = [0 if mapped else None for mapped in level]
-        flat = jax.vmap(flat, in_axes=(*axes, *[0] * (len(operands) - residual_count)))
-    return flat(*operands)
+    return _mapped(flat, levels, len(operands) - residual_count)(*operands)
 
 
 _jitted = jax.jit(_evaluate, static_argnums=(0, 1, 2, 3), inline=True)
@@ -96,6 +144,7 @@ def _call(
     transpose: Function,
     settings: Hashable,
     residual_count: int,
+    bilinear: bool,
     levels: Levels,
 ) -> Arrays:
     return _jitted(function, settings, residual_count, levels, *operands)
@@ -107,6 +156,7 @@ def _abstract(
     transpose: Function,
     settings: Hashable,
     residual_count: int,
+    bilinear: bool,
     levels: Levels,
 ) -> Sequence[Any]:
     traced = _jitted.trace(function, settings, residual_count, levels, *operands)
@@ -187,6 +237,103 @@ def _batch(
     return outputs, [0] * len(outputs)
 
 
+def _evaluate_plain(
+    function: Plain, settings: Hashable, levels: Levels, *operands: Array
+) -> Arrays:
+    return _mapped(lambda *operands: function(settings, operands), levels)(*operands)
+
+
+_jitted_plain = jax.jit(_evaluate_plain, static_argnums=(0, 1, 2), inline=True)
+
+
+def _call_plain(
+    *operands: Any, function: Plain, settings: Hashable, levels: Levels, **_: Any
+) -> Arrays:
+    return _jitted_plain(function, settings, levels, *operands)
+
+
+def _abstract_plain(
+    *operands: Any, function: Plain, settings: Hashable, levels: Levels, **_: Any
+) -> Sequence[Any]:
+    traced = _jitted_plain.trace(function, settings, levels, *operands)
+    return [output.strip_weak_type() for output in traced.jaxpr.out_avals]
+
+
+def _differentiate_plain(
+    primals: Sequence[Array],
+    tangents: Sequence[Any],
+    *,
+    derivative: Derivative,
+    settings: Hashable,
+    levels: Levels,
+    **_: Any,
+) -> tuple[Arrays, Arrays]:
+    count = len(primals)
+    moving = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
+
+    def flat(*arrays: Array) -> tuple[Arrays, Arrays]:
+        moved = dict(zip(moving, arrays[count:], strict=True))
+        return derivative(settings, arrays[:count], tuple(moved.get(i) for i in range(count)))
+
+    # Tangents are mapped as their primals are.
+    levels = tuple((*level, *(level[i] for i in moving)) for level in levels)
+    return _mapped(flat, levels)(*primals, *(tangents[i] for i in moving))
+
+
+def _batch_plain(
+    operands: Sequence[Array], axes: Sequence[int | None], *, levels: Levels, **params: Any
+) -> tuple[Sequence[Array], list[int]]:
+    level = tuple(d is not None for d in axes)
+    moved = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(operands, axes, strict=True)]
+    outputs = _jvp_call.bind(*moved, levels=(*levels, level), **params)
+    return outputs, [0] * len(outputs)
+
+
+Series = Sequence[Sequence[Array]]  # of every array, its coefficients from the first order on
+
+
+def _expand(
+    primals: Arrays, series: Series, *, bilinear: bool, **params: Any
+) -> tuple[Arrays, Series]:
+    count = params["residual_count"]
+    if bilinear or not count:
+        bind = functools.partial(_linear_call.bind, bilinear=bilinear, **params)
+        return _expand_product(bind, count, primals, series)
+    names = ("function", "settings", "residual_count", "levels")
+    flat = functools.partial(_evaluate, *(params[name] for name in names))
+    return jet.jet(flat, primals, series, factorial_scaled=False)
+
+
+def _expand_plain(
+    primals: Arrays, series: Series, *, bilinear: bool, **params: Any
+) -> tuple[Arrays, Series]:
+    if bilinear:
+        bind = functools.partial(_jvp_call.bind, bilinear=bilinear, **params)
+        return _expand_product(bind, 1, primals, series)
+    names = ("function", "settings", "levels")
+    flat = functools.partial(_evaluate_plain, *(params[name] for name in names))
+    return jet.jet(flat, primals, series, factorial_scaled=False)
+
+
+def _expand_product(
+    bind: Callable[..., Sequence[Array]], count: int, primals: Arrays, series: Series
+) -> tuple[Arrays, Series]:
+    """Return the coefficients of what is linear in the first ``count`` operands and in the rest.
+
+    ``y_k = sum_j f(r_j, x_{k - j})``; without first operands it is linear, ``y_k = f(x_k)``.
+    """
+    known = zip(primals, series, strict=True)
+    orders = list(zip(*([x, *terms] for x, terms in known), strict=True))
+
+    def order(k: int) -> list[Array]:
+        pairs = [(orders[j], orders[k - j]) for j in range(k + 1 if count else 1)]
+        terms = [bind(*first[:count], *second[count:]) for first, second in pairs]
+        return [add_up(parts) for parts in zip(*terms, strict=True)]
+
+    first, *others = map(order, range(len(orders)))
+    return tuple(first), [[terms[i] for terms in others] for i in range(len(first))]
+
+
 _linear_call = Primitive("falcon_linear_call")
 _linear_call.multiple_results = True
 _linear_call.def_impl(_call)
@@ -195,3 +342,17 @@ ad.primitive_jvps[_linear_call] = _differentiate
 ad.primitive_transposes[_linear_call] = _transpose
 batching.primitive_batchers[_linear_call] = _batch
 mlir.register_lowering(_linear_call, mlir.lower_fun(_call, multiple_results=True))
+
+_jvp_call = Primitive(JVP_CALL)
+_jvp_call.multiple_results = True
+_jvp_call.def_impl(_call_plain)
+_jvp_call.def_abstract_eval(_abstract_plain)
+ad.primitive_jvps[_jvp_call] = _differentiate_plain
+batching.primitive_batchers[_jvp_call] = _batch_plain
+mlir.register_lowering(_jvp_call, mlir.lower_fun(_call_plain, multiple_results=True))
+
+with contextlib.suppress(ImportError):  # experimental: a later JAX may do without
+    from jax.experimental import jet
+
+    jet.jet_rules[_linear_call] = _expand
+    jet.jet_rules[_jvp_call] = _expand_plain

@@ -1,14 +1,13 @@
 """BatchNorm in training, with its own backward pass."""
 
-import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from falcon_jax.ops.linear import accumulator, linear_call
+from falcon_jax.ops.choice import is_canonical
+from falcon_jax.ops.linear import Arrays, accumulator, jvp_call, linear_call
 
 Normalized = tuple[Array, Array, Array]
 Types = tuple[Any, Any, Any, Any]  # of y, x, scale and bias
@@ -40,11 +39,15 @@ def normalize_batch(
     Reference:
         Ioffe and Szegedy, 2015.
     """
-    return _normalize(float(epsilon), x, scale, bias)
+    settings, operands = float(epsilon), (x, scale, bias)
+    if is_canonical():
+        return _normalized(settings, operands)
+    y, mean, variance = jvp_call(_normalized, _derivative, settings, operands)
+    return y, mean, variance
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _normalize(epsilon: float, x: Array, scale: Array, bias: Array) -> Normalized:
+def _normalized(epsilon: float, operands: Arrays) -> Normalized:
+    x, scale, bias = operands
     wide, dtype = _wide(x), jnp.result_type(x, scale, bias)
     mean = _mean(wide)
     variance = jnp.maximum(_mean(wide * wide) - mean * mean, 0)
@@ -53,16 +56,17 @@ def _normalize(epsilon: float, x: Array, scale: Array, bias: Array) -> Normalize
     return y.astype(dtype), mean, variance
 
 
-@_normalize.defjvp
-def _normalize_jvp(
-    epsilon: float, primals: tuple[Array, Array, Array], tangents: tuple[Array, Array, Array]
-) -> tuple[Normalized, Normalized]:
+def _derivative(
+    epsilon: float, primals: Arrays, tangents: tuple[Array | None, ...]
+) -> tuple[Arrays, Arrays]:
     x, scale, bias = primals
-    y, mean, variance = _normalize(epsilon, x, scale, bias)
+    y, mean, variance = jvp_call(_normalized, _derivative, epsilon, primals)
     residuals = (x, mean, lax.rsqrt(variance + epsilon), scale)
     types = (y.dtype, x.dtype, scale.dtype, bias.dtype)
-    moved: Any = linear_call(_forward, _backward, types, residuals, tangents)
-    return (y, mean, variance), moved
+    moving = tuple(
+        jnp.zeros_like(x) if dx is None else dx for x, dx in zip(primals, tangents, strict=True)
+    )
+    return (y, mean, variance), linear_call(_forward, _backward, types, residuals, moving)
 
 
 def _forward(types: Types, residuals: tuple[Array, ...], tangents: tuple[Array, ...]) -> Normalized:

@@ -188,6 +188,22 @@ def test_depthwise_convolutions_count_like_any_convolution():
     assert rows[""] == ("other", 45 + 21, 16 * 45 + 16 * 21, "")
 
 
+class MappedDepthwise(nnx.Module):
+    """Depthwise convolutions side by side, each with a kernel of its own."""
+
+    def __init__(self, rngs):
+        self.kernels = nnx.Param(jnp.ones((4, 3, 3, 3)))
+
+    def __call__(self, x):
+        mapped = jax.vmap(fj.depthwise_conv, in_axes=(None, 0))
+        return mapped(x, self.kernels[...]).sum(0)
+
+
+def test_depthwise_convolutions_side_by_side_count_once_each():
+    (row,) = fj.profile(MappedDepthwise(nnx.Rngs(0)), SAMPLE).rows
+    assert row.mult_adds == 4 * 64 * 9 * 3
+
+
 class Gains(nnx.Module):
     def __init__(self, rngs):
         self.conv = conv(3, 4, rngs=rngs)

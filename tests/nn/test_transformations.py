@@ -10,6 +10,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from jax import export
+from jax.experimental.jet import jet
 
 import falcon_jax as fj
 
@@ -83,6 +84,27 @@ def assert_near(found, expected, tolerance=1e-4):
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         scale = max(float(jnp.abs(b).max()), 1)
         np.testing.assert_allclose(a, b, atol=tolerance * scale, rtol=tolerance)
+
+
+def check_jet(function, *primals, order=3):
+    """Compare Taylor mode with forward mode, applied again and again."""
+    rng = np.random.default_rng(1)
+    known = [jnp.asarray(rng.normal(size=(3, *p.shape)), p.dtype) for p in primals]
+    series = [tuple(terms[:order]) for terms in known]
+
+    def along(t):
+        pairs = zip(primals, known, strict=True)
+        return function(*(p + t * (a + t * (b / 2 + t * c / 6)) for p, (a, b, c) in pairs))
+
+    @jax.jit
+    def expected(t):
+        orders = [along]
+        for _ in range(order):
+            orders.append(lambda t, f=orders[-1]: jax.jvp(f, (t,), (jnp.ones_like(t),))[1])
+        return [f(t) for f in orders]
+
+    y, orders = jax.jit(lambda *primals: jet(function, primals, series))(*primals)
+    assert_near([y, *orders], expected(jnp.zeros((), primals[0].dtype)), tolerance=1e-10)
 
 
 def concrete(sizes):
@@ -275,3 +297,35 @@ def test_double_precision_and_remat(method, framework):
         y = function(params64, x)
         assert y.dtype == jnp.float64
         assert_near(jax.checkpoint(function)(params64, x), y, tolerance=1e-12)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_taylor_mode(method):
+    """By `jax.experimental.jet`, in the inputs of a model of two layers and something between."""
+    params, function = compressed("nnx", method, strides=2)
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), params)
+        check_jet(
+            lambda x: jnp.tanh(function(params, jnp.sin(x))), drawn(1, 5, 4, 6, dtype=np.float64)
+        )
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", [METHODS[1], METHODS[5]], ids=str)
+def test_taylor_mode_in_parameters_and_of_gradients(method, size):
+    """In maps of a few pixels and in larger ones, whose kernels' gradients are loops."""
+    params, function = compressed("nnx", method)
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), params)
+        leaves, form = jax.tree.flatten(params)
+        x = drawn(1, size, size, 6, dtype=np.float64)
+
+        def gradient(x, *leaves):
+            def loss(x, leaves):
+                return (function(jax.tree.unflatten(form, leaves), x) ** 3).sum()
+
+            found = jax.grad(loss, (0, 1))(x, leaves)
+            return jnp.concatenate([a.reshape(-1) for a in jax.tree.leaves(found)])
+
+        check_jet(lambda *leaves: function(jax.tree.unflatten(form, leaves), x), *leaves)
+        check_jet(gradient, x, *leaves, order=2)

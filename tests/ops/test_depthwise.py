@@ -175,6 +175,27 @@ def test_gradient_of_gradient():
     )
 
 
+def test_gradient_of_gradient_where_the_input_is_dilated_and_cropped():
+    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 2))
+    kernel = jax.random.normal(jax.random.key(1), (3, 3, 2))
+    options = {"padding": ((-1, 2), (1, -2)), "input_dilation": (2, 3)}
+
+    def mixed(impl):
+        def of_kernel(x, kernel):
+            y = fj.depthwise_conv(x, kernel, impl=impl, **options)
+            return (
+                jax.grad(lambda k: (y * fj.depthwise_conv(x, k, impl=impl, **options)).sum())(
+                    kernel
+                )
+                ** 2
+            ).sum()
+
+        return jax.jit(jax.grad(of_kernel, (0, 1)))(x, kernel)
+
+    for ours, theirs in zip(mixed("shifted"), mixed("grouped"), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * jnp.abs(theirs).max())
+
+
 def test_kernel_gradient_in_chunks_of_the_batch():
     rng = np.random.default_rng(2)
     x = jnp.asarray(rng.normal(size=(12, 64, 64, 16)), jnp.float32)  # more than one cache-full

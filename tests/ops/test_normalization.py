@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental.jet import jet
 from jax.test_util import check_grads
 
 import falcon_jax as fj
@@ -33,6 +34,25 @@ def test_gradients_through_all_three_outputs_once_and_twice():
         return y**2, mean**3, variance**2
 
     check_grads(jax.jit(outputs), arrays, 2, ["rev"], 3e-2, 3e-2)
+
+
+def test_taylor_mode_is_that_of_flax():
+    x, scale, bias = draw((6, 2, 3))
+    series = tuple(jnp.cos(i * x) for i in (1, 2, 3))
+    results = []
+    for norm in (fj.BatchNorm(3, rngs=nnx.Rngs(0)), nnx.BatchNorm(3, rngs=nnx.Rngs(0))):
+        norm.scale[...], norm.bias[...] = scale, bias
+        graphdef, state = nnx.split(norm)
+
+        def gradient(x, graphdef=graphdef, state=state):
+            def loss(x):
+                return (nnx.merge(graphdef, state, copy=True)(x) ** 3).sum()
+
+            return jax.value_and_grad(loss)(x)
+
+        results.append(jax.jit(lambda x, f=gradient: jet(f, (x,), (series,)))(x))
+    for ours, theirs in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4 * np.abs(theirs).max())
 
 
 @pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
