@@ -1,6 +1,7 @@
 """`autotune`: how each layer of a plan is computed fastest, measured on the device at hand."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,6 +14,8 @@ from falcon_jax.frameworks.interface import Model, framework_of
 from falcon_jax.frameworks.layers import Inputs, Layer
 from falcon_jax.frameworks.tracing import Call
 from falcon_jax.methods.base import Method, flatten_batch
+from falcon_jax.native.joining import with_native_steps
+from falcon_jax.native.library import load as kernels_are_loaded
 from falcon_jax.ops.convolution import conv
 from falcon_jax.ops.geometry import ConvSpec
 
@@ -37,6 +40,7 @@ def autotune(
     Every layer that the plan replaces is timed by itself, in every form that its method has and as
     the standard convolution that it is, on random arrays of the shapes that the sample gives it.
     Where no form is faster than the standard convolution, the layer stays and the plan says so.
+    Native kernels, where they are built, are what is timed forward, as `deploy` uses them.
 
     Args:
         model: the model before compression, NNX or bound Linen; it is not changed.
@@ -127,6 +131,10 @@ def _run(
         y, gradients = jax.vjp(function, weights, x)
         return y, gradients(y)
 
+    if not backward and jax.default_backend() == "cpu" and kernels_are_loaded():
+        weights, x = args  # as `deploy` has it: weights are constants
+        deployed = jax.jit(with_native_steps(functools.partial(function, weights)))
+        return lambda: jax.block_until_ready(deployed(x))
     compiled = jax.jit(both if backward else function)
     return lambda: jax.block_until_ready(compiled(*args))
 

@@ -73,15 +73,16 @@ def load() -> bool:
     Raises:
         ValueError: if the library that was built cannot be loaded.
     """
-    path = library_path()
-    if not path.is_file():
+    if not is_built():
         return False
-    _register(path)
+    _register(_digest())
     return True
 
 
 @functools.cache
-def _register(path: pathlib.Path) -> None:
+def _register(digest: str) -> None:
+    """Make the kernels of this digest known: once in a process, wherever their library stands."""
+    path = library_path()
     try:
         library = ctypes.cdll.LoadLibrary(str(path))
     except OSError as error:

@@ -244,7 +244,7 @@ _SAFE = (1e-20, 1e30)  # sums of squares within lose nothing to underflow or ove
 
 
 def best_terms(
-    matrices: Float[Array | np.ndarray, "p q b"], *, rank: int
+    matrices: Float[Array, "p q b"], *, rank: int
 ) -> tuple[Float[Array, "p k b"], Float[Array, "q k b"]]:
     """Factor matrices that lie side by side, by the faster of `leading_terms` and `best_low_rank`.
 
@@ -267,7 +267,7 @@ def best_terms(
 
 @functools.partial(jax.jit, static_argnames="rank")
 def leading_terms(
-    matrices: Float[Array | np.ndarray, "p q b"], *, rank: int
+    matrices: Float[Array, "p q b"], *, rank: int
 ) -> tuple[Float[Array, "p k b"], Float[Array, "q k b"]]:
     """Factor every matrix into its best approximation of a given small rank.
 

@@ -253,3 +253,11 @@ def test_weights_that_an_outer_trace_computes(block):
 
     wanted = layer(images(2, 6, 6, 20))
     np.testing.assert_allclose(scaled(2 * layer.kernel[...]), 2 * wanted, rtol=2e-4, atol=2e-4)
+
+
+def test_autotune_times_what_deploy_uses():
+    x = images(1, 8, 8, 16)
+    model = nnx.Sequential(nnx.Conv(16, 16, (3, 3), rngs=nnx.Rngs(0)))
+    plan = fj.make_plan(model, [fj.Rule(method=fj.Falcon())], x)
+    (row,) = fj.autotune(model, x, plan, only_faster=False, repeats=1).rows
+    assert row.measured_ms is not None and min(row.measured_ms.values()) > 0

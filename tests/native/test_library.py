@@ -12,6 +12,15 @@ def test_is_built_where_the_cache_is(built, monkeypatch, tmp_path):
     assert not fj.native.is_built() and not library.load()
 
 
+def test_is_loaded_once_wherever_it_stands(built, monkeypatch, tmp_path):
+    assert library.load()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = library.library_path()
+    path.parent.mkdir(parents=True)
+    path.write_bytes(built.read_bytes())
+    assert library.load()
+
+
 def test_asked_for_and_not_built(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model = fj.models.vgg8_cifar(width=0.125, rngs=nnx.Rngs(0))
@@ -38,6 +47,7 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
 
 def test_a_library_that_cannot_be_loaded(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(library, "_digest", lambda: "damaged")
     path = library.library_path()
     path.parent.mkdir(parents=True)
     path.write_text("no library")

@@ -301,7 +301,7 @@ def test_double_precision_and_remat(method, framework):
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_taylor_mode(method):
-    """By `jax.experimental.jet`, in the inputs of a model of two layers and something between."""
+    """By `jax.experimental.jet`, in the inputs of a layer between two functions."""
     params, function = compressed("nnx", method, strides=2)
     with jax.enable_x64(True):
         params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), params)
