@@ -261,18 +261,22 @@ def main() -> None:
             columns.append(Column(name="ms", header="ms", format="{:.2f}".format))
             print(format_table(rows[:20], columns))
         return
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in options.networks:
         for batch in options.batches:
             make, size = NETWORKS[name]
             sample = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-            count = fj.profile(nnx.eval_shape(lambda m=make: m(rngs=nnx.Rngs(0))), sample).mult_adds
-            if batch * count > LARGEST:
+            shapes = nnx.eval_shape(lambda m=make: m(rngs=nnx.Rngs(0)))
+            if batch * fj.profile(shapes, sample).mult_adds > LARGEST:
                 continue
             rows += measure(
                 name, batch, options.ranks, rounds=options.rounds, threads=options.threads
             )
-            print(name, batch, flush=True)
+            report(rows, options.out)  # as far as it is
+
+
+def report(rows: list[dict[str, Any]], out: str | None) -> None:
+    """Print all rows, their geometric means and the worst, and write them."""
     ratios = [f"jax / {r}" for r in ("plain", *RUNTIMES)]
     columns = [Column(name=n, header=n) for n in ("network", "batch", "rank")]
     columns += [
@@ -283,15 +287,18 @@ def main() -> None:
         for r in ("jax", "plain", *RUNTIMES)
     ]
     print(format_table(rows, columns))
+    compressed_rows = [row for row in rows if row["rank"]]
     means = {r: geometric_mean(row[r] for row in rows) for r in ratios}
-    means |= {f"{r}, FALCON": geometric_mean(row[r] for row in rows if row["rank"]) for r in ratios}
+    if compressed_rows:
+        of_falcon = {r: geometric_mean(row[r] for row in compressed_rows) for r in ratios}
+        means |= {f"{r}, FALCON": value for r, value in of_falcon.items()}
     worst = {r: max(row[r] for row in rows) for r in ratios}
     print("geometric means", {n: round(v, 2) for n, v in means.items()})
-    print("worst", {n: round(v, 2) for n, v in worst.items()})
-    if options.out:
+    print("worst", {n: round(v, 2) for n, v in worst.items()}, flush=True)
+    if out:
         command = shlex.join(["python", "-m", "benchmarks.real_networks", *sys.argv[1:]])
         content = {"command": command, **settings_of_run(), "rows": rows}
-        write_json(options.out, {**content, "geometric_means": means, "worst": worst})
+        write_json(out, {**content, "geometric_means": means, "worst": worst})
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ MODULES = (
     "falcon_jax.export",
     "falcon_jax.convert",
     "falcon_jax.models",
+    "falcon_jax.native",
     "falcon_jax.ops",
     "falcon_jax.linen",
 )
