@@ -1,6 +1,6 @@
 """falcon_jax: trained convolutional networks made smaller and faster, in JAX and Flax."""
 
-from falcon_jax import convert, export, methods, models, ops
+from falcon_jax import convert, export, methods, models, native, ops
 from falcon_jax.compression import (
     Front,
     Inputs,
@@ -141,6 +141,7 @@ __all__ = [
     "methods",
     "models",
     "narrow",
+    "native",
     "ops",
     "profile",
     "quantize_linear",

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from falcon_jax.cli.build import add_build
 from falcon_jax.cli.convert import add_compress, add_convert
 from falcon_jax.cli.data import add_make_folder
 from falcon_jax.cli.evaluate import add_evaluate, add_profile
@@ -65,6 +66,7 @@ COMMANDS: tuple[Callable[[Any], None], ...] = (
     add_export,
     add_prepare,
     add_make_folder,
+    add_build,
 )
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from falcon_jax.frameworks.interface import Model, framework_of
 from falcon_jax.frameworks.layers import Inputs
 from falcon_jax.frameworks.tracing import inner_jaxprs
 from falcon_jax.native.graph import with_native_steps
-from falcon_jax.native.library import load as native_is_there
+from falcon_jax.native.library import load as kernels_are_loaded
 
 
 def deploy(
@@ -20,6 +20,7 @@ def deploy(
     sample: Any | None = None,
     *,
     chunk: int | None = 32,
+    native: bool | None = None,
 ) -> Callable[..., Any]:
     """Return a jitted function that gives what a model gives in evaluation mode, faster.
 
@@ -39,13 +40,16 @@ def deploy(
         chunk: examples that go through together; None for all. A model whose examples depend on
             each other must not be cut; one that draws random numbers or writes variables, or that
             has an output without batch axis, is not.
+        native: whether convolutions are carried out by the kernels of `falcon_jax.native`, each
+            with the bias, sum, rectification and pooling that follow it; on CPUs, in float32. If
+            not given, where they are built. What `jax.export` writes is plain JAX.
 
     Returns:
         A function of the model's arrays, in the order of its arguments.
 
     Raises:
-        ValueError: if ``chunk`` is not positive, the model cannot be called on the sample, or a
-            Linen module is not bound.
+        ValueError: if ``chunk`` is not positive, the model cannot be called on the sample, a Linen
+            module is not bound, or ``native`` kernels are asked for and not built.
 
     >>> from flax import nnx
     >>> layer = nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0))
@@ -69,8 +73,14 @@ def deploy(
         bound = Inputs(*arrays) if inputs is None else inputs.with_arrays(list(arrays))
         return bound.call(call)
 
-    step = with_native_steps(forward) if native_is_there() else forward
-    return jax.jit(step if chunk is None else _in_chunks(step, chunk, written))
+    if native and not kernels_are_loaded():
+        raise ValueError(
+            "the native kernels are not built on this machine: run `python -m falcon_jax build`, "
+            "which needs a C++ compiler, or leave native=True out."
+        )
+    if native is not False and jax.default_backend() == "cpu" and kernels_are_loaded():
+        forward = with_native_steps(forward)
+    return jax.jit(forward if chunk is None else _in_chunks(forward, chunk, written))
 
 
 def _in_chunks(forward: Callable[..., Any], chunk: int, written: list[bool]) -> Callable[..., Any]:

@@ -1,14 +1,12 @@
 """A model's call for inference: a function, or a jaxpr of canonical operations, with open sizes."""
 
 import dataclasses
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax import export
-from jax.experimental.xla_metadata import set_xla_metadata
 
 from falcon_jax.frameworks.interface import Model, framework_of
 from falcon_jax.frameworks.layers import Inputs, array_leaves
@@ -228,8 +226,7 @@ def _traced(model: Any, function: Callable[..., Any], shapes: OpenShapes) -> Tra
         structure.append(y)
         return array_leaves(y)
 
-    # In a context that never was before, JAX's cache holds nothing of jitted parts.
-    with canonical_forms(), set_xla_metadata(falcon_jax_trace=uuid.uuid4().hex):
+    with canonical_forms():
         jaxpr = jax.make_jaxpr(forward)(*shapes.inputs.arrays)
     if not jaxpr.jaxpr.outvars:
         raise ValueError(f"{type(model).__name__} returns no array.")

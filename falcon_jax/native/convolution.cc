@@ -51,7 +51,7 @@ inline void StoreSome(float* p, Vec v, int n) {
 }
 inline Vec Relu(Vec v) {
   Vec zero = {};
-  return v > zero ? v : zero;  // NaN becomes zero: as in no case that matters here
+  return v < zero ? zero : v;  // NaN stays
 }
 
 // out[i][16 v ...] = sum over segments s and k of rows[s * MR + i][k] * b[s * depth + k][16 v ...]
@@ -342,7 +342,10 @@ float* Scratch(size_t floats) {
   return buffer.data() + (64 - address % 64) % 64 / sizeof(float);
 }
 
-inline Vec Max(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec Max(Vec a, Vec b) {  // NaN if either is
+  const Vec most = a < b ? b : a;
+  return b == b ? most : b;
+}
 
 // Maxima of 2x2 points of two rows.
 void StorePooledRow(const Shape& s, const float* pair, int64_t columns, int64_t channel0,
@@ -358,8 +361,8 @@ void StorePooledRow(const Shape& s, const float* pair, int64_t columns, int64_t 
     }
 }
 
-// One task: output rows [first, last) of one image and some panels of channels.
-// `fill(row, panel0, panels, ring rows)` computes what the depthwise step reads.
+// One task: output rows [first, last) of one image and some panels of channels. Input rows of the
+// depthwise step stand in a ring: products of x, or without weights x itself.
 void PointwiseDepthwiseTask(const Shape& s, const Plan& plan, const float* x, const float* weights,
                             const float* depthwise, const Epilogue& whole, int64_t image,
                             int64_t first, int64_t last, int64_t panel0, int64_t panels) {

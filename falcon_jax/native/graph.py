@@ -35,9 +35,10 @@ _CALLS = {
     "remat2": "jaxpr",
     "checkpoint": "jaxpr",
 }
+_SAME = ("name", "copy", "copy_p")
 _LARGE = 2**16  # elements: constants that only repeat smaller ones are not made that large
 _CONVOLUTION = "conv_general_dilated"
-_RANDOM = ("random", "rng")
+_DEPTHWISE = 16  # input channels that take the time of a depthwise step of nine taps
 _FEW = 8  # entries of an axis that an interpolation takes together
 
 
@@ -81,9 +82,8 @@ def with_native_steps(forward: Callable[..., Any]) -> Callable[..., Any]:
         shapes = [jax.ShapeDtypeStruct(jnp.shape(a), jnp.result_type(a)) for a in arrays]
         if not all(isinstance(n, int) for a in shapes for n in a.shape):
             return forward(*arrays)
-        # A function that is new to JAX, or what was traced in other forms is taken.
         with canonical_forms():
-            jaxpr, structure = jax.make_jaxpr(lambda *a: forward(*a), return_shape=True)(*shapes)
+            jaxpr, structure = jax.make_jaxpr(forward, return_shape=True)(*shapes)
         if jaxpr.effects or _convolves_inside(jaxpr.jaxpr):
             return forward(*arrays)
         program = _folded(read_program(jaxpr))
@@ -96,8 +96,8 @@ def with_native_steps(forward: Callable[..., Any]) -> Callable[..., Any]:
 def _convolves_inside(jaxpr: Any) -> bool:
     """Return whether a loop or a branch has convolutions, whose weights may be no constants."""
     return any(
-        eqn.primitive.name not in _CALLS and any(map(_convolves, _inner(eqn)))
-        or eqn.primitive.name in _CALLS and any(map(_convolves_inside, _inner(eqn)))
+        (eqn.primitive.name not in _CALLS and any(map(_convolves, _inner(eqn))))
+        or (eqn.primitive.name in _CALLS and any(map(_convolves_inside, _inner(eqn))))
         for eqn in jaxpr.eqns
     )
 
@@ -136,7 +136,9 @@ def read_program(closed: Any) -> Program:
         for eqn in jaxpr.eqns:
             inputs = [value(atom) for atom in eqn.invars]
             inner = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
-            if inner is not None:
+            if eqn.primitive.name in _SAME:
+                outputs = inputs
+            elif inner is not None:
                 closed = isinstance(inner, core.ClosedJaxpr)
                 outputs = read(
                     inner.jaxpr if closed else inner, inner.consts if closed else (), inputs
@@ -156,12 +158,17 @@ def read_program(closed: Any) -> Program:
 
     arguments = [new(variable) for variable in closed.jaxpr.invars]
     outputs = read(closed.jaxpr, closed.consts, arguments)
-    for operation in operations:
-        for x in operation.inputs:
-            x.uses += 1
-    for x in outputs:
+    used = set(outputs)
+    kept = []
+    for operation in reversed(operations):
+        if not used.isdisjoint(operation.outputs):
+            used.update(operation.inputs)
+            kept.append(operation)
+    for x in (*outputs, *(x for operation in kept for x in operation.inputs)):
         x.uses += 1
-    return Program(inputs=tuple(arguments), operations=tuple(operations), outputs=tuple(outputs))
+    return Program(
+        inputs=tuple(arguments), operations=tuple(reversed(kept)), outputs=tuple(outputs)
+    )
 
 
 def _folded(program: Program) -> Program:
@@ -170,9 +177,11 @@ def _folded(program: Program) -> Program:
     constant, rest = [], []
     for operation in program.operations:
         known = all(x.constant is not None or x in found for x in operation.inputs)
+        arrays = (*operation.inputs, *operation.outputs)
+        known = known and not any(jnp.issubdtype(a.dtype, jax.dtypes.extended) for a in arrays)
         most = max((math.prod(x.shape) for x in operation.inputs), default=0)
         made = max((math.prod(y.shape) for y in operation.outputs), default=0)
-        if known and made <= max(_LARGE, most) and not operation.primitive.name.startswith(_RANDOM):
+        if known and made <= max(_LARGE, most):
             constant.append(operation)
             found.update(operation.outputs)
         else:
@@ -188,9 +197,7 @@ def _folded(program: Program) -> Program:
                 values.update(zip(operation.outputs, outputs, strict=True))
             return [values[y] for y in wanted]
 
-        given = list(
-            dict.fromkeys(x for o in constant for x in o.inputs if x.constant is not None)
-        )
+        given = list(dict.fromkeys(x for o in constant for x in o.inputs if x.constant is not None))
         with jax.ensure_compile_time_eval():
             arrays = jax.jit(evaluate)([x.constant for x in given])
         for y, array in zip(wanted, arrays, strict=True):
@@ -238,6 +245,29 @@ class Joined:
     def is_finished(self) -> bool:
         """Return whether nothing can be added any more."""
         return self.step.relu or self.step.pool
+
+    @property
+    def is_better_dense(self) -> bool:
+        """Return whether there are so many terms that one standard convolution takes less time."""
+        step, taps = self.step, math.prod(self.step.kernel_size)
+        separate = step.terms * (step.in_features + _DEPTHWISE)
+        return step.kind == "pointwise_depthwise" and separate > taps * step.in_features
+
+    @property
+    def can_pool(self) -> bool:
+        """Return whether a kernel that carries it out can pool its answers, too."""
+        return self.step.kind != "standard" and not self.step.pool and not self.is_better_dense
+
+    def dense(self) -> "Joined":
+        """Return it as a standard convolution."""
+        assert self.weights is not None and self.depthwise is not None
+        kernel = np.einsum("ijkn,mkn->ijmn", self.depthwise, self.weights)
+        return dataclasses.replace(
+            self,
+            step=dataclasses.replace(self.step, kind="standard", terms=1),
+            weights=kernel.reshape(-1, 1, kernel.shape[-1]),
+            depthwise=None,
+        )
 
     def scaled(self, gain: np.ndarray) -> "Joined":
         """Return it with outputs multiplied by a gain per channel."""
@@ -304,7 +334,7 @@ class _Runner:
     def array(self, value: Value) -> Any:
         """Return the array that a value is, made now if it was waiting."""
         if value.constant is not None:
-            return jnp.asarray(value.constant)
+            return value.constant
         if value in self.made:
             return self.made[value]
         if value in self.waiting:
@@ -327,6 +357,7 @@ class _Runner:
         return y if order == tuple(range(len(order))) else jnp.transpose(y, order)
 
     def _make(self, joined: Joined) -> Any:
+        joined = joined.dense() if joined.is_better_dense else joined
         step = joined.step
         none = np.zeros((0,), np.float32)
         bias = np.zeros(step.out_features, np.float32) if joined.bias is None else joined.bias
@@ -354,14 +385,14 @@ class _Runner:
             return None
         else:
             row = np.asarray(value.constant)
-            if row.size not in (1, channels) or row.shape[-1:] not in ((), (1,), (channels,)):
+            if row.size != 1 and (row.size, row.shape[-1]) != (channels, channels):
                 return None
             row = row.reshape(-1)
         return np.broadcast_to(row, (channels,)).astype(np.float32)
 
 
 def _convolution(runner: _Runner, operation: Operation) -> bool:
-    x, kernel = operation.inputs
+    x = operation.inputs[0]
     (y,) = operation.outputs
     joined = _as_step(operation)
     if joined is None:
@@ -413,7 +444,7 @@ def _as_step(operation: Operation) -> Joined | None:
         or min(min(pair) for pair in params["padding"]) < 0
         or 0 in (*x.shape, *kernel.shape, *y.shape)
         or groups not in (1, x.shape[-1])
-        or groups > 1 and kernel.shape[-1] != groups
+        or (groups > 1 and kernel.shape[-1] != groups)
     ):
         return None
     array = np.asarray(kernel.constant)
@@ -579,11 +610,13 @@ def _max_pool(runner: _Runner, operation: Operation) -> bool:
         return False
     (_, *window, _), (_, *strides, _) = params["window_dimensions"], params["window_strides"]
     pool = MaxPool(
-        window=tuple(window), strides=tuple(strides), padding=tuple(map(tuple, params["padding"][1:3]))
+        window=tuple(window),
+        strides=tuple(strides),
+        padding=(tuple(params["padding"][1]), tuple(params["padding"][2])),
     )
     joined = runner.taken(x)
     halves = pool == MaxPool(window=(2, 2), strides=(2, 2))
-    if halves and joined is not None and joined.step.kind != "standard" and joined.shape == x.shape:
+    if halves and joined is not None and joined.shape == x.shape and joined.can_pool:
         step = dataclasses.replace(joined.step, pool=True)
         runner.waiting[y] = dataclasses.replace(joined, step=step, shape=y.shape)
         return True
@@ -594,7 +627,9 @@ def _max_pool(runner: _Runner, operation: Operation) -> bool:
 def _part(joined: Joined, start: int, stop: int, shape: tuple[int, ...]) -> Joined:
     assert joined.weights is not None
     step = dataclasses.replace(joined.step, out_features=stop - start)
-    return dataclasses.replace(joined, step=step, weights=joined.weights[..., start:stop], shape=shape)
+    return dataclasses.replace(
+        joined, step=step, weights=joined.weights[..., start:stop], shape=shape
+    )
 
 
 def _split(runner: _Runner, operation: Operation) -> bool:
@@ -671,7 +706,12 @@ def _scale(
     pairs = (operation.inputs, operation.inputs[::-1])
     for x, other in pairs[:1] if first else pairs:
         joined = runner.taken(x)
-        if joined is None or joined.is_finished or joined.residual is not None or x.shape != y.shape:
+        if (
+            joined is None
+            or joined.is_finished
+            or joined.residual is not None
+            or x.shape != y.shape
+        ):
             continue
         row = runner.per_channel(other, joined.step.out_features)
         if row is not None:
@@ -762,9 +802,7 @@ def _other_convolution(operation: Operation, x: Array, kernel: Array) -> Array |
     moved = max(params["window_strides"]) > 1 or any(map(any, params["padding"]))
     if math.prod(kernel.shape[:-2]) == 1 and not moved and max(params["lhs_dilation"]) == 1:
         matrix = kernel.reshape(kernel.shape[-2:])
-        return pointwise_conv(
-            x, matrix, feature_group_count=groups, precision=params["precision"]
-        )
+        return pointwise_conv(x, matrix, feature_group_count=groups, precision=params["precision"])
     return conv_on_small_maps(
         x,
         kernel,

@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
-from typing import Any, Literal, Protocol
+from collections.abc import Callable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float, Int
@@ -25,25 +27,26 @@ Pairs = tuple[Pair, Pair]
 PANEL, LANES = 64, 16  # as in convolution.cc
 
 
+@runtime_checkable
 class Kernel(Protocol):
-    """An operation with settings; arrays are its operands.
+    """An operation with settings; arrays are its operands."""
 
-    Attributes:
-        mapped: positions of the operands that have a batch axis, the first.
-    """
+    @property
+    def mapped(self) -> tuple[int, ...]:
+        """Positions of the operands that have a batch axis, the first."""
+        ...
 
-    mapped: tuple[int, ...]
+    @property
+    def plain(self) -> Callable[..., Any]:
+        """What it is, in plain JAX: a function of the operands."""
+        ...
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the output's shape for the first operand's."""
         ...
 
-    def plain(self, *operands: Any) -> Any:
-        """Return what it is, in plain JAX."""
-        ...
-
     def compiled(self, output: jax.ShapeDtypeStruct, *operands: Any) -> Any:
-        """Return the same by the compiled kernel."""
+        """Return what ``plain`` gives, by the compiled kernel."""
         ...
 
 
@@ -281,7 +284,7 @@ def _lower(context: Any, *operands: Any, kernel: Kernel) -> Any:
 
 def _batch(operands: Any, axes: Any, *, kernel: Kernel) -> tuple[Array, int]:
     if any(axis is not None and i not in kernel.mapped for i, axis in enumerate(axes)):
-        return jax.vmap(kernel.plain, in_axes=axes)(*operands), 0
+        return jax.vmap(kernel.plain, in_axes=axes)(*map(jnp.asarray, operands)), 0
     size = next(a.shape[d] for a, d in zip(operands, axes, strict=True) if d is not None)
 
     def joined(array: Array, axis: int | None) -> Array:
@@ -301,14 +304,12 @@ def _batch(operands: Any, axes: Any, *, kernel: Kernel) -> tuple[Array, int]:
 
 def _differentiate(primals: Any, tangents: Any, *, kernel: Kernel) -> Any:
     moved = [ad.instantiate_zeros(t) for t in tangents]
-    return jax.jvp(kernel.plain, tuple(primals), tuple(moved))
+    return jax.jvp(kernel.plain, tuple(map(jnp.asarray, primals)), tuple(moved))
 
 
 _native = Primitive("falcon_native")
 _native.def_impl(lambda *operands, kernel: jax.jit(run, static_argnums=0)(kernel, *operands))
-_native.def_abstract_eval(
-    lambda x, *_, kernel: jax.core.ShapedArray(_shape(kernel, x), x.dtype)
-)
+_native.def_abstract_eval(lambda x, *_, kernel: ShapedArray(_shape(kernel, x), x.dtype))
 ad.primitive_jvps[_native] = _differentiate
 batching.primitive_batchers[_native] = _batch
 mlir.register_lowering(_native, mlir.lower_fun(_plain, multiple_results=False))

@@ -17,15 +17,19 @@ from falcon_jax.wording import reason
 
 TARGETS = ("FalconPointwiseDepthwise", "FalconConvolution", "FalconMaxPool", "FalconAlongAxis")
 _SOURCE = pathlib.Path(__file__).with_name("convolution.cc")
-_OPTIONS = ("-std=c++17", "-O3", "-ffast-math", "-fno-finite-math-only", "-fPIC", "-shared")
+_OPTIONS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared")
 
 
 def library_path() -> pathlib.Path:
     """Return where the kernels for this source, jaxlib and processor stand, built or not."""
-    parts = (_SOURCE.read_bytes(), jaxlib.__version__.encode(), _processor().encode())
-    digest = hashlib.blake2b(b"\0".join(parts), digest_size=8).hexdigest()
     cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(cache) / "falcon_jax" / f"convolution-{digest}.so"
+    return pathlib.Path(cache) / "falcon_jax" / f"convolution-{_digest()}.so"
+
+
+@functools.cache
+def _digest() -> str:
+    parts = (_SOURCE.read_bytes(), jaxlib.__version__.encode(), _processor().encode())
+    return hashlib.blake2b(b"\0".join(parts), digest_size=8).hexdigest()
 
 
 def is_built() -> bool:
@@ -47,7 +51,7 @@ def build(*, compiler: str | None = None) -> pathlib.Path:
         The library's path.
 
     Raises:
-        RuntimeError: if there is no compiler, or it fails; the message has what it said.
+        ValueError: if there is no compiler, or it fails; the message has what it said.
     """
     path = library_path()
     found = _compiler(compiler)
@@ -58,32 +62,35 @@ def build(*, compiler: str | None = None) -> pathlib.Path:
         command = [found, *_OPTIONS, _TUNED, include, str(_SOURCE), "-o", str(made)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise RuntimeError(f"{found} could not compile the kernels: {done.stderr[-2000:]}")
+            raise ValueError(f"{found} could not compile the kernels: {done.stderr[-2000:]}")
         made.replace(path)
-    load.cache_clear()
     return path
 
 
-@functools.cache
 def load() -> bool:
     """Make the kernels known to XLA, if they are built; return whether they are.
 
     Raises:
-        RuntimeError: if the library that was built cannot be loaded.
+        ValueError: if the library that was built cannot be loaded.
     """
     path = library_path()
     if not path.is_file():
         return False
+    _register(path)
+    return True
+
+
+@functools.cache
+def _register(path: pathlib.Path) -> None:
     try:
         library = ctypes.cdll.LoadLibrary(str(path))
     except OSError as error:
-        raise RuntimeError(
+        raise ValueError(
             f"{path} cannot be loaded: {reason(error)}; remove it, or build it anew by `python -m "
             "falcon_jax build`."
         ) from error
     for name in TARGETS:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
-    return True
 
 
 _TUNED = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
@@ -95,7 +102,7 @@ def _compiler(name: str | None) -> str:
         if candidate and shutil.which(candidate):
             return candidate
     looked = ", ".join(candidate for candidate in names if candidate)
-    raise RuntimeError(
+    raise ValueError(
         f"no C++ compiler was found; looked for {looked}. Install one, or name it: "
         "`python -m falcon_jax build --compiler PATH`. Without it, models run in plain JAX."
     )

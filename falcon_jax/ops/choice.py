@@ -8,11 +8,13 @@ recognises a convolution only if it is given one.
 import contextlib
 import contextvars
 import dataclasses
+import uuid
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Literal, get_args
 
 import jax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 DepthwiseForm = Literal["auto", "shifted", "per_pixel", "grouped"]
 DEPTHWISE_FORMS: tuple[str, ...] = get_args(DepthwiseForm)
@@ -133,12 +135,13 @@ _CANONICAL = contextvars.ContextVar("falcon_jax_canonical", default=False)
 def canonical_forms() -> Iterator[None]:
     """Make every operation traced in this context the one of ``lax`` that stands for it.
 
-    Results differ from those of other forms by rounding only. What was traced before, and is in
-    JAX's cache, stays.
+    Results differ from those of other forms by rounding only.
     """
     token = _CANONICAL.set(True)
     try:
-        yield
+        # In a context that never was before, JAX's cache holds nothing of jitted parts.
+        with set_xla_metadata(falcon_jax_forms=uuid.uuid4().hex):
+            yield
     finally:
         _CANONICAL.reset(token)
 
