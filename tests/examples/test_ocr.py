@@ -77,15 +77,15 @@ def test_pages_are_the_seeds_and_words_stand_in_their_boxes():
 
 @needs_fonts
 def test_sheets_are_the_seeds_and_every_word_has_its_box():
-    sheets, again = (render_sheets(2, seed=5, height=128, width=192) for _ in range(2))
+    sheets, again = (render_sheets(2, seed=5, height=256, width=320) for _ in range(2))
     np.testing.assert_array_equal(sheets.images, again.images)
-    assert not np.array_equal(sheets.images, render_sheets(2, seed=6).images[:, :128, :192])
-    assert sheets.images.shape == (2, 128, 192, 3)
+    assert not np.array_equal(sheets.images, render_sheets(2, seed=6).images[:, :256, :320])
+    assert sheets.images.shape == (2, 256, 320, 3)
     for image, boxes, texts in zip(sheets.images, sheets.boxes, sheets.texts, strict=True):
         assert len(boxes) == len(texts) > 3
-        ground = np.median(image[:80].reshape(-1, 3), axis=0)  # paper; the rest is a photo
+        ground = np.median(image[:170].reshape(-1, 3), axis=0)  # paper; the rest is a photo
         differs = np.abs(image.astype(float) - ground).max(-1) > 60
-        for left, top, right, bottom in boxes[boxes[:, 3] < 80].astype(int):
+        for left, top, right, bottom in boxes[boxes[:, 3] < 170].astype(int):
             assert differs[top : bottom + 1, left : right + 1].mean() > 0.05
 
 
@@ -99,7 +99,7 @@ def test_words_come_in_batches_of_few_shapes_each_once():
     batches = word_batches(gray_page(1600), boxes)
     assert sorted(p for batch in batches for p in batch.places) == list(range(len(widths)))
     assert {batch.images.shape[:2] for batch in batches} == {(TOGETHER, recognizer.HEIGHT)}
-    assert [batch.images.shape[2] for batch in batches] == [WIDTHS[-1], WIDTHS[1]]
+    assert [batch.images.shape[2] for batch in batches] == [WIDTHS[-1], WIDTHS[0]]
     assert batches[0].places[0] == 10  # the widest, squeezed
     for batch in batches:
         filled = batch.images[: len(batch.places)]
