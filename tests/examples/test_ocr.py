@@ -241,7 +241,8 @@ def test_shrunk_networks_are_kept(tmp_path, monkeypatch):
     def load():
         return Tiny(nnx.Rngs(0))
 
-    settings = shrinking.Settings(first="first", examples=2, target=None, rank=1)
+    rules = fj.Rule(path="first", method=None), fj.Rule(method=fj.Falcon())
+    settings = shrinking.Settings(rules=rules, examples=2)
     for name in ("detector", "recognizer"):
         monkeypatch.setattr(getattr(shrinking, name), f"load_{name}", load)
     monkeypatch.setattr(shrinking, "QUICK", dict.fromkeys(("detector", "recognizer"), settings))
