@@ -11,7 +11,7 @@ at the place. NETWORKS holds what `examples.ocr.read` shrank; it is made if it i
 
 import argparse
 import collections
-import contextlib
+import copy
 import os
 import pathlib
 import shlex
@@ -42,7 +42,9 @@ from falcon_jax.report.table import (
 )
 
 SEEDS = {"same fonts": 21, "other fonts": 22}  # of the pages
-FORMS = ("eager", "frozen", "optimized")
+FORMS = tuple(
+    form + layout for layout in ("", ", channels last") for form in ("eager", "frozen", "optimized")
+)
 Call = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -184,41 +186,32 @@ def loaded(model: nn.Module, name: str) -> nn.Module:
     return model.eval()
 
 
-def forms(model: nn.Module, x: torch.Tensor) -> dict[str, Call]:
-    """Return the module in every form, as functions of channels-last tensors."""
-    found: dict[str, Call] = {}
-    for last in (False, True):
-        layout = torch.channels_last if last else torch.contiguous_format
-        ready = model.to(memory_format=layout)  # type: ignore[call-overload]
+def in_form(model: nn.Module, x: torch.Tensor, name: str) -> Call:
+    """Return a module in a form, as a function of tensors."""
+    form, _, last = name.partition(", ")
+    layout = torch.channels_last if last else torch.contiguous_format
+    made: Any = copy.deepcopy(model).to(memory_format=layout)  # type: ignore[call-overload]
+    if form != "eager":
         example = x.contiguous(memory_format=layout)
-        for form in FORMS:
-            made: Any = ready
-            if form != "eager":
-                made = torch.jit.freeze(torch.jit.trace(ready, example, check_trace=False))
-            if form == "optimized":
-                made = torch.jit.optimize_for_inference(made)
-
-            def call(x: torch.Tensor, made: Any = made, layout: Any = layout) -> torch.Tensor:
-                return made(x.contiguous(memory_format=layout))
-
-            found[f"{form}, channels last" if last else form] = call
-        if not last:
-            model = type(model)().eval()
-            model.load_state_dict(ready.state_dict())
-    return found
+        made = torch.jit.freeze(torch.jit.trace(made, example, check_trace=False))
+    if form == "optimized":
+        made = torch.jit.optimize_for_inference(made)
+    return lambda x: made(x.contiguous(memory_format=layout))
 
 
-def fastest(model: nn.Module, x: np.ndarray) -> tuple[Callable[[Any], np.ndarray], dict[str, Any]]:
+def fastest(
+    model: nn.Module, x: np.ndarray, names: Sequence[str]
+) -> tuple[Callable[[Any], np.ndarray], dict[str, Any]]:
     """Return the fastest form of a module as a function of arrays, and the times of all, ms."""
     tensor = _tensor(x)
-    calls, expected = forms(model, tensor), model(tensor)
+    expected = model(tensor)
+    calls = {name: in_form(model, tensor, name) for name in names}
     for name, call in calls.items():
-        with contextlib.suppress(AssertionError):
-            torch.testing.assert_close(call(tensor), expected, rtol=1e-2, atol=1e-2)
-            continue
-        raise RuntimeError(f"PyTorch's form {name!r} gives other numbers than the eager module.")
-    times = take_turns({n: lambda c=c: c(tensor) for n, c in calls.items()}, rounds=3)
-    best = min(times, key=lambda name: times[name].median)
+        if not torch.allclose(call(tensor), expected, rtol=1e-2, atol=1e-2):
+            raise RuntimeError(f"PyTorch's form {name!r} gives other numbers than the module.")
+    timed = {name: lambda call=call: call(tensor) for name, call in calls.items()}
+    times = take_turns(timed, rounds=3) if len(calls) > 1 else {}
+    best = min(calls, key=lambda name: times[name].median if times else 0)
     told = {"form": best, "ms": {name: timing.median for name, timing in times.items()}}
     return lambda x: calls[best](_tensor(x)).numpy(), told
 
@@ -227,13 +220,17 @@ def _tensor(x: Any) -> torch.Tensor:
     return torch.from_numpy(np.array(x)).permute(0, 3, 1, 2)
 
 
-def torch_networks(page: np.ndarray, batch: np.ndarray) -> tuple[Networks, dict[str, Any]]:
+def torch_networks(
+    page: np.ndarray, batch: np.ndarray, names: Sequence[str] = FORMS
+) -> tuple[Networks, dict[str, Any]]:
     """Return PyTorch's networks and which form of them is the fastest on a page and a batch."""
     detect, told = fastest(
-        loaded(TorchDetector(), "craft_mlt_25k.pth"), np.asarray(detector.normalized(page[None]))
+        loaded(TorchDetector(), "craft_mlt_25k.pth"),
+        np.asarray(detector.normalized(page[None])),
+        names,
     )
     recognize, told_too = fastest(
-        loaded(TorchRecognizer(), "english_g2.pth"), np.asarray(recognizer.normalized(batch))
+        loaded(TorchRecognizer(), "english_g2.pth"), np.asarray(recognizer.normalized(batch)), names
     )
     networks = Networks(detect=detect, recognize=recognize)
     return networks, {"detector": told, "recognizer": told_too}
@@ -302,6 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", help="JSON file to write")
     parser.add_argument("--networks", type=pathlib.Path, default=pathlib.Path("runs/ocr/networks"))
     parser.add_argument("--pages", type=int, default=10, help="of each kind of fonts")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=FORMS, help="of PyTorch")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args(arguments)
@@ -316,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     first = next(iter(pages.values()))
     batch = word_batches(first.images[0], first.boxes[0])[0].images
-    originals_in_torch, told = torch_networks(first.images[0], batch)
+    originals_in_torch, told = torch_networks(first.images[0], batch, options.forms)
     networks = {
         "PyTorch, original": originals_in_torch,
         "JAX, original": deployed(before),
