@@ -77,10 +77,11 @@ class Backbone(nn.Module):
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Return the outputs; channels come second."""
         found = []
-        for part in (self.slice1, self.slice2, self.slice3):
+        one, two, three, four = (self.get_submodule(f"slice{n}") for n in (1, 2, 3, 4))
+        for part in (one, two, three):
             x = torch.relu(part(x))
             found.append(x)
-        x = self.slice4(x)
+        x = four(x)
         return [*found, x, self.slice5(x)]
 
 
