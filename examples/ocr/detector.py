@@ -169,18 +169,25 @@ def find_boxes(scores: Float[np.ndarray, "h w 2"]) -> Float[np.ndarray, "words 4
     return np.asarray(boxes, np.float64).reshape(-1, 4)
 
 
+def overlaps(
+    found: Float[np.ndarray, "words 4"], truth: Float[np.ndarray, "true_words 4"]
+) -> Float[np.ndarray, "words true_words"]:
+    """Return the intersection over the union of every pair of boxes."""
+    left, top = (np.maximum(found[:, None, i], truth[None, :, i]) for i in (0, 1))
+    right, bottom = (np.minimum(found[:, None, i], truth[None, :, i]) for i in (2, 3))
+    shared = np.maximum(right - left, 0) * np.maximum(bottom - top, 0)
+    areas = [(b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1]) for b in (found, truth)]
+    union = areas[0][:, None] + areas[1][None] - shared
+    return np.where(union > 0, shared / np.where(union > 0, union, 1), 0)
+
+
 def match_counts(
     found: Float[np.ndarray, "words 4"],
     truth: Float[np.ndarray, "true_words 4"],
     least: float = 0.5,
 ) -> tuple[int, int, int]:
     """Return how many boxes are right (intersection over union), were found, and are true."""
-    left, top = (np.maximum(found[:, None, i], truth[None, :, i]) for i in (0, 1))
-    right, bottom = (np.minimum(found[:, None, i], truth[None, :, i]) for i in (2, 3))
-    shared = np.maximum(right - left, 0) * np.maximum(bottom - top, 0)
-    areas = [(b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1]) for b in (found, truth)]
-    union = areas[0][:, None] + areas[1][None] - shared
-    overlap = np.where(union > 0, shared / np.where(union > 0, union, 1), 0)
+    overlap = overlaps(found, truth)
     right_ones = 0
     while overlap.size and overlap.max() >= least:
         i, j = np.unravel_index(overlap.argmax(), overlap.shape)
