@@ -90,7 +90,7 @@ def build_kernels() -> None:
     print("compiling the kernels for this machine", file=sys.stderr)
     try:
         falcon_jax.native.build()
-    except RuntimeError as error:
+    except ValueError as error:
         print(f"without compiled kernels, which is slower: {shown(error, 300)}", file=sys.stderr)
 
 

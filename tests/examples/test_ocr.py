@@ -220,7 +220,7 @@ def test_missing_weights_are_told_in_a_line(tmp_path, capsys, monkeypatch):
 
 def test_without_a_compiler_the_example_goes_on(capsys, monkeypatch):
     def build():
-        raise RuntimeError("no C++ compiler was found")
+        raise ValueError("no C++ compiler was found")
 
     monkeypatch.setattr(falcon_jax.native, "is_built", lambda: False)
     monkeypatch.setattr(falcon_jax.native, "build", build)
