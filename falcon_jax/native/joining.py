@@ -454,7 +454,7 @@ def _last_of_parts(runner: _Runner, joined: Joined) -> Joined:
     """
     assert joined.weights is not None
     step = joined.step
-    pointwise = step.kernel_size == (1, 1)
+    pointwise = step.kernel_size == step.strides == (1, 1) and not any(map(any, step.padding))
     kernel = joined.weights.reshape(-1, joined.x.shape[-1], step.out_features)  # by tap
     start, pieces = 0, []
     for part in runner.parts[joined.x]:

@@ -139,6 +139,12 @@ def test_a_pointwise_convolution_stands_before_the_interpolation():
     assert sorted(widths) == [6, 6, 10] and not others["concatenate"]
 
 
+def test_strides_stay_behind_the_interpolation():
+    model = Merging(nnx.Rngs(0), 1)
+    model.mix.strides = (2, 2)
+    compare(model, images(1, 8, 12, 6))
+
+
 @pytest.mark.parametrize("method", [fj.Falcon(), None], ids=["falcon", "standard"])
 def test_other_convolutions_of_branches_side_by_side(method):
     x = images(1, 8, 12, 6)
