@@ -21,10 +21,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import train
-from falcon_jax.report.machine import describe_machine
 from falcon_jax.report.plots import plot_tradeoff
 from falcon_jax.report.table import (
     Column,
+    describe_machine,
     format_millions,
     format_milliseconds,
     format_table,

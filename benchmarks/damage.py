@@ -22,8 +22,7 @@ import numpy as np
 from flax import nnx
 
 from falcon_jax.models import vgg8_cifar, vgg19_cifar
-from falcon_jax.report.machine import describe_machine
-from falcon_jax.report.table import Column, format_table, write_json
+from falcon_jax.report.table import Column, describe_machine, format_table, write_json
 from falcon_jax.storage.directories import array_digest, check_manifest, write_manifest
 from falcon_jax.training.checkpoints import Checkpoints
 from falcon_jax.training.config import TrainConfig

@@ -19,8 +19,7 @@ import numpy as np
 from flax import nnx
 
 import falcon_jax as fj
-from falcon_jax.report.machine import describe_machine
-from falcon_jax.report.table import Column, format_table, write_json
+from falcon_jax.report.table import Column, describe_machine, format_table, write_json
 
 COLUMNS = (
     Column(name="kernel", header="Kernel"),

@@ -25,8 +25,7 @@ from falcon_jax.data.batching import train_batches
 from falcon_jax.data.dataset import AnySplit
 from falcon_jax.data.fake import make_image_folder
 from falcon_jax.data.loading import DataConfig, load_dataset
-from falcon_jax.report.machine import describe_machine
-from falcon_jax.report.table import Column, format_ratio, format_table, write_json
+from falcon_jax.report.table import Column, describe_machine, format_ratio, format_table, write_json
 
 IMAGE_SIZE = 224
 BASELINE = "PIL in a loop"

@@ -26,7 +26,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import falcon_jax as fj
-from falcon_jax.report.machine import describe_machine
+from falcon_jax.report.table import describe_machine
 
 CLASSES = 10
 BATCH = 2

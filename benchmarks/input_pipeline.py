@@ -24,8 +24,7 @@ from falcon_jax.data.augmentation import Augmentation, augment, normalize
 from falcon_jax.data.batching import steps_per_epoch, train_batches
 from falcon_jax.data.dataset import Split, channel_statistics
 from falcon_jax.data.fake import make_fake
-from falcon_jax.report.machine import describe_machine
-from falcon_jax.report.table import Column, format_ratio, format_table, write_json
+from falcon_jax.report.table import Column, describe_machine, format_ratio, format_table, write_json
 from falcon_jax.training.config import TrainConfig
 from falcon_jax.training.network import Network
 from falcon_jax.training.optimizers import make_optimizer

@@ -19,8 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from falcon_jax.report.machine import describe_machine
-from falcon_jax.report.table import Column, format_table, write_json
+from falcon_jax.report.table import Column, describe_machine, format_table, write_json
 
 STEPS, TIMED_STEPS, BATCH = 5, 10, 64
 COLUMNS = (

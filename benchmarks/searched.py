@@ -26,9 +26,9 @@ import falcon_jax as fj
 from benchmarks.training_free_ocr import STUDIES, Study
 from falcon_jax.compression.profile import median_ms
 from falcon_jax.report import plot_front, plot_sensitivity
-from falcon_jax.report.machine import describe_machine
 from falcon_jax.report.table import (
     Column,
+    describe_machine,
     format_millions,
     format_percent,
     format_ratio,

@@ -14,8 +14,7 @@ from typing import Any
 
 import jax
 
-from falcon_jax.report.machine import describe_machine
-from falcon_jax.report.table import Column, format_ratio, format_table, write_json
+from falcon_jax.report.table import Column, describe_machine, format_ratio, format_table, write_json
 
 _WARM_UPS = 2
 _PAUSE_S = 0.003  # OpenMP's and XLA's idle threads spin for a while and would slow the next call

@@ -22,8 +22,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import train
-from falcon_jax.report.machine import describe_machine
-from falcon_jax.report.table import Column, format_table, write_json
+from falcon_jax.report.table import Column, describe_machine, format_table, write_json
 from falcon_jax.training import monitoring as watch
 
 CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "torture.py"

@@ -26,10 +26,10 @@ import falcon_jax as fj
 import train
 from benchmarks.training_free_ocr import METHODS, SIZES, STUDIES
 from benchmarks.training_free_ocr import measured as on_text
-from falcon_jax.report.machine import describe_machine
 from falcon_jax.report.plots import plot_tradeoff
 from falcon_jax.report.table import (
     Column,
+    describe_machine,
     format_millions,
     format_percent,
     format_ratio,

@@ -24,8 +24,8 @@ def test_examples_of_the_page(page):
     assert failures == 0
 
 
+@pytest.mark.slow  # `make docs` runs it, too, and the other one, which trains
 def test_cells_of_the_functional_notebook():
-    # The other one is run by `make docs`; it trains.
     names = {}
     page = _text("notebooks/functional.md")
     for cell in re.findall(r"```\{code-cell\}.*\n((?:.*\n)*?)```", page):

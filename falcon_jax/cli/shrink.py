@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from falcon_jax.cli.data import add_data_options, load_data, training_inputs
 from falcon_jax.compression.distillation import distill
 from falcon_jax.compression.plan import Rule
-from falcon_jax.compression.search import Target
-from falcon_jax.compression.shrink import Shrunk, shrink
+from falcon_jax.compression.search import Shrunk, shrink
+from falcon_jax.compression.target import Target
 from falcon_jax.convert.checkpoint import require_absent
 from falcon_jax.methods.registry import method_from
 from falcon_jax.paths import user_path

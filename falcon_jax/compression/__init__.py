@@ -25,11 +25,11 @@ from falcon_jax.compression.quantization import quantize_linear as quantize_line
 from falcon_jax.compression.quantization import quantize_weights as quantize_weights
 from falcon_jax.compression.search import Front as Front
 from falcon_jax.compression.search import SearchedPlan as SearchedPlan
-from falcon_jax.compression.search import Target as Target
+from falcon_jax.compression.search import Shrunk as Shrunk
 from falcon_jax.compression.search import search as search
+from falcon_jax.compression.search import shrink as shrink
 from falcon_jax.compression.sensitivity import Effect as Effect
 from falcon_jax.compression.sensitivity import Sensitivity as Sensitivity
 from falcon_jax.compression.sensitivity import sensitivity as sensitivity
-from falcon_jax.compression.shrink import Shrunk as Shrunk
-from falcon_jax.compression.shrink import shrink as shrink
+from falcon_jax.compression.target import Target as Target
 from falcon_jax.frameworks.layers import Inputs as Inputs

@@ -1,89 +1,36 @@
-"""`search`: which layer gets which method and rank, for a target of the whole model."""
+"""`search` and `shrink`: which layer gets which method and rank for a target of the model."""
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int, PRNGKeyArray
 
 from falcon_jax.compression.autotune import Times, form_times
+from falcon_jax.compression.batchnorm import reestimate_batchnorm
+from falcon_jax.compression.calibration import ResponseError, calibrate
+from falcon_jax.compression.compress import compress
 from falcon_jax.compression.deployment import deploy
 from falcon_jax.compression.observation import POINTS
+from falcon_jax.compression.outputs import OutputLoss, outputs_of
 from falcon_jax.compression.plan import Plan, PlanRow, Rule
 from falcon_jax.compression.profile import median_ms
 from falcon_jax.compression.progress import shown
 from falcon_jax.compression.sensitivity import EXAMPLES, Effect, Sensitivity, sensitivity
-from falcon_jax.frameworks.interface import Model, framework_of
+from falcon_jax.compression.target import Quantity, Target
+from falcon_jax.frameworks.interface import M, Model, framework_of
 from falcon_jax.frameworks.layers import Inputs
+from falcon_jax.frameworks.norms import NotReachedError
+from falcon_jax.frameworks.program import Network
 from falcon_jax.methods.base import Method
-from falcon_jax.settings import is_number
-from falcon_jax.solvers.pareto import pareto_front
 from falcon_jax.wording import aligned
 
-Quantity = Literal["params", "mult_adds", "latency_ms"]
 _LINES = 20  # of a front that is printed
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Target:
-    """What a compressed model should come to; one of these.
-
-    Attributes:
-        params: share of the original's parameters if at most 1, else their number.
-        mult_adds: likewise, of the mult-adds for one example.
-        latency: share of the original's latency, measured on this device.
-        latency_ms: milliseconds for the sample, measured on this device.
-        loss: of the outputs f, ``E ||f - f'||^2 / E ||f - E f||^2``, as it is predicted; with as
-            few mult-adds as possible.
-
-    Raises:
-        ValueError: if not exactly one is given, or it is out of range.
-
-    >>> Target(mult_adds=0.15)
-    Target(mult_adds=0.15)
-    """
-
-    params: float | int | None = None
-    mult_adds: float | int | None = None
-    latency: float | int | None = None
-    latency_ms: float | int | None = None
-    loss: float | int | None = None
-
-    def __post_init__(self):
-        given = self._given()
-        if len(given) != 1:
-            told = ", ".join(given) or "nothing"
-            raise ValueError(
-                "a target is one of params=, mult_adds=, latency=, latency_ms= and loss=, such as "
-                f"Target(mult_adds=0.15); got {told}."
-            )
-        ((name, value),) = given.items()
-        bound = " and at most 1" if name == "latency" else ""
-        wrong = not is_number(value) or value <= 0 or (name == "latency" and value > 1)
-        if wrong:
-            raise ValueError(f"{name} of a target is a number above 0{bound}; got {value!r}.")
-
-    def _given(self) -> dict[str, float | int]:
-        return {k: v for k, v in vars(self).items() if v is not None}
-
-    @property
-    def quantity(self) -> Quantity:
-        """What is to be small."""
-        if self.latency is not None or self.latency_ms is not None:
-            return "latency_ms"
-        return "mult_adds" if self.params is None else "params"
-
-    def __repr__(self) -> str:
-        return f"Target({', '.join(f'{k}={v!r}' for k, v in self._given().items())})"
-
-    def budget(self, original: float) -> float:
-        """Return what a model may cost at most, given what the original costs."""
-        if self.latency_ms is not None:
-            return float(self.latency_ms)
-        share = next((v for v in (self.latency, self.params, self.mult_adds) if v), math.inf)
-        return float(share * original if share <= 1 else share)
+MOST = 4096  # points that are kept of a front
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -221,7 +168,7 @@ def search(
 
     ``min sum_l loss_l(c_l)  subject to  sum_l cost_l(c_l) <= target``, over a choice c_l for every
     layer, among the candidates and to stay. The loss of each is measured (`sensitivity`); the
-    choices are found by dynamic programming (`falcon_jax.solvers.pareto`), for all targets at once.
+    choices are found by dynamic programming (`pareto_front`), for all targets at once.
 
     Args:
         model: a trained NNX model, or a Linen module bound to its variables; it is not changed.
@@ -341,3 +288,183 @@ def _timed(
 
 def _told(cost: float) -> str:
     return f"{cost:,.0f}" if cost >= 1000 else f"{cost:.3g}"
+
+
+def pareto_front(
+    costs: Sequence[Float[np.ndarray, "_"]],
+    losses: Sequence[Float[np.ndarray, "_"]],
+    *,
+    most: int = MOST,
+) -> tuple[Float[np.ndarray, " points"], Float[np.ndarray, " points"], Int[np.ndarray, "points i"]]:
+    """Return the choices that no other one beats in cost and loss, by dynamic programming.
+
+    ``min sum_i loss_i(c_i)  subject to  sum_i cost_i(c_i) <= budget``, for all budgets at once. It
+    is exact while a front has at most ``most`` points; of a longer one, the point of least loss is
+    kept in each of so many equal intervals of cost, so that a budget is used up to
+    ``range / most`` for every item.
+
+    Args:
+        costs: of each item's options.
+        losses: of the same.
+        most: points that are kept after each item.
+
+    Returns:
+        Costs, increasing; losses, decreasing; and the option of each item.
+
+    Raises:
+        ValueError: if an item has no option, or as many costs as losses are not given.
+
+    Reference:
+        Multiple-choice knapsack problem: Kellerer, Pferschy, Pisinger: Knapsack Problems, 2004,
+        Section 11.5 (dynamic programming with dominance).
+
+    >>> pareto_front([np.array([4.0, 1.0]), np.array([2.0, 1.0])],
+    ...              [np.array([0.0, 3.0]), np.array([0.0, 1.0])])[2].tolist()
+    [[1, 1], [1, 0], [0, 1], [0, 0]]
+    """
+    for cost, loss in zip(costs, losses, strict=True):
+        if len(cost) != len(loss) or not len(cost):
+            raise ValueError("every item has at least one option, each with a cost and a loss.")
+    total, suffered = np.zeros(1), np.zeros(1)
+    chosen = np.zeros((1, 0), np.int64)
+    for cost, loss in zip(costs, losses, strict=True):
+        sums = (total[:, None] + cost).ravel()
+        risks = (suffered[:, None] + loss).ravel()
+        kept = _undominated(sums, risks, most)
+        parent, option = np.divmod(kept, len(cost))
+        total, suffered = sums[kept], risks[kept]
+        chosen = np.concatenate([chosen[parent], option[:, None]], axis=1)
+    return total, suffered, chosen
+
+
+def _undominated(
+    costs: Float[np.ndarray, " n"], losses: Float[np.ndarray, " n"], most: int
+) -> Int[np.ndarray, " kept"]:
+    """Return the indices of a front, by increasing cost."""
+    order = np.lexsort((losses, costs))
+    before = np.minimum.accumulate(np.concatenate([[np.inf], losses[order][:-1]]))
+    front = order[losses[order] < before]
+    if len(front) <= most:
+        return front
+    low, high = costs[front[0]], costs[front[-1]]
+    interval = np.minimum(((costs[front] - low) * (most / (high - low))).astype(np.int64), most - 1)
+    # Losses decrease along a front: the last of an interval has the least.
+    last = np.append(interval[1:] != interval[:-1], True)
+    last[0] = True
+    return front[last]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shrunk:
+    """What `shrink` did.
+
+    Attributes:
+        effects: of every candidate in every layer.
+        plan: that was carried out; ``plan.front`` has the alternatives.
+        responses: errors of the layers' answers, as `calibrate` reports them.
+        loss: of the outputs f on the batches, ``E ||f - f'||^2 / E ||f - E f||^2``, after each
+            stage: ``compressed``, ``calibrated`` and, if it was tried, ``statistics``.
+        kept: the stage that was returned.
+    """
+
+    effects: Sensitivity
+    plan: SearchedPlan
+    responses: tuple[ResponseError, ...]
+    loss: dict[str, float]
+    kept: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as plain data."""
+        return {
+            "effects": self.effects.to_json(),
+            "plan": self.plan.to_json(),
+            "front": self.plan.front.to_json(),
+            "predicted_loss": self.plan.predicted_loss,
+            "predicted_ms": self.plan.predicted_ms,
+            "responses": [dataclasses.asdict(response) for response in self.responses],
+            "loss": self.loss,
+            "kept": self.kept,
+        }
+
+    def __str__(self) -> str:
+        answers = [("layer", "error of answers before", "after")]
+        answers += [
+            (response.path or "(model)", f"{response.before:.4f}", f"{response.after:.4f}")
+            for response in self.responses
+        ]
+        stages = [("stage", "loss of the output")]
+        stages += [
+            (name + (", kept" if name == self.kept else ""), f"{loss:.2e}")
+            for name, loss in self.loss.items()
+        ]
+        parts = str(self.plan), aligned(answers, right=(1, 2)), aligned(stages, right=(1,))
+        return "\n\n".join(parts)
+
+
+def shrink(
+    model: M,
+    batches: Iterable[Any],
+    *,
+    target: Target,
+    candidates: Sequence[Method] | None = None,
+    rules: Sequence[Rule] = (),
+    sample: Any | None = None,
+    progress: bool = False,
+    report: Callable[[Shrunk], None] | None = None,
+) -> M:
+    """Return a model made smaller for a target: search, compress, calibrate, BatchNorm statistics.
+
+    Statistics of BatchNorms are estimated anew, and kept if the outputs are then nearer to the
+    original's. `distill` can follow.
+
+    Args:
+        model: a trained NNX model, or a Linen module bound to its variables; it is not changed.
+        batches: unlabelled inputs, a few hundred examples in all.
+        target: what to meet, such as ``Target(mult_adds=0.15)``.
+        candidates: methods; those of `search` if not given.
+        rules: of what is decided already, as in `search`.
+        sample: example input that costs are counted for, and latency is measured on.
+        progress: whether to show progress bars on standard error.
+        report: is called with what was done; its ``plan`` is what `save_compressed` wants.
+
+    Returns:
+        The smaller model; a Linen module bound.
+
+    Raises:
+        ValueError: as `search` and `calibrate` do.
+
+    >>> import jax
+    >>> from flax import nnx
+    >>> from falcon_jax import Falcon
+    >>> conv = nnx.Conv(8, 8, (3, 3), rngs=nnx.Rngs(0))
+    >>> x = jax.random.normal(jax.random.key(0), (4, 8, 8, 8))
+    >>> small = shrink(conv, [x], target=Target(mult_adds=0.3), candidates=[Falcon()])
+    >>> small(x).shape
+    (4, 8, 8, 8)
+    """
+    given = [Inputs.of(batch) for batch in batches]
+    effects = sensitivity(
+        model, given, candidates=candidates, rules=rules, sample=sample, progress=progress
+    )
+    plan = search(model, given, target=target, effects=effects, sample=sample, progress=progress)
+    if not plan.replaced:
+        raise ValueError(
+            f"{target} is met by the model as it is: nothing to shrink. Give a smaller one."
+        )
+    loss_of = OutputLoss(outputs_of(Network.of(model), given))
+    responses: list[ResponseError] = []
+    compressed = compress(model, plan)
+    calibrated = calibrate(
+        model, compressed, plan, given, progress=progress, report=responses.append
+    )
+    stages = {"compressed": compressed, "calibrated": calibrated}
+    with contextlib.suppress(NotReachedError):
+        estimated = reestimate_batchnorm(calibrated, given)
+        values = [Network.of(m).values for m in (calibrated, estimated)]
+        if any(not jnp.array_equal(old, values[1][name]) for name, old in values[0].items()):
+            stages["statistics"] = estimated
+    loss = {name: loss_of(outputs_of(Network.of(m), given)) for name, m in stages.items()}
+    kept = min(loss, key=lambda name: loss[name])
+    if report is not None:
+        report(Shrunk(effects=effects, plan=plan, responses=tuple(responses), loss=loss, kept=kept))
+    return stages[kept]

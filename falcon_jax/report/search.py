@@ -5,9 +5,8 @@ import html
 import math
 import os
 
-from falcon_jax.compression.search import Front, SearchedPlan
+from falcon_jax.compression.search import Front, SearchedPlan, Shrunk
 from falcon_jax.compression.sensitivity import Sensitivity
-from falcon_jax.compression.shrink import Shrunk
 from falcon_jax.paths import user_path, write_whole
 from falcon_jax.report.plots import new_figure, plain_axes, png_of
 from falcon_jax.report.table import write_json

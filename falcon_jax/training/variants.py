@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from falcon_jax.compression.plan import Rule
-from falcon_jax.compression.search import Target
+from falcon_jax.compression.target import Target
 from falcon_jax.methods.base import Method
 from falcon_jax.methods.fit import Solver, check_solver
 from falcon_jax.methods.registry import get_method, method_from

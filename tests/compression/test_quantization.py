@@ -229,6 +229,7 @@ def test_outputs_stay_close():
     assert 0 < fine < 0.01 * np.abs(expected).max() < coarse
 
 
+@pytest.mark.slow
 def test_the_published_effective_size_of_resnet_110():
     """Counts with BatchNorm's statistics and PyTorch's counters; 0.116M, 14.9 times, without."""
     shapes = model_shapes("resnet110_cifar")

@@ -37,6 +37,14 @@ EVERY = [
     else pytest.param(m, marks=pytest.mark.slow)
     for m in METHODS
 ]
+IN_BOTH = [
+    (framework, method)
+    if isinstance(method, QUICK[: 4 if framework == "nnx" else 1])
+    and getattr(method, "impl", "auto") == "auto"
+    else pytest.param(framework, method, marks=pytest.mark.slow)
+    for framework in ("nnx", "linen")
+    for method in METHODS
+]
 # Those that need no transpose of a lax convolution, which has none for symbolic sizes.
 OF_OUR_OWN = [m for m in METHODS if getattr(m, "impl", "") in ("separable", "wide")]
 OF_OUR_OWN += [fj.CP(rank=3), fj.DepthwiseSeparable(rank=2)]
@@ -138,8 +146,17 @@ def test_export_with_symbolic_sizes_of_every_geometry(method, sizes, geometries)
     check_export(method, sizes, *geometries)
 
 
-@pytest.mark.parametrize("method", OF_OUR_OWN, ids=str)
-@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize(
+    ("method", "geometry"),
+    [
+        (method, geometry)
+        if geometry == "pairs" or (geometry, method) == ("dilated", OF_OUR_OWN[0])
+        else pytest.param(method, geometry, marks=pytest.mark.slow)
+        for method in OF_OUR_OWN
+        for geometry in GEOMETRIES
+    ],
+    ids=str,
+)
 def test_export_of_gradients_with_symbolic_sizes(method, geometry):
     params, function = compressed("nnx", method, **GEOMETRIES[geometry])
     gradient = jax.jit(jax.grad(lambda p, x: (function(p, x) ** 2).sum(), argnums=(0, 1)))
@@ -215,8 +232,7 @@ def test_export_of_compressed_networks(name, sizes):
     assert_near(export.export(deployed)(like).call(x), deployed(x))
 
 
-@pytest.mark.parametrize("method", EVERY, ids=str)
-@pytest.mark.parametrize("framework", ["nnx", "linen"])
+@pytest.mark.parametrize(("framework", "method"), IN_BOTH, ids=str)
 def test_strict_promotion_and_no_transfer(method, framework):
     x = drawn(2, 9, 8, 6)
     for dtype in (None, jnp.bfloat16):
@@ -231,15 +247,7 @@ def test_strict_promotion_and_no_transfer(method, framework):
             assert function(params, x).dtype == (dtype or jnp.float32)
 
 
-@pytest.mark.parametrize(
-    ("framework", "method"),
-    [
-        *(("nnx", method) for method in METHODS),
-        ("linen", METHODS[0]),
-        *(pytest.param("linen", method, marks=pytest.mark.slow) for method in METHODS[1:]),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("framework", "method"), IN_BOTH, ids=str)
 def test_no_transfer_outside_of_jit(method, framework):
     """Nor in what eager transformations call: constants belong to the layer's program."""
     x = drawn(2, 9, 8, 6)
@@ -287,8 +295,7 @@ def test_export_of_paddings_that_copy(method, padding, sizes, constraints):
     assert_near(exported.call(x), function(params, x))
 
 
-@pytest.mark.parametrize("method", EVERY, ids=str)
-@pytest.mark.parametrize("framework", ["nnx", "linen"])
+@pytest.mark.parametrize(("framework", "method"), IN_BOTH, ids=str)
 def test_double_precision_and_remat(method, framework):
     params, function = compressed(framework, method)
     with jax.enable_x64(True):

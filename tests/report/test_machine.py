@@ -3,7 +3,7 @@ import platform
 
 import jax
 
-from falcon_jax.report.machine import describe_machine
+from falcon_jax.report.table import describe_machine
 
 
 def test_says_what_this_machine_is():

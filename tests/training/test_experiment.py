@@ -270,25 +270,24 @@ def test_a_rule_that_matches_nothing_is_told(finished, tmp_path):
         run(config, tmp_path)
 
 
-def test_variants_are_fitted_to_training_batches(tmp_path):
-    channels = {"method": "channel_decomposition", "rank": 3, "inner": "falcon"}
-    spatial = {"method": "spatial_decomposition", "budget": 2.0}
-    variants = {"cd": channels, "sd": spatial}
-    stays = (("stages/0/0/conv", None),)
-    config = small(compression__variants=variants, compression__rules=stays, finetune__epochs=0)
-    _, cd, sd = run(config, tmp_path / "calibrated")[0]
-    config.compression.calibration_batches = 0
-    config.compression.start = str(tmp_path / "calibrated")
-    rows = {row["label"]: row for row in run(config, tmp_path / "kernels")[0]}
-    assert cd["params"] == rows["cd"]["params"] and sd["rank"] == rows["sd"]["rank"]
-    found = [(row["accuracy_after"], rows[row["label"]]["accuracy_after"]) for row in (cd, sd)]
-    assert all(fitted != kernels for fitted, kernels in found)
+def test_variants_are_fitted_to_training_batches(finished, tmp_path):
+    config = small(compression__start=str(finished[0]), finetune__epochs=0)
+    config.compression.variants = {"sd": {"method": "spatial_decomposition", "budget": 2.0}}
+    config.compression.rules = (("stages/0/0/conv", None),)
+    rows = []
+    for batches in (1, 0):
+        config.compression.calibration_batches = batches
+        rows.append(run(config, tmp_path / str(batches))[0][1])
+    fitted, kernels = rows
+    assert (fitted["params"], fitted["rank"]) == (kernels["params"], kernels["rank"])
+    assert fitted["accuracy_after"] != kernels["accuracy_after"]
 
 
-def test_models_are_exported_as_the_config_says(tmp_path):
+def test_models_are_exported_as_the_config_says(finished, tmp_path):
     onnx = pytest.importorskip("onnx")
     formats = ("onnx", "int8", "safetensors")
-    run(small(export=formats, compression__variants=FALCON), tmp_path)
+    fields = {"compression__start": str(finished[0]), "finetune__epochs": 0}
+    run(small(export=formats, compression__variants=FALCON, **fields), tmp_path)
     for label in ("standard", "falcon_k1"):
         names = {path.name for path in (tmp_path / label).iterdir()}
         assert {"model", "model.onnx", "model.int8.onnx", "model.safetensors"} <= names

@@ -47,8 +47,15 @@ def test_the_loss_is_that_of_labels_and_answers(weight):
     assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("parallel", ["jit", "pmap"])
-@pytest.mark.parametrize("batchnorm", ["synchronised", "per_replica"])
+@pytest.mark.parametrize(
+    ("parallel", "batchnorm"),
+    [
+        ("jit", "synchronised"),
+        ("pmap", "synchronised"),
+        ("pmap", "per_replica"),
+        pytest.param("jit", "per_replica", marks=pytest.mark.slow),
+    ],
+)
 def test_eight_devices_learn_as_one_does(parallel, batchnorm):
     teacher, arrays = taught(weight=0.5, temperature=2.0)
     options = {"teacher": teacher, "taught": arrays, "accumulate": 1}

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from falcon_jax.solvers.pareto import pareto_front
+from falcon_jax.compression.search import pareto_front
 
 
 def drawn(seed, items, options):
