@@ -7,6 +7,9 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
 from falcon_jax.paths import write_whole
 from falcon_jax.report.table import Row
 
@@ -36,25 +39,24 @@ class Box(NamedTuple):
     top: float
 
 
-def overlaps(one: Box, other: Box) -> bool:
-    """Whether two rectangles share more than an edge.
+Boxes = Box | Sequence[Box] | Float[np.ndarray, "... 4"]
 
-    >>> overlaps(Box(0, 0, 2, 2), Box(1, 1, 3, 3)), overlaps(Box(0, 0, 2, 2), Box(2, 0, 3, 2))
-    (True, False)
+
+def overlaps(one: Boxes, other: Boxes) -> Bool[np.ndarray, "..."]:
+    """Whether rectangles share more than an edge.
+
+    >>> overlaps([Box(0, 0, 2, 2), Box(0, 0, 1, 1)], Box(1, 1, 3, 3)).tolist()
+    [True, False]
 
     Args:
-        one: a rectangle.
-        other: another.
+        one: rectangles as `Box` has them, along the last axis.
+        other: likewise, in a shape that goes together with it.
 
     Returns:
         whether they overlap.
     """
-    return (
-        one.left < other.right
-        and other.left < one.right
-        and one.bottom < other.top
-        and other.bottom < one.top
-    )
+    a, b = np.asarray(one), np.asarray(other)
+    return ((a[..., :2] < b[..., 2:]) & (b[..., :2] < a[..., 2:])).all(axis=-1)
 
 
 def place_labels(
@@ -84,49 +86,38 @@ def place_labels(
     dots = [_around(x, y, 1.0) for path in paths for x, y in _dots(path)]
     placed: dict[int, Box] = {}
     for _, i in itertools.product(range(_SWEEPS), range(len(points))):
-        taken = [*obstacles, *(box for j, box in placed.items() if j != i)]
-        others = [mark for j, mark in enumerate(marks) if j != i]
-
-        def cost(
-            place: tuple[float, Box], taken: list[Box] = taken, others: list[Box] = others
-        ) -> float:
-            gap, box = place
-            return (
-                gap
-                + _OUTSIDE * (not _inside(box, area))
-                + _OVER_LABEL * sum(overlaps(box, label) for label in taken)
-                + _OVER_MARK * sum(overlaps(box, mark) for mark in others)
-                + _OVER_PATH * sum(overlaps(box, dot) for dot in dots)
-            )
-
-        _, placed[i] = min(_places(points[i], sizes[i]), key=cost)
+        gaps, boxes = _places(points[i], sizes[i])
+        within = (boxes[:, :2] >= area[:2]) & (boxes[:, 2:] <= area[2:])
+        cost = gaps + _OUTSIDE * ~within.all(axis=1)
+        cost += _OVER_LABEL * _covered(boxes, obstacles)
+        cost += _OVER_LABEL * _covered(boxes, [box for j, box in placed.items() if j != i])
+        cost += _OVER_MARK * _covered(boxes, [mark for j, mark in enumerate(marks) if j != i])
+        cost += _OVER_PATH * _covered(boxes, dots)
+        placed[i] = Box(*boxes[np.argmin(cost)].tolist())
     return [placed[i] for i in range(len(points))]
 
 
-def _places(point: tuple[float, float], size: tuple[float, float]) -> list[tuple[float, Box]]:
+def _places(
+    point: tuple[float, float], size: tuple[float, float]
+) -> tuple[Float[np.ndarray, " places"], Float[np.ndarray, "places 4"]]:
     # The label touches a circle around the mark, its width and height moving with the angle.
-    (x, y), (width, height) = point, size
-    places = []
-    for gap, k in itertools.product(_GAPS, range(_DIRECTIONS)):
-        angle = 2.0 * math.pi * k / _DIRECTIONS
-        reach = _MARK_RADIUS + gap
-        left = x + reach * math.cos(angle) + (math.cos(angle) - 1.0) * width / 2.0
-        bottom = y + reach * math.sin(angle) + (math.sin(angle) - 1.0) * height / 2.0
-        places.append((gap, Box(left, bottom, left + width, bottom + height)))
-    return places
+    gaps = np.repeat(_GAPS, _DIRECTIONS)
+    angles = np.tile(2.0 * math.pi / _DIRECTIONS * np.arange(_DIRECTIONS), len(_GAPS))
+    steps = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    reach = (_MARK_RADIUS + gaps)[:, None]
+    corners = np.asarray(point) + reach * steps + (steps - 1.0) * np.asarray(size) / 2.0
+    return gaps, np.concatenate([corners, corners + np.asarray(size)], axis=1)
+
+
+def _covered(
+    places: Float[np.ndarray, "places 4"], boxes: Sequence[Box]
+) -> Int[np.ndarray, " places"]:
+    """Return how many boxes each place would cover."""
+    return overlaps(places[:, None], np.asarray(boxes).reshape(1, -1, 4)).sum(axis=1)
 
 
 def _around(x: float, y: float, radius: float) -> Box:
     return Box(x - radius, y - radius, x + radius, y + radius)
-
-
-def _inside(box: Box, area: Box) -> bool:
-    return (
-        area.left <= box.left
-        and box.right <= area.right
-        and area.bottom <= box.bottom
-        and box.top <= area.top
-    )
 
 
 def _dots(path: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -275,6 +275,22 @@ def test_the_recognizer(tmp_path):
     assert made.nodes["Scan"] == 4 and made.nodes["Conv"] == 7
 
 
+@pytest.mark.slow
+def test_the_detector(tmp_path):
+    from examples.ocr.detector import Detector
+
+    model = evaluating(Detector(rngs=nnx.Rngs(0)))
+    sample, others = images(1, 64, 64, 3), [(images(2, 96, 64, 3),)]
+    rules = [fj.Rule(path="slices/0/0/conv", method=None), fj.Rule(method=fj.Falcon())]
+    plan = fj.make_plan(model, rules, sample, solver="random")
+    standard = exported(tmp_path, model, sample, others=others)
+    convs = sum(isinstance(m, nnx.Conv) for _, m in nnx.iter_modules(model))
+    assert standard.nodes["Conv"] == convs and standard.nodes["Resize"] == 3
+    small = evaluating(fj.compress(model, plan))
+    made = exported(tmp_path, small, sample, others=others)
+    assert made.nodes["Conv"] == convs + len(plan.replaced)
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # its telemetry
 def test_openvino_opens_the_file(tmp_path):
     openvino = pytest.importorskip("openvino")

@@ -18,6 +18,7 @@ from falcon_jax.training.experiment import run_experiment
 from falcon_jax.training.interruption import Stopped
 
 FALCON = {"falcon_k1": {"method": "falcon", "rank": 1}}
+CALIBRATED = {"compression__calibration_batches": 1}
 UNFITTED = {"unfitted": {"method": "falcon", "rank": 1, "solver": "random"}}
 COLUMNS = {
     "label",
@@ -40,7 +41,7 @@ def small(**fields):
     config.data.update({"source": "fake", "image_size": 8, "train_fraction": 0.2})
     for stage in (config.train, config.finetune):
         stage.update({"epochs": 1, "batch_size": 64, "learning_rate": 0.02, "schedule": "constant"})
-    config.compression.batchnorm_batches = 1
+    config.compression.update({"batchnorm_batches": 1, "calibration_batches": 0})
     config.compression.variants = FALCON | UNFITTED
     config.log.update({"tensorboard": False, "progress": False})
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
@@ -195,7 +196,7 @@ def test_another_config_is_refused_and_spoils_nothing(copy, trained):
     assert (copy / "report.txt").read_bytes() == before
 
 
-@pytest.mark.parametrize("folder", ["", "standard"])
+@pytest.mark.parametrize("folder", ["", pytest.param("standard", marks=pytest.mark.slow)])
 def test_starting_from_the_standard_model_of_another_folder(finished, tmp_path, trained, folder):
     source = finished[0] / folder
     files = {path: path.stat().st_mtime_ns for path in finished[0].rglob("*") if path.is_file()}
@@ -283,11 +284,10 @@ def test_variants_are_fitted_to_training_batches(finished, tmp_path):
     assert fitted["accuracy_after"] != kernels["accuracy_after"]
 
 
-def test_models_are_exported_as_the_config_says(finished, tmp_path):
+def test_models_are_exported_as_the_config_says(tmp_path):
     onnx = pytest.importorskip("onnx")
     formats = ("onnx", "int8", "safetensors")
-    fields = {"compression__start": str(finished[0]), "finetune__epochs": 0}
-    run(small(export=formats, compression__variants=FALCON, **fields), tmp_path)
+    run(small(export=formats, compression__variants=FALCON, finetune__epochs=0), tmp_path)
     for label in ("standard", "falcon_k1"):
         names = {path.name for path in (tmp_path / label).iterdir()}
         assert {"model", "model.onnx", "model.int8.onnx", "model.safetensors"} <= names
@@ -304,7 +304,9 @@ def _few_candidates(monkeypatch):
 
 
 @pytest.mark.usefixtures("_few_candidates")
-def test_a_plan_is_searched_for_a_target_and_learns_from_the_standard_model(tmp_path, finished):
+def test_a_plan_is_searched_for_a_target_and_kept_over_an_interruption(
+    tmp_path, finished, monkeypatch
+):
     config = small(
         compression__start=str(finished[0]),
         compression__calibration_batches=2,
@@ -313,20 +315,6 @@ def test_a_plan_is_searched_for_a_target_and_learns_from_the_standard_model(tmp_
     config.compression.variants = {}
     config.compression.target = {"mult_adds": 0.6}
     config.compression.rules = ((r".*/0/0/conv", None),)
-    _, (standard, searched), _ = tmp_path, *run(config, tmp_path / "run")
-    assert (searched["label"], searched["method"]) == ("searched", "search")
-    assert searched["mult_adds"] <= 0.6 * standard["mult_adds"]
-    plan = Plan.load(tmp_path / "run/searched/plan.json")
-    assert plan.rows[0].method is None and plan.replaced
-    stored = load_stored(tmp_path / "run/searched/model")
-    assert stored.plan.rows == plan.rows
-
-
-@pytest.mark.usefixtures("_few_candidates")
-def test_the_plan_of_an_interrupted_search_is_kept(tmp_path, finished, monkeypatch):
-    config = small(compression__start=str(finished[0]), compression__calibration_batches=1)
-    config.compression.variants = {}
-    config.compression.target = {"params": 0.8}
 
     def stop(*_):
         raise Stopped("stopped")
@@ -334,21 +322,27 @@ def test_the_plan_of_an_interrupted_search_is_kept(tmp_path, finished, monkeypat
     with monkeypatch.context() as patched, pytest.raises(Stopped):
         patched.setattr(rooms, "train", stop)
         run(config, tmp_path)
-    plan = (tmp_path / "searched/plan.json").read_text()
+    text = (tmp_path / "searched/plan.json").read_text()
     monkeypatch.setattr(rooms, "search", stop)
-    run(config, tmp_path)
-    assert (tmp_path / "searched/plan.json").read_text() == plan
+    (standard, searched), _ = run(config, tmp_path)
+    assert (tmp_path / "searched/plan.json").read_text() == text
+    assert (searched["label"], searched["method"]) == ("searched", "search")
+    assert searched["mult_adds"] <= 0.6 * standard["mult_adds"]
+    plan = Plan.load(tmp_path / "searched/plan.json")
+    assert plan.rows[0].method is None and plan.replaced
+    stored = load_stored(tmp_path / "searched/model")
+    assert stored.plan.rows == plan.rows
 
 
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"compression__target": {"mult_adds": 2, "loss": 1}}, r"compression\.target: .*one of"),
-        ({"compression__target": {"size": 0.5}}, r"compression\.target: "),
         (
-            {"compression__target": {"params": 0.5}, "compression__calibration_batches": 0},
-            "target needs calibration_batches",
+            {"compression__target": {"mult_adds": 2, "loss": 1}} | CALIBRATED,
+            r"compression\.target: .*one of",
         ),
+        ({"compression__target": {"size": 0.5}} | CALIBRATED, r"compression\.target: "),
+        ({"compression__target": {"params": 0.5}}, "target needs calibration_batches"),
         ({"train__distillation__weight": 0.5}, "the standard model has no teacher"),
         ({"finetune__distillation__weight": 2.0}, r"finetune\.distillation\.weight must be in"),
         (
