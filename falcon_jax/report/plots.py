@@ -56,7 +56,7 @@ def overlaps(one: Boxes, other: Boxes) -> Bool[np.ndarray, "..."]:
         whether they overlap.
     """
     a, b = np.asarray(one), np.asarray(other)
-    return ((a[..., :2] < b[..., 2:]) & (b[..., :2] < a[..., 2:])).all(axis=-1)
+    return np.asarray(((a[..., :2] < b[..., 2:]) & (b[..., :2] < a[..., 2:])).all(axis=-1))
 
 
 def place_labels(
