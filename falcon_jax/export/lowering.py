@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from falcon_jax.export.graph import Graph, Tensor, UnmappedError, constant, identity, is_open
-from falcon_jax.frameworks.tracing import inner_jaxprs
+from falcon_jax.frameworks.tracing import CALLS, inner_jaxprs
 
 INSIDE = "falcon_jax inside "
 
@@ -90,20 +90,7 @@ _SAME = {
     "pvary",
 }
 # Those whose own parameters hold all that they compute.
-_CALLS = {
-    "jit",
-    "pjit",
-    "closed_call",
-    "core_call",
-    "custom_jvp_call",
-    "custom_vjp_call",
-    "custom_vjp_call_jaxpr",
-    "remat",
-    "remat2",
-    "checkpoint",
-    "composite",
-    "falcon_linear_call",
-}
+_CALLS = CALLS.keys() | {"composite", "falcon_linear_call"}
 
 
 def lower(

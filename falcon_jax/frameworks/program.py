@@ -21,6 +21,7 @@ from falcon_jax.frameworks.layers import Inputs
 from falcon_jax.frameworks.linen import intercepted_jaxpr, unbound
 from falcon_jax.frameworks.nnx import ModuleCall, arrays, jaxpr_through, with_arrays
 from falcon_jax.frameworks.tracing import (
+    CALLS,
     bind,
     inner_jaxprs,
     mark_answer,
@@ -29,20 +30,6 @@ from falcon_jax.frameworks.tracing import (
     read_mark,
 )
 from falcon_jax.nn.method_conv import MethodConv
-
-# Primitives that do no more than what they call.
-_CALLS = (
-    "pjit",
-    "jit",
-    "closed_call",
-    "core_call",
-    "custom_jvp_call",
-    "custom_vjp_call",
-    "custom_vjp_call_jaxpr",
-    "remat",
-    "remat2",
-    "checkpoint",
-)
 
 Known = Mapping[Any, Array]
 
@@ -305,7 +292,7 @@ def _run(jaxpr: Any, constants: Sequence[Any], args: Sequence[Any]) -> list[Any]
         whole = name.startswith("custom_vjp") and not any(
             any(_marks(j)) for j in inner_jaxprs(inner)
         )
-        if name in _CALLS and len(inner) == 1 and not whole:
+        if name in CALLS and len(inner) == 1 and not whole:
             given = [_value(env, v) for v in eqn.invars]
             made = _run(*_open(inner[0]), given)
             env.update(zip(eqn.outvars, made, strict=True))

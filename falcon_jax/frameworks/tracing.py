@@ -18,6 +18,19 @@ from falcon_jax.ops.linear import JVP_CALL, PRODUCTS
 _CALL, _KERNEL, _INSIDE = "falcon_jax layer ", "falcon_jax kernel ", "falcon_jax inside "
 _INPUT, _ANSWER, _FLAT = "falcon_jax input ", "falcon_jax answer ", "falcon_jax flat "
 
+# Primitives that only call another jaxpr, and the parameter that holds it.
+CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+    "remat": "jaxpr",
+    "remat2": "jaxpr",
+    "checkpoint": "jaxpr",
+}
 # Primitives after which a parameter is still itself.
 _SAME = (
     *("copy", "copy_p", "name", "optimization_barrier", "reshard"),

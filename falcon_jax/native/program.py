@@ -10,19 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from falcon_jax.frameworks.tracing import bind, inner_jaxprs
+from falcon_jax.frameworks.tracing import CALLS, bind, inner_jaxprs
 
-# Equations that only call another jaxpr, and the parameter that holds it.
-_CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "remat2": "jaxpr",
-    "checkpoint": "jaxpr",
-}
 _SAME = ("name", "copy", "copy_p")
 _LARGE = 2**16  # elements: constants that only repeat smaller ones are not made that large
 CONVOLUTION = "conv_general_dilated"
@@ -64,8 +53,8 @@ class Program:
 def convolves_inside(jaxpr: Any) -> bool:
     """Return whether a loop or a branch has convolutions, whose weights may be no constants."""
     return any(
-        (eqn.primitive.name not in _CALLS and any(map(_convolves, _inner(eqn))))
-        or (eqn.primitive.name in _CALLS and any(map(convolves_inside, _inner(eqn))))
+        (eqn.primitive.name not in CALLS and any(map(_convolves, _inner(eqn))))
+        or (eqn.primitive.name in CALLS and any(map(convolves_inside, _inner(eqn))))
         for eqn in jaxpr.eqns
     )
 
@@ -102,7 +91,7 @@ def read_program(closed: Any) -> Program:
 
         for eqn in jaxpr.eqns:
             inputs = [value(atom) for atom in eqn.invars]
-            inner = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
+            inner = eqn.params.get(CALLS.get(eqn.primitive.name, ""))
             if eqn.primitive.name in _SAME:
                 outputs = inputs
             elif inner is not None:
