@@ -1,8 +1,8 @@
-"""Families of models, torchvision's and the FALCON authors': where entries belong in ours."""
+"""Families of models: where the entries of a state dict belong in ours."""
 
 import dataclasses
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -10,13 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Shaped
 
-from falcon_jax.methods.falcon import Falcon
-from falcon_jax.models.resnet import CifarResNet, ResNet
-from falcon_jax.models.units import UnitFactory, method_unit, standard_unit
-from falcon_jax.models.vgg import VGG, VGG16_STAGES, VGG19_STAGES, ImageNetVGG
-from falcon_jax.ops.convolution import max_pool_2x2
+from falcon_jax.models.resnet import ResNet
+from falcon_jax.models.ssd import BOXES_PER_POINT, SSD
+from falcon_jax.models.vgg import ImageNetVGG
 from falcon_jax.wording import differences, shown
 
 Head = Literal["keep", "new"]
@@ -35,16 +33,20 @@ class Family:
     Attributes:
         names: regular expressions of our paths of modules, and what they are called in the state
             dict; the first that matches the whole path decides.
-        head: the path of our last layer.
+        heads: the paths of our last layers, and how many outputs of each a class has.
         aliases: regular expressions of other names that are in use, and those of ``names``.
+        variables: as ``names``, of paths of variables that have another name in the state dict.
     """
 
     names: tuple[tuple[str, str], ...]
-    head: str
+    heads: tuple[tuple[str, int], ...]
     aliases: tuple[tuple[str, str], ...] = ()
+    variables: tuple[tuple[str, str], ...] = ()
 
     def theirs(self, path: str) -> str:
         """Return the name of one of our variables in the state dict."""
+        if (name := _matched(path, self.variables)) is not None:
+            return name
         module, _, leaf = path.rpartition("/")
         return f"{_renamed(module, self.names)}.{_LEAVES.get(leaf, leaf)}"
 
@@ -52,6 +54,14 @@ class Family:
         """Return the name in the state dict for one of the aliases, or the name itself."""
         module, _, leaf = name.rpartition(".")
         return f"{_renamed(module, self.aliases)}.{leaf}" if module else name
+
+    def last(self) -> dict[str, int]:
+        """Return the names of the last layers' variables, and how many outputs a class has."""
+        return {
+            self.theirs(f"{path}/{leaf}"): outputs
+            for path, outputs in self.heads
+            for leaf in ("kernel", "bias")
+        }
 
 
 def with_weights(
@@ -79,7 +89,7 @@ def with_weights(
     given = {family.usual(name): array for name, array in state_dict.items()}
     given = {name: array for name, array in given.items() if not name.endswith(_IGNORED)}
     given = _without_prefix(given, places)
-    last = [family.theirs(f"{family.head}/{leaf}") for leaf in ("kernel", "bias")]
+    last = family.last()
     if head == "new":
         given = {name: array for name, array in given.items() if name not in last}
         places = {name: path for name, path in places.items() if name not in last}
@@ -107,7 +117,7 @@ def _without_prefix(
 def _check(
     expected: Mapping[str, jax.ShapeDtypeStruct],
     given: Mapping[str, np.ndarray],
-    last: Sequence[str],
+    last: Mapping[str, int],
     model_name: str,
 ) -> None:
     found = {
@@ -123,11 +133,15 @@ def _check(
     more = [f"  and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
     different = "\n".join(lines[:_LISTED] + more)
     message = f"the weights do not fit this {model_name}:\n{different}"
-    classes = {(found[n].shape[:1], expected[n].shape[:1]) for n in last if n in found}
+    classes = {
+        (_classes(found[name], outputs), _classes(expected[name], outputs))
+        for name, outputs in last.items()
+        if name in found
+    }
     for theirs, ours in classes:
         if theirs != ours:
             message += (
-                f"\nThe last layer has {_count(theirs)} classes in the weights and {_count(ours)} "
+                f"\nThe last layer has {theirs} classes in the weights and {ours} "
                 "in the model: make a model of as many, or give head='new' (on the command line "
                 "--head=new) to keep the model's own."
             )
@@ -138,8 +152,8 @@ def _only(name: str, arrays: Mapping[str, Any]) -> dict[str, Any]:
     return {shown(name): arrays[name]} if name in arrays else {}
 
 
-def _count(shape: tuple[int, ...]) -> int | str:
-    return shape[0] if shape else "no"
+def _classes(array: jax.ShapeDtypeStruct, outputs: int) -> int | str:
+    return array.shape[0] // outputs if array.shape else "no"
 
 
 def _taken_type(array: np.ndarray, expected: jax.ShapeDtypeStruct | None) -> np.dtype:
@@ -150,10 +164,13 @@ def _taken_type(array: np.ndarray, expected: jax.ShapeDtypeStruct | None) -> np.
 
 
 def _renamed(module: str, table: tuple[tuple[str, str], ...]) -> str:
-    for pattern, name in table:
-        if match := re.fullmatch(pattern, module):
-            return match.expand(name)
-    return module.replace("/", ".")
+    name = _matched(module, table)
+    return module.replace("/", ".") if name is None else name
+
+
+def _matched(path: str, table: tuple[tuple[str, str], ...]) -> str | None:
+    matches = ((re.fullmatch(pattern, path), name) for pattern, name in table)
+    return next((match.expand(name) for match, name in matches if match), None)
 
 
 def _in_their_layout(variable: nnx.Variable) -> jax.ShapeDtypeStruct:
@@ -187,17 +204,30 @@ _RESNET = Family(
         (r"(layer\d)/(\d+)/shortcut/norm", r"\1.\2.downsample.1"),
         (r"head", "fc"),
     ),
-    head="head",
+    heads=(("head", 1),),
 )
 _VGG = Family(
     names=((r"(features|classifier)/(\d+)", r"\1.\2"),),
-    head="classifier/6",
+    heads=(("classifier/6", 1),),
     # timm's classifier is made of convolutions.
     aliases=(
         (r"pre_logits\.fc1", "classifier.0"),
         (r"pre_logits\.fc2", "classifier.3"),
         (r"head\.fc", "classifier.6"),
     ),
+)
+
+_SSD = Family(
+    names=(
+        (r"features/(\d+)", r"backbone.features.\1"),
+        # Theirs has what follows VGG's last convolution in a part of its own.
+        (r"extra/0/8", "backbone.extra.0.7.1"),
+        (r"extra/0/10", "backbone.extra.0.7.3"),
+        (r"extra/(\d+)/(\d+)", r"backbone.extra.\1.\2"),
+        (r"(classification|regression)/(\d)", r"head.\1_head.module_list.\2"),
+    ),
+    heads=tuple((f"classification/{i}", boxes) for i, boxes in enumerate(BOXES_PER_POINT)),
+    variables=((r"norm/scale", "backbone.scale_weight"),),
 )
 
 
@@ -207,8 +237,8 @@ def torchvision(
     """Return a model like ours with the weights of torchvision's or timm's.
 
     Args:
-        model: of `falcon_jax.models`: ``resnet18`` to ``resnet152``, ``vgg11`` to ``vgg19_bn``. It
-            is not changed, and its weights do not matter.
+        model: of `falcon_jax.models`: ``resnet18`` to ``resnet152``, ``vgg11`` to ``vgg19_bn``,
+            ``ssd300_vgg16``. It is not changed, and its weights do not matter.
         state_dict: what `load_torch` returned.
         head: ``keep`` the last layer of the weights; or ``new``: the one of ``model`` stays, so
             that the number of classes may differ.
@@ -229,159 +259,9 @@ def _family(model: nnx.Module) -> Family:
         return _RESNET
     if isinstance(model, ImageNetVGG):
         return _VGG
+    if isinstance(model, SSD):
+        return _SSD
     raise ValueError(
-        f"there are no torchvision weights for {type(model).__name__}; there are for ResNet and "
-        "ImageNetVGG, such as falcon_jax.models.resnet18 and vgg16_bn."
+        f"there are no torchvision weights for {type(model).__name__}; there are for ResNet, "
+        "ImageNetVGG and SSD, such as falcon_jax.models.resnet18, vgg16_bn and ssd300_vgg16."
     )
-
-
-_TERM = r"(.+)\.pw(\d*)\.weight"
-# Blocks by stage, and convolutions by stage, by their sum.
-_RESNETS = {8: (2, 2, 2, 2), 16: (3, 4, 6, 3)}
-_VGGS = {13: VGG16_STAGES, 16: VGG19_STAGES}
-
-
-class MaxPooledVGG(VGG):
-    """VGG with max pooling after the last stage, too, as the authors run it.
-
-    Arguments as of `VGG`.
-
-    Reference:
-        The authors' code, https://github.com/snudatalab/FALCON, src/models/vgg.py.
-    """
-
-    def __call__(self, x: Float[Array, "b h w m"]) -> Float[Array, "b classes"]:
-        """Return float32 logits for a batch of images."""
-        for stage in self.stages:
-            for unit in stage:
-                x = unit(x)
-            x = max_pool_2x2(x)
-        x = jax.nn.relu(self.dropout(self.hidden(x.mean(axis=(1, 2)))))
-        return self.head(x).astype(jnp.float32)
-
-
-def falcon(state_dict: Mapping[str, np.ndarray], *, rngs: nnx.Rngs | None = None) -> nnx.Module:
-    """Return our model for a state dict of the FALCON authors' code.
-
-    Arch, rank and number of classes are those of the state dict: VGG16, VGG19, ResNet18 or
-    ResNet34, standard or with FALCON of any rank. The BatchNorm that their FALCON layers carry and
-    never use is left out.
-
-    Args:
-        state_dict: what `load_torch` returned.
-        rngs: of the model's dropout; ``nnx.Rngs(0)`` if not given.
-
-    Returns:
-        A `MaxPooledVGG` or a `CifarResNet` with the same logits in evaluation mode.
-
-    Raises:
-        ValueError: if it is no such state dict, or anything is missing, unexpected or misshapen.
-    """
-    ranks = _ranks(state_dict)
-    if len(set(ranks.values())) > 1:
-        raise ValueError(f"the layers have different ranks: {ranks}; the authors' have one.")
-    unit = method_unit(Falcon(rank=next(iter(ranks.values())))) if ranks else standard_unit
-    rngs = nnx.Rngs(0) if rngs is None else rngs
-    model, family = _built(state_dict, unit, rngs)
-    return with_weights(model, family, _stacked(state_dict, ranks), head="keep")
-
-
-def _ranks(state_dict: Mapping[str, np.ndarray]) -> dict[str, int]:
-    """Return the number of terms of every FALCON layer."""
-    ranks: dict[str, int] = {}
-    for name in state_dict:
-        if match := re.fullmatch(_TERM, name):
-            ranks[match[1]] = ranks.get(match[1], 0) + 1
-    return ranks
-
-
-def _stacked(
-    state_dict: Mapping[str, np.ndarray], ranks: Mapping[str, int]
-) -> dict[str, np.ndarray]:
-    """Return a state dict in which the terms of a FALCON layer are one array, its outputs first."""
-    stacked = dict(state_dict)
-    for layer, rank in ranks.items():
-        terms = range(rank) if rank > 1 else ("",)
-        pointwise = _taken(stacked, [f"{layer}.pw{term}.weight" for term in terms])
-        depthwise = _taken(stacked, [f"{layer}.dw{term}.weight" for term in terms])
-        stacked[f"{layer}.pointwise"] = np.stack([term[:, :, 0, 0] for term in pointwise], axis=1)
-        stacked[f"{layer}.depthwise"] = np.concatenate(depthwise, axis=1)
-        if np.any(stacked.get(f"{layer}.bn.num_batches_tracked", np.asarray(0)) != 0):
-            raise ValueError(
-                f"the BatchNorm inside {layer} was used; only models that leave it out are read."
-            )
-        for name in [name for name in stacked if name.startswith(f"{layer}.bn.")]:
-            del stacked[name]
-    return stacked
-
-
-def _taken(state_dict: dict[str, np.ndarray], names: Sequence[str]) -> list[np.ndarray]:
-    """Take equally shaped kernels out of a state dict."""
-    missing = [name for name in names if name not in state_dict]
-    if missing:
-        raise ValueError(f"the state dict has no {', '.join(missing)}.")
-    kernels = [state_dict.pop(name) for name in names]
-    shapes = {kernel.shape for kernel in kernels}
-    if len(shapes) > 1 or kernels[0].ndim != 4:
-        raise ValueError(f"{', '.join(names)} must be kernels of one shape; they are {shapes}.")
-    return kernels
-
-
-def _built(
-    state_dict: Mapping[str, np.ndarray], unit: UnitFactory, rngs: nnx.Rngs
-) -> tuple[nnx.Module, Family]:
-    blocks = _different(r"residuals\.(\d+)\..*", state_dict)
-    if blocks in _RESNETS and "fc.weight" in state_dict:
-        counts = _RESNETS[blocks]
-        classes = len(state_dict["fc.weight"])
-        model = CifarResNet(counts, num_classes=classes, unit=unit, rngs=rngs)
-        return model, _resnet_family(counts)
-    convs = _different(r"layers\.(\d+)\.running_mean", state_dict)
-    if convs in _VGGS and "fc.3.weight" in state_dict:
-        classes = len(state_dict["fc.3.weight"])
-        stages = _VGGS[convs]
-        model = MaxPooledVGG(stages, num_classes=classes, unit=unit, rngs=rngs)
-        return model, _vgg_family(stages)
-    some = ", ".join(list(state_dict)[:5])
-    raise ValueError(
-        "this is no state dict of the FALCON authors' VGG16, VGG19, ResNet18 or ResNet34: those "
-        f"have names such as layers.0.pw.weight or residuals.0.stacked.conv.0.pw.weight; it has "
-        f"{some or 'none'}."
-    )
-
-
-def _different(pattern: str, names: Mapping[str, np.ndarray]) -> int:
-    matches = (re.fullmatch(pattern, name) for name in names)
-    return len({match[1] for match in matches if match})
-
-
-def _resnet_family(counts: Sequence[int]) -> Family:
-    names = [(r"stem/conv", "first.0"), (r"stem/norm", "first.1"), (r"head", "fc")]
-    parts = (
-        ("unit1", "stacked.conv", 0),
-        ("unit2", "stacked.conv", 3),
-        ("shortcut", "shortcut", 0),
-    )
-    index = 0
-    for stage, count in enumerate(counts):
-        for block in range(count):
-            for ours, theirs, first in parts:
-                path, name = f"stages/{stage}/{block}/{ours}", f"residuals.{index}.{theirs}"
-                names += [
-                    (f"{path}/conv", f"{name}.{first}"),
-                    (f"{path}/norm", f"{name}.{first + 1}"),
-                ]
-            index += 1
-    return Family(names=tuple(names), head="head")
-
-
-def _vgg_family(stages: Sequence[Sequence[int]]) -> Family:
-    """Return the names of a VGG: convolution, BatchNorm, ReLU; pooling after every stage."""
-    names, index = [(r"hidden", "fc.0"), (r"head", "fc.3")], 0
-    for stage, widths in enumerate(stages):
-        for unit in range(len(widths)):
-            path = f"stages/{stage}/{unit}"
-            names += [(f"{path}/conv", f"layers.{index}"), (f"{path}/norm", f"layers.{index + 1}")]
-            index += 3
-        index += 1
-    return Family(names=tuple(names), head="head")

@@ -28,6 +28,12 @@ from falcon_jax.models.resnet import resnet101 as resnet101
 from falcon_jax.models.resnet import resnet110_cifar as resnet110_cifar
 from falcon_jax.models.resnet import resnet152 as resnet152
 from falcon_jax.models.resnet import resnet164_cifar as resnet164_cifar
+from falcon_jax.models.ssd import SSD as SSD
+from falcon_jax.models.ssd import Detections as Detections
+from falcon_jax.models.ssd import decode_boxes as decode_boxes
+from falcon_jax.models.ssd import default_boxes as default_boxes
+from falcon_jax.models.ssd import detect as detect
+from falcon_jax.models.ssd import ssd300_vgg16 as ssd300_vgg16
 from falcon_jax.models.units import ConvUnit as ConvUnit
 from falcon_jax.models.units import UnitFactory as UnitFactory
 from falcon_jax.models.units import channel_shuffle as channel_shuffle

@@ -166,7 +166,7 @@ class ImageNetVGG(nnx.Module):
             for features in stage:
                 outputs = scaled(features, width)
                 made = factory(inputs, outputs, strides=1, activate=True, dtype=dtype, rngs=rngs)
-                layers += _layers(made)
+                layers += layers_in_a_row(made)
                 factory, inputs = unit, outputs
             layers.append(max_pool_2x2)
         outputs = stages[-1][-1]
@@ -264,7 +264,8 @@ def _vgg(stages: Stages, unit: UnitFactory, num_classes: int, rngs: nnx.Rngs, op
     return ImageNetVGG(stages, num_classes=num_classes, rngs=rngs, **{"unit": unit, **options})
 
 
-def _layers(unit: nnx.Module) -> list[Callable[..., Array]]:
+def layers_in_a_row(unit: nnx.Module) -> list[Callable[..., Array]]:
+    """Return the layers of a `ConvUnit` one by one; any other unit stays in one piece."""
     if not isinstance(unit, ConvUnit):
         return [unit]  # type: ignore[list-item]
     parts = (unit.conv, unit.norm, unit.activation)

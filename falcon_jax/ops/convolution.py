@@ -155,21 +155,27 @@ def conv(
     )
 
 
-def max_pool_2x2(x: Float[Array, "b h w c"]) -> Float[Array, "b h_half w_half c"]:
+def max_pool_2x2(
+    x: Float[Array, "b h w c"], *, ceil_mode: bool = False
+) -> Float[Array, "b h_half w_half c"]:
     """Take the maximum of every 2x2 window, with stride 2 and without padding.
 
     The maximum of four strided slices; ``lax.reduce_window`` gives the same but its backward pass
     (select-and-scatter) is slow on CPUs. Where several entries tie, the gradient is shared.
 
     Args:
-        x: input of shape ``(batch, height, width, channels)``; an odd last row or
-            column is left out.
+        x: input of shape ``(batch, height, width, channels)``.
+        ceil_mode: whether an odd last row or column has windows of its own, or is left out.
 
     Returns:
-        Output of shape ``(batch, height // 2, width // 2, channels)``.
+        Output of shape ``(batch, height // 2, width // 2, channels)``, rounded up in
+        ``ceil_mode``.
     """
     if is_canonical() or not known(*x.shape[1:3]):  # nothing says that there is a second row
-        return nnx.max_pool(x, (2, 2), strides=(2, 2))
+        padding = "SAME" if ceil_mode else "VALID"
+        return nnx.max_pool(x, (2, 2), strides=(2, 2), padding=padding)
+    if ceil_mode:
+        x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)), mode="edge")
     x = x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]
     rows = jnp.maximum(x[:, ::2], x[:, 1::2])
     return jnp.maximum(rows[:, :, ::2], rows[:, :, 1::2])

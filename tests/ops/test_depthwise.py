@@ -8,7 +8,7 @@ from jax import lax
 from jax.test_util import check_grads
 
 import falcon_jax as fj
-from falcon_jax.ops.choice import depthwise_form
+from falcon_jax.ops.choice import canonical_forms, depthwise_form
 from falcon_jax.ops.geometry import output_shape
 
 NAMED = ["SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT"]
@@ -247,7 +247,10 @@ def test_wrong_channels_are_named():
         fj.depthwise_conv(jnp.ones((1, 4, 4, 3)), jnp.ones((3, 3, 2)))
 
 
-def test_max_pool_matches_reduce_window():
+@pytest.mark.parametrize(("ceil_mode", "padding"), [(False, "VALID"), (True, "SAME")])
+def test_max_pool_matches_reduce_window(ceil_mode, padding):
     x = jax.random.normal(jax.random.key(0), (2, 7, 8, 3))
-    expected = lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
-    np.testing.assert_array_equal(fj.ops.max_pool_2x2(x), expected)
+    expected = lax.reduce_window(x, -jnp.inf, lax.max, (1, 2, 2, 1), (1, 2, 2, 1), padding)
+    np.testing.assert_array_equal(fj.ops.max_pool_2x2(x, ceil_mode=ceil_mode), expected)
+    with canonical_forms():
+        np.testing.assert_array_equal(fj.ops.max_pool_2x2(x, ceil_mode=ceil_mode), expected)
