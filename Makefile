@@ -8,8 +8,8 @@ BIN := $(VENV)/bin
 # Large pages make training steps on CPUs up to 1.7 times faster (glibc 2.35 or newer).
 TUNED := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
-# One XLA thread a worker: two workers leave each other alone.
-PYTEST = $(BIN)/python -m pytest -n auto --doctest-modules $(PYTEST_OPTIONS)
+# One XLA thread a worker: two workers leave each other alone. What a file shares is made once.
+PYTEST = $(BIN)/python -m pytest -n auto --dist loadfile --doctest-modules $(PYTEST_OPTIONS)
 
 .PHONY: demo ocr test test-all test-smoke lint docs dist clean
 
