@@ -15,6 +15,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from falcon_jax.paths import user_path
+from falcon_jax.report.experiment import Report
+from falcon_jax.terminal import show, show_error
 from falcon_jax.training.config import ExperimentConfig, check_config, check_override
 from falcon_jax.training.devices import MODES, Peers, launched, start_distributed
 from falcon_jax.training.experiment import run_experiment
@@ -51,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
         start_distributed(peers)
         joined()
         with Interruption() as interruption:
-            _, table = run_experiment(config, workdir, interruption)
+            rows, _ = run_experiment(config, workdir, interruption)
     except Stopped as stopped:
         print(f"train.py: {shown(stopped, 1000)}", file=sys.stderr)
         return STOPPED
@@ -65,7 +67,7 @@ def main(arguments: Sequence[str]) -> int:
     except (ValueError, OSError, ImportError) as error:
         return fail(error, BAD_INPUT)
     if jax.process_index() == 0:
-        print(table)
+        show(Report(rows=rows))
     return 0
 
 
@@ -145,7 +147,7 @@ def _with_home(before: str, argument: str) -> str:
 
 def fail(error: Exception, status: int) -> int:
     """Tell an error in one line on stderr and return the exit status."""
-    print(f"train.py: error: {shown(error, 3000)}", file=sys.stderr)
+    show_error("train.py", shown(error, 3000))
     return status
 
 

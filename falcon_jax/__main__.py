@@ -12,6 +12,7 @@ from falcon_jax.cli.evaluate import add_evaluate, add_profile
 from falcon_jax.cli.export import add_export
 from falcon_jax.cli.shrink import add_shrink
 from falcon_jax.data.tfds import prepare
+from falcon_jax.terminal import show_error
 
 BAD_INPUT = 2
 
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed.run(parsed)
     except (ValueError, OSError, ImportError) as error:
-        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        show_error(parser.prog, " ".join(str(error).split()))
         return BAD_INPUT
     return 0
 

@@ -89,18 +89,22 @@ def some_of(names: Iterable[str]) -> str:
     return ", ".join(names[:_LISTED]) + more
 
 
-def aligned(lines: Sequence[Sequence[str]], *, right: Sequence[int]) -> str:
+def aligned(lines: Sequence[Sequence[str]], *, right: Sequence[int], rule: bool = False) -> str:
     """Return one line of text for each line of cells, two spaces between columns.
 
     Args:
         lines: equally many cells in each.
         right: the columns whose cells stand to the right; all others to the left.
+        rule: whether a rule follows the first line; columns have at least three characters then.
 
     >>> print(aligned([("layer", "params"), ("conv", "9")], right=[1]))
     layer  params
     conv        9
     """
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    if rule:
+        widths = [max(3, width) for width in widths]
+        lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
     return "\n".join(
         "  ".join(
             cell.rjust(width) if i in right else cell.ljust(width)

@@ -16,6 +16,7 @@ from falcon_jax.storage.models import (
     load_stored,
     save_stored,
 )
+from falcon_jax.terminal import show
 
 
 def add_convert(commands: Any) -> None:
@@ -165,7 +166,7 @@ def _compress(parsed: argparse.Namespace) -> None:
 
 def _tell(stored: Stored, out: str) -> None:
     if stored.plan.replaced:
-        print(stored.plan)
+        show(stored.plan)
     print(out)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from falcon_jax.cli.data import add_data_options, load_data
 from falcon_jax.compression.profile import profile
 from falcon_jax.storage.models import load_stored
+from falcon_jax.terminal import show
 from falcon_jax.training.devices import data_mesh, replicate
 from falcon_jax.training.evaluation import evaluate, make_eval_step
 from falcon_jax.training.monitoring import Progress
@@ -92,4 +93,4 @@ def _profile(parsed: argparse.Namespace) -> None:
     stored = load_stored(parsed.checkpoint)
     shape = (parsed.batch_size, *stored.description.sample.shape[1:])
     sample = jnp.zeros(shape, np.float32) if parsed.latency else jax.ShapeDtypeStruct(shape, "f4")
-    print(profile(stored.model, sample, latency=parsed.latency))
+    show(profile(stored.model, sample, latency=parsed.latency))

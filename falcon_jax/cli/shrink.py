@@ -17,6 +17,7 @@ from falcon_jax.methods.registry import method_from
 from falcon_jax.paths import user_path
 from falcon_jax.report.search import write_shrunk
 from falcon_jax.storage.models import Stored, load_stored, save_stored
+from falcon_jax.terminal import show
 
 _BATCHES = 4
 
@@ -105,7 +106,9 @@ def _shrink(parsed: argparse.Namespace) -> None:
             temperature=1.0,
             progress=sys.stderr.isatty(),
         )
-    print(write_shrunk(shrunk, parsed.report) if parsed.report else shrunk)
+    if parsed.report:
+        write_shrunk(shrunk, parsed.report)
+    show(shrunk)
     save_stored(parsed.out, Stored(model=small, plan=shrunk.plan, description=stored.description))
     print(parsed.out)
 

@@ -23,7 +23,7 @@ from falcon_jax.nn.method_conv import fit_stacked, for_trained
 from falcon_jax.ops.geometry import ConvSpec
 from falcon_jax.paths import user_path
 from falcon_jax.solvers.scale import safe_exponent, times_power_of_two
-from falcon_jax.wording import aligned
+from falcon_jax.terminal import Printable, Table
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,7 +133,7 @@ class PlanRow:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(Printable):
     """What `compress` does to a model. Plain data: print it, save it, load it.
 
     Attributes:
@@ -220,13 +220,14 @@ class Plan:
             raise ValueError(f"{os.fspath(path)} holds no plan of falcon_jax.")
         return cls.from_json(data)
 
-    def __str__(self) -> str:
+    def parts(self) -> list[Table | str]:
+        """Return the table of layers."""
         header = ("layer", "kernel", "stride", "becomes", "params", "mult-adds", "error", "energy")
         lines = [(*header, "remark")]
         lines += [_cells(row, self.traced) for row in self.rows]
         lines.append(_total("everything else", self.rest, self.rest, self.traced))
         lines.append(_total("total", self.before, self.after, self.traced))
-        return aligned(lines, right=range(4, 8))
+        return [Table(lines, right=range(4, 8))]
 
 
 def _row_to_json(row: PlanRow) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import jax
 
 from falcon_jax.frameworks.interface import Model, framework_of
 from falcon_jax.frameworks.layers import Inputs, Layer
-from falcon_jax.wording import aligned
+from falcon_jax.terminal import Printable, Table
 
 
 def measure_latency(model: Model, sample: Any, *, repeats: int = 10) -> float:
@@ -74,7 +74,7 @@ class ProfileRow:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Profile:
+class Profile(Printable):
     """A model's cost.
 
     Attributes:
@@ -98,17 +98,16 @@ class Profile:
         """Mult-adds for one example."""
         return sum(row.mult_adds for row in self.rows)
 
-    def __str__(self) -> str:
+    def parts(self) -> list[Table | str]:
+        """Return the table of layers, and the latency if it was measured."""
         lines = [("layer", "kind", "params", "mult-adds")]
         lines += [
             (r.path or "(model)", r.method or r.kind, f"{r.params:,}", f"{r.mult_adds:,}")
             for r in self.rows
         ]
         lines.append(("total", "", f"{self.params:,}", f"{self.mult_adds:,}"))
-        text = aligned(lines, right=(2, 3))
-        if self.latency_ms is not None:
-            text += f"\nlatency {self.latency_ms:.2f} ms"
-        return text
+        latency = [] if self.latency_ms is None else [f"latency {self.latency_ms:.2f} ms"]
+        return [Table(lines, right=(2, 3)), *latency]
 
 
 def profile(model: Model, sample: Any, *, latency: bool = False) -> Profile:

@@ -1,9 +1,12 @@
 """A progress bar on standard error, for what takes longer than a glance."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
+
+from falcon_jax.terminal import Bar, console_of
 
 T = TypeVar("T")
 WIDTH = 20
@@ -20,6 +23,15 @@ def shown(
         progress: whether to show anything.
         name: of a step.
     """
+    console = console_of(sys.stderr)
+    if progress and console is not None:
+        with contextlib.closing(Bar(console, label, total=len(steps))) as bar:
+            for step in steps:
+                bar.note(name(step))
+                yield step
+                bar.advance()
+            bar.note("")
+        return
     begin = time.monotonic()
     for done, step in enumerate(steps):
         if progress:

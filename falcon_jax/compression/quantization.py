@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, UInt8
 from falcon_jax.frameworks.interface import M, Model, framework_of
 from falcon_jax.methods.fit import check_finite
 from falcon_jax.solvers.scale import largest_exponent, times_power_of_two
-from falcon_jax.wording import aligned
+from falcon_jax.terminal import Printable, Table
 
 
 class QuantizedArray(NamedTuple):
@@ -105,7 +105,7 @@ class QuantizationRow:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Quantization:
+class Quantization(Printable):
     """What `quantize_weights` did to a model.
 
     Attributes:
@@ -130,13 +130,14 @@ class Quantization:
         """How many times fewer the effective parameters are."""
         return self.params / self.effective_params
 
-    def __str__(self) -> str:
+    def parts(self) -> list[Table | str]:
+        """Return the table of tensors, and how many times fewer numbers there are."""
         sizes = [(row.path, row.size, row.effective_size) for row in self.rows]
         rest = self.params - sum(row.size for row in self.rows)
         sizes += [("everything else", rest, rest), ("total", self.params, self.effective_params)]
         lines = [(name, f"{size:,}", f"{effective:,.2f}") for name, size, effective in sizes]
         lines.insert(0, ("tensor", "params", "effective params"))
-        return aligned(lines, right=(1, 2)) + f"\n{self.ratio:.1f} times fewer"
+        return [Table(lines, right=(1, 2)), f"{self.ratio:.1f} times fewer"]
 
 
 def quantize_linear(values: Float[ArrayLike, "*shape"], *, bits: int = 8) -> QuantizedArray:

@@ -27,14 +27,14 @@ from falcon_jax.frameworks.layers import Inputs
 from falcon_jax.frameworks.norms import NotReachedError
 from falcon_jax.frameworks.program import Network
 from falcon_jax.methods.base import Method
-from falcon_jax.wording import aligned
+from falcon_jax.terminal import Printable, Table
 
 _LINES = 20  # of a front that is printed
 MOST = 4096  # points that are kept of a front
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Front:
+class Front(Printable):
     """The models that no other one beats in cost and predicted loss.
 
     Attributes:
@@ -110,13 +110,14 @@ class Front:
             "losses": self.losses.tolist(),
         }
 
-    def __str__(self) -> str:
+    def parts(self) -> list[Table | str]:
+        """Return some of the points as a table."""
         lines = [(self.quantity, "share", "predicted loss")]
         count = len(self.costs)
         for point in np.unique(np.linspace(0, count - 1, min(count, _LINES)).round().astype(int)):
             cost, loss = float(self.costs[point]), float(self.losses[point])
             lines.append((_told(cost), f"{cost / self.original:.3f}", f"{loss:.2e}"))
-        return aligned(lines, right=(0, 1, 2))
+        return [Table(lines, right=(0, 1, 2))]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -355,7 +356,7 @@ def _undominated(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Shrunk:
+class Shrunk(Printable):
     """What `shrink` did.
 
     Attributes:
@@ -386,7 +387,8 @@ class Shrunk:
             "kept": self.kept,
         }
 
-    def __str__(self) -> str:
+    def parts(self) -> list[Table | str]:
+        """Return the plan, the errors of the answers and the losses as tables."""
         answers = [("layer", "error of answers before", "after")]
         answers += [
             (response.path or "(model)", f"{response.before:.4f}", f"{response.after:.4f}")
@@ -397,8 +399,8 @@ class Shrunk:
             (name + (", kept" if name == self.kept else ""), f"{loss:.2e}")
             for name, loss in self.loss.items()
         ]
-        parts = str(self.plan), aligned(answers, right=(1, 2)), aligned(stages, right=(1,))
-        return "\n\n".join(parts)
+        tables = Table(answers, right=(1, 2)), "", Table(stages, right=(1,))
+        return [*self.plan.parts(), "", *tables]
 
 
 def shrink(

@@ -42,7 +42,7 @@ from falcon_jax.methods.spatial_decomposition import SpatialDecomposition
 from falcon_jax.nn.method_conv import for_trained
 from falcon_jax.solvers.intervals import moments_of
 from falcon_jax.solvers.moments import best_bias, dense_kernel, explained
-from falcon_jax.wording import aligned
+from falcon_jax.terminal import Printable, Table
 
 RATIOS = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
 CANDIDATES: tuple[Method, ...] = (
@@ -74,7 +74,7 @@ class Effect:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sensitivity:
+class Sensitivity(Printable):
     """How much a model's outputs suffer from each way to replace each layer.
 
     Attributes:
@@ -102,7 +102,8 @@ class Sensitivity:
             for path, effects in self.effects.items()
         }
 
-    def __str__(self) -> str:
+    def parts(self) -> list[Table | str]:
+        """Return the table of candidates, layer by layer."""
         lines = [("layer", "becomes", "params", "mult-adds", "error", "loss of the output")]
         for path, effects in self.effects.items():
             for effect in effects:
@@ -118,7 +119,7 @@ class Sensitivity:
                         f"{effect.loss:.2e}",
                     )
                 )
-        return aligned(lines, right=(2, 3, 4, 5))
+        return [Table(lines, right=(2, 3, 4, 5))]
 
 
 def sensitivity(

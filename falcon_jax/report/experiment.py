@@ -1,5 +1,6 @@
 """The report of a compression experiment: one table, its files and two plots."""
 
+import dataclasses
 import math
 import os
 from collections.abc import Sequence
@@ -15,11 +16,12 @@ from falcon_jax.report.table import (
     format_milliseconds,
     format_percent,
     format_ratio,
-    format_table,
+    table_of,
     write_csv,
     write_json,
 )
 from falcon_jax.settings import is_number, is_whole
+from falcon_jax.terminal import Printable, Table
 from falcon_jax.wording import shown
 
 COLUMNS = (
@@ -61,10 +63,8 @@ def write_report(rows: Sequence[Row], directory: str | os.PathLike[str]) -> str:
         ValueError: if no row has an accuracy, or a number is not finite.
         OSError: if a file cannot be written.
     """
-    directory = user_path(directory)
-    notes = [f"{row['label']}: {row['note']}." for row in rows if row.get("note")]
-    text = "\n".join([format_table(rows, COLUMNS), *[""][: len(notes)], *notes])
-    columns = (*COLUMNS, NOTE) if notes else COLUMNS
+    directory, text = user_path(directory), str(Report(rows=rows))
+    columns = (*COLUMNS, NOTE) if any(row.get("note") for row in rows) else COLUMNS
     write_whole(directory / "report.txt", (text + "\n").encode())
     write_csv(directory / "report.csv", rows, columns)
     write_json(
@@ -86,6 +86,22 @@ def write_report(rows: Sequence[Row], directory: str | os.PathLike[str]) -> str:
         path=directory / "accuracy_vs_mult_adds.png",
     )
     return text
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report(Printable):
+    """The table of an experiment.
+
+    Attributes:
+        rows: as `write_report` takes them.
+    """
+
+    rows: Sequence[Row]
+
+    def parts(self) -> list[Table | str]:
+        """Return the table and the notes on its rows."""
+        notes = [f"{row['label']}: {row['note']}." for row in self.rows if row.get("note")]
+        return [table_of(self.rows, COLUMNS), *[""][: len(notes)], *notes]
 
 
 def checked_row(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from falcon_jax.paths import write_whole
+from falcon_jax.terminal import Table
 
 
 def format_millions(value: SupportsFloat) -> str:
@@ -108,9 +109,21 @@ def format_table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
     Returns:
         header, rule and rows, without a line break at the end.
     """
-    cells, widths = _cells(rows, columns)
-    lines = [cells[0], ["-" * width for width in widths], *cells[1:]]
-    return "\n".join("  ".join(line).rstrip() for line in lines)
+    return str(table_of(rows, columns))
+
+
+def table_of(rows: Sequence[Row], columns: Sequence[Column]) -> Table:
+    """Rows as a table that terminals and plain text show each in their way.
+
+    Args:
+        rows: one mapping a line, from column names to values.
+        columns: the columns, in order.
+
+    Returns:
+        the table.
+    """
+    right = [i for i, column in enumerate(columns) if _is_numeric(rows, column)]
+    return Table(_texts(rows, columns), right=right, rule=True)
 
 
 def markdown_table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
@@ -131,7 +144,15 @@ def markdown_table(rows: Sequence[Row], columns: Sequence[Column]) -> str:
         )
         for column in columns
     ]
-    cells, widths = _cells(rows, escaped)
+    lines = _texts(rows, escaped)
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+    cells = [
+        [
+            text.rjust(width) if _is_numeric(rows, column) else text.ljust(width)
+            for text, width, column in zip(line, widths, columns, strict=True)
+        ]
+        for line in lines
+    ]
     rule = [
         "-" * (width - 1) + ":" if _is_numeric(rows, column) else "-" * width
         for width, column in zip(widths, columns, strict=True)
@@ -174,16 +195,11 @@ def write_json(path: str | os.PathLike[str], payload: Any) -> None:
     write_whole(path, (text + "\n").encode())
 
 
-def _cells(rows: Sequence[Row], columns: Sequence[Column]) -> tuple[list[list[str]], list[int]]:
-    padded, widths = [], []
-    for column in columns:
-        values = [row.get(column.name) for row in rows]
-        texts = [_MISSING if value is None else column.format(value) for value in values]
-        width = max(3, *map(len, [column.header, *texts]))
-        align = str.rjust if _is_numeric(rows, column) else str.ljust
-        padded.append([align(text, width) for text in [column.header, *texts]])
-        widths.append(width)
-    return [list(line) for line in zip(*padded, strict=True)], widths
+def _texts(rows: Sequence[Row], columns: Sequence[Column]) -> list[list[str]]:
+    """Return the headers, and below them the cells of every row."""
+    values = [[(row.get(column.name), column.format) for column in columns] for row in rows]
+    texts = [[_MISSING if v is None else format(v) for v, format in line] for line in values]
+    return [[column.header for column in columns], *texts]
 
 
 def _is_numeric(rows: Sequence[Row], column: Column) -> bool:

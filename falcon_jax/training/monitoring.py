@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from falcon_jax.paths import user_path, write_whole
+from falcon_jax.terminal import Bar, console_of
 from falcon_jax.training.interruption import Interruption
 from falcon_jax.training.step import Metrics
 
@@ -95,31 +96,23 @@ class Progress:
         self._label = label
         self._show = show
         self._bar = None
-        if show and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(
-                desc=label,
-                total=total,
-                initial=done,
-                unit="img",
-                unit_scale=True,
-                dynamic_ncols=True,
-                mininterval=0.5,
-            )
+        console = console_of(sys.stderr)
+        if show and console is not None:
+            self._bar = Bar(console, label, total=total, done=done, unit="img")
 
     def advance(self, images: int) -> None:
         """Count images of one step."""
         if self._bar is not None:
-            self._bar.update(images)
+            self._bar.advance(images)
 
     def epoch(self, epoch: int, epochs: int, metrics: Mapping[str, float | int]) -> None:
         """Show the metrics of an epoch that has ended."""
         values = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        line = f"{self._label}: epoch {epoch}/{epochs}  {values}"
         if self._bar is not None:
-            self._bar.set_postfix_str(values)
+            self._bar.line(line)
         elif self._show:
-            print(f"{self._label}: epoch {epoch}/{epochs}  {values}", file=sys.stderr, flush=True)
+            print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leave the bar as it is."""
