@@ -27,6 +27,7 @@ from falcon_jax.settings import (
     one_of,
     unknown_field,
 )
+from falcon_jax.training.monitoring import LOGGERS
 from falcon_jax.training.variants import Variant, chosen_variants, rules_from
 
 
@@ -209,13 +210,18 @@ class LogConfig:
     """What a run leaves behind and shows.
 
     Attributes:
-        tensorboard: whether to write event files.
+        loggers: what gets the metrics, beside ``metrics.jsonl``: any of ``tensorboard`` (event
+            files), ``wandb`` and ``trackio``.
+        project: that the runs belong to, in wandb and trackio.
         progress: whether to show progress.
         profile_start_step: first step of the profiler's window.
         profile_steps: length of the window; 0 for none. The trace goes to ``profile/``.
     """
 
-    tensorboard: bool = True
+    loggers: tuple[str, ...] = checked(("tensorboard",), each(named(LOGGERS)))
+    project: str = checked(
+        "falcon_jax", must_be("a name", lambda project, _: bool(project.strip()))
+    )
     progress: bool = True
     profile_start_step: int = checked(10, at_least(0))
     profile_steps: int = checked(0, at_least(0))

@@ -48,6 +48,7 @@ from falcon_jax.training.devices import data_mesh, replicate
 from falcon_jax.training.evaluation import evaluate, make_eval_step
 from falcon_jax.training.interruption import Interruption
 from falcon_jax.training.loop import Job, train
+from falcon_jax.training.monitoring import require_loggers
 from falcon_jax.training.network import Arrays, Network
 from falcon_jax.training.step import Preprocessing
 from falcon_jax.training.variants import Variant
@@ -322,6 +323,7 @@ def begin(
     """
     workdir = user_path(workdir)
     require_packages(config.export)
+    require_loggers(config.log.loggers)
     dataset = load_dataset(config.data, seed=config.seed)
     mean, std = dataset.mean, dataset.std
     if is_stored(config.compression.start):

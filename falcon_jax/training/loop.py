@@ -18,7 +18,14 @@ from falcon_jax.training.config import ExperimentConfig, TrainConfig
 from falcon_jax.training.devices import check_divides, process_shard, replicate
 from falcon_jax.training.evaluation import evaluate, make_eval_step
 from falcon_jax.training.interruption import Interruption, Stopped
-from falcon_jax.training.monitoring import EpochSums, MetricsLog, ProfilerWindow, Progress, Watch
+from falcon_jax.training.monitoring import (
+    EpochSums,
+    MetricsLog,
+    ProfilerWindow,
+    Progress,
+    Run,
+    Watch,
+)
 from falcon_jax.training.network import Arrays, Network
 from falcon_jax.training.optimizers import make_optimizer
 from falcon_jax.training.parallel import ParallelStep, make_parallel_step
@@ -169,9 +176,14 @@ class _Training:
         self._window = ProfilerWindow(
             job.directory / "profile", start_step=log.profile_start_step, steps=log.profile_steps
         )
-        self._log = MetricsLog(
-            job.directory, tensorboard=log.tensorboard, from_step=at.epoch * self._steps
+        run = Run(
+            directory=job.directory,
+            label=job.label,
+            project=log.project,
+            config=job.meta.get("config", {}),
+            from_step=at.epoch * self._steps,
         )
+        self._log = MetricsLog(run, loggers=log.loggers)
         with contextlib.ExitStack() as stack:
             for part in (self._log, self._progress, self._window):
                 stack.callback(part.close)

@@ -1,53 +1,173 @@
 """What is told while a run goes on: metrics, progress, numbers that go wrong, a profile."""
 
+import contextlib
 import dataclasses
 import json
-import os
 import pathlib
+import secrets
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
-from falcon_jax.paths import user_path, write_whole
+from falcon_jax.export.files import optional
+from falcon_jax.paths import write_whole
 from falcon_jax.terminal import Bar, console_of
 from falcon_jax.training.interruption import Interruption
 from falcon_jax.training.step import Metrics
+from falcon_jax.wording import reason
+
+
+@runtime_checkable
+class Logger(Protocol):
+    """Something that shows the metrics of a run: what all loggers have in common."""
+
+    def log(self, step: int, metrics: Mapping[str, float | int]) -> None:
+        """Take metrics by name, after a number of steps."""
+        ...
+
+    def close(self) -> None:
+        """Finish."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a logger is told of a run.
+
+    Attributes:
+        directory: of its files.
+        label: what is trained.
+        project: that the run belongs to.
+        config: of the experiment, as plain data.
+        from_step: the last step that an earlier start of the run took and this one goes on from.
+    """
+
+    directory: pathlib.Path
+    label: str = ""
+    project: str = "falcon_jax"
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    from_step: int = 0
+
+    @property
+    def name(self) -> str:
+        """The run's name: that of the experiment's folder, and what is trained."""
+        return f"{self.directory.parent.name}/{self.label or self.directory.name}"
+
+
+class _TensorBoard:
+    def __init__(self, run: Run):
+        writer = _package("tensorboard").SummaryWriter
+        self._events = writer(str(run.directory), purge_step=run.from_step + 1)
+
+    def log(self, step: int, metrics: Mapping[str, float | int]) -> None:
+        for name, value in metrics.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._events.close()
+
+
+class _Tracked:
+    """A run of wandb, or of trackio, whose runs have the same methods."""
+
+    def __init__(self, run: Any, *, finish: Callable[[], Any]):
+        self._run = run
+        self._finish = finish
+
+    def log(self, step: int, metrics: Mapping[str, float | int]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._finish()
+
+
+def _wandb(run: Run) -> Logger:
+    wandb = _package("wandb")
+    # By this a run that goes on is found again, wherever the folder is by then.
+    known = run.directory / "wandb_id.txt"
+    if not known.exists():
+        known.write_text(secrets.token_hex(8))
+    made = wandb.init(
+        project=run.project,
+        name=run.name,
+        id=known.read_text().strip(),
+        resume="allow",
+        dir=str(run.directory),
+        config=dict(run.config),
+        settings={"console": "off"},  # it would stand between the terminal and us
+    )
+    return _Tracked(made, finish=made.finish)
+
+
+def _trackio(run: Run) -> Logger:
+    trackio = _package("trackio")
+    made = trackio.init(project=run.project, name=run.name, resume="allow", config=dict(run.config))
+    # Not the run's own: the next `init` would finish the run once more.
+    return _Tracked(made, finish=trackio.finish)
+
+
+LOGGERS: Mapping[str, Callable[[Run], Logger]] = MappingProxyType(
+    {"tensorboard": _TensorBoard, "wandb": _wandb, "trackio": _trackio}
+)
+_PACKAGES = MappingProxyType(
+    {
+        "tensorboard": ("tensorboardX", "train"),
+        "wandb": ("wandb", "wandb"),
+        "trackio": ("trackio", "trackio"),
+    }
+)
+
+
+def require_loggers(names: Iterable[str]) -> None:
+    """Raise unless the packages that some loggers need are installed.
+
+    Args:
+        names: of ``LOGGERS``.
+
+    Raises:
+        ImportError: saying what to install.
+    """
+    for name in names:
+        _package(name)
+
+
+def _package(name: str) -> Any:
+    module, extra = _PACKAGES[name]
+    return optional(module, f"the logger {name!r}", extra)
 
 
 class MetricsLog:
-    """Writes metrics to ``metrics.jsonl`` and, if asked, to TensorBoard event files.
+    """Writes metrics to ``metrics.jsonl`` and gives them to loggers.
 
     Only the first process writes. A run that continues from a checkpoint drops the lines that it
-    is about to write again.
+    is about to write again. A logger that fails is warned of and left out from there on; the lines
+    go on.
 
     Args:
-        directory: where the files go; made if missing.
-        tensorboard: whether to write event files.
-        from_step: drop what was written after this step.
+        run: whose metrics they are; its directory is made if missing.
+        loggers: names out of ``LOGGERS``.
 
     Raises:
-        ImportError: if TensorBoard is asked for and tensorboardX is not installed.
+        ImportError: if the package of a logger is not installed.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, tensorboard: bool, from_step: int = 0):
-        self._path = user_path(directory) / "metrics.jsonl"
+    def __init__(self, run: Run, *, loggers: Iterable[str] = ()):
+        self._path = run.directory / "metrics.jsonl"
         self._writes = jax.process_index() == 0
-        self._events = None
+        self._loggers: dict[str, Logger] = {}
         if not self._writes:
             return
+        require_loggers(loggers)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._truncate(from_step)
-        if tensorboard:
-            try:
-                from tensorboardX import SummaryWriter
-            except ImportError:
-                raise ImportError(
-                    "TensorBoard files need tensorboardX: pip install 'falcon-jax[train]', or set "
-                    "config.log.tensorboard to False"
-                ) from None
-            self._events = SummaryWriter(str(self._path.parent), purge_step=from_step + 1)
+        self._truncate(run.from_step)
+        for name in loggers:
+            with self._left_out_if_it_fails(name):
+                self._loggers[name] = LOGGERS[name](run)
 
     def write(self, step: int, metrics: Mapping[str, float | int]) -> None:
         """Write one line.
@@ -60,14 +180,28 @@ class MetricsLog:
             return
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
-        if self._events is not None:
-            for name, value in metrics.items():
-                self._events.add_scalar(name, value, step)
+        for name, logger in list(self._loggers.items()):
+            with self._left_out_if_it_fails(name):
+                logger.log(step, metrics)
 
     def close(self) -> None:
-        """Finish the event files."""
-        if self._events is not None:
-            self._events.close()
+        """Finish the loggers."""
+        for name, logger in list(self._loggers.items()):
+            with self._left_out_if_it_fails(name):
+                logger.close()
+        self._loggers.clear()
+
+    @contextlib.contextmanager
+    def _left_out_if_it_fails(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of any kind: of the network, of an account, of a full disk
+            self._loggers.pop(name, None)
+            warnings.warn(
+                f"the logger {name!r} failed and gets nothing more of this run; metrics.jsonl goes "
+                f"on: {reason(error)}",
+                stacklevel=4,
+            )
 
     def _truncate(self, from_step: int) -> None:
         if not self._path.exists():
