@@ -210,15 +210,16 @@ class LogConfig:
     """What a run leaves behind and shows.
 
     Attributes:
-        loggers: what gets the metrics, beside ``metrics.jsonl``: any of ``tensorboard`` (event
-            files), ``wandb`` and ``trackio``.
+        tensorboard: whether to write event files, beside ``metrics.jsonl``.
+        loggers: what else gets the metrics: any of ``wandb`` and ``trackio``.
         project: that the runs belong to, in wandb and trackio.
         progress: whether to show progress.
         profile_start_step: first step of the profiler's window.
         profile_steps: length of the window; 0 for none. The trace goes to ``profile/``.
     """
 
-    loggers: tuple[str, ...] = checked(("tensorboard",), each(named(LOGGERS)))
+    tensorboard: bool = True
+    loggers: tuple[str, ...] = checked((), each(named(LOGGERS)))
     project: str = checked(
         "falcon_jax", must_be("a name", lambda project, _: bool(project.strip()))
     )
@@ -228,6 +229,11 @@ class LogConfig:
 
     def __post_init__(self):
         check_fields(self)
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """Names of all loggers, TensorBoard's included."""
+        return tuple(dict.fromkeys(("tensorboard",) * self.tensorboard + self.loggers))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

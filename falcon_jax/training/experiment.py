@@ -323,7 +323,7 @@ def begin(
     """
     workdir = user_path(workdir)
     require_packages(config.export)
-    require_loggers(config.log.loggers)
+    require_loggers(config.log.chosen)
     dataset = load_dataset(config.data, seed=config.seed)
     mean, std = dataset.mean, dataset.std
     if is_stored(config.compression.start):

@@ -183,7 +183,7 @@ class _Training:
             config=job.meta.get("config", {}),
             from_step=at.epoch * self._steps,
         )
-        self._log = MetricsLog(run, loggers=log.loggers)
+        self._log = MetricsLog(run, loggers=log.chosen)
         with contextlib.ExitStack() as stack:
             for part in (self._log, self._progress, self._window):
                 stack.callback(part.close)

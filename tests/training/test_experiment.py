@@ -43,7 +43,7 @@ def small(**fields):
         stage.update({"epochs": 1, "batch_size": 64, "learning_rate": 0.02, "schedule": "constant"})
     config.compression.update({"batchnorm_batches": 1, "calibration_batches": 0})
     config.compression.variants = FALCON | UNFITTED
-    config.log.update({"loggers": (), "progress": False})
+    config.log.update({"tensorboard": False, "progress": False})
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
     return config
 

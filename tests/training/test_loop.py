@@ -199,7 +199,7 @@ def test_batches_that_do_not_fit_are_refused_before_anything_is_written(tmp_path
 
 
 def test_the_profilers_window_leaves_a_trace(tmp_path):
-    log = LogConfig(loggers=(), progress=False, profile_start_step=1, profile_steps=2)
+    log = LogConfig(tensorboard=False, progress=False, profile_start_step=1, profile_steps=2)
     started(tiny_job(tmp_path, epochs=1, log=log))
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 

@@ -18,7 +18,7 @@ from falcon_jax.training.interruption import Interruption
 from falcon_jax.training.loop import Job
 from falcon_jax.training.step import Preprocessing
 
-QUIET = LogConfig(loggers=(), progress=False)
+QUIET = LogConfig(tensorboard=False, progress=False)
 
 
 class Tiny(nnx.Module):
