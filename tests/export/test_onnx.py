@@ -275,6 +275,18 @@ def test_the_recognizer(tmp_path):
     assert made.nodes["Scan"] == 4 and made.nodes["Conv"] == 7
 
 
+def test_maps_resized_to_those_of_before(tmp_path):
+    def skipped(x):
+        y = x
+        for _ in range(4):
+            y = fj.ops.max_pool_2x2(y)
+        y = jax.image.resize(y, (*x.shape[:3], 3), "bilinear")
+        return jnp.concatenate([x, y], axis=-1)
+
+    made = exported(tmp_path, skipped, images(1, 16, 16, 3), others=[(images(2, 32, 16, 3),)])
+    assert made.nodes["Resize"] == 1 and not made.fixed
+
+
 @pytest.mark.slow
 def test_the_detector(tmp_path):
     from examples.ocr.detector import Detector
