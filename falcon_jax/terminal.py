@@ -1,5 +1,6 @@
 """What people see: tables, bars and errors by rich on a terminal, and plain text anywhere else."""
 
+import abc
 import sys
 import time
 from collections.abc import Sequence
@@ -74,12 +75,12 @@ class Table:
         return longest if i in self._right else min(longest, _READABLE)
 
 
-class Printable:
+class Printable(abc.ABC):
     """What has tables and lines of text as parts, one below the other."""
 
+    @abc.abstractmethod
     def parts(self) -> Sequence[Table | str]:
         """Return the parts."""
-        raise NotImplementedError
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.parts()))

@@ -40,8 +40,8 @@ def shrink(checkpoint, out, *options):
 
 
 def test_a_smaller_checkpoint_and_a_report(tmp_path, checkpoint, capsys):
-    options = ["--target", "mult_adds=0.4", "--method", "falcon:1"]
-    options += ["--keep", ".*/0/0/conv", "--batches", "2", "--distill", "1"]
+    options = ["--target", "mult_adds=0.4", "--method", "falcon:1", "--method", "falcon:2"]
+    options += ["--keep", ".*/0/0/conv", "--batches", "2", "--distill", "2"]
     out = tmp_path / "small"
     assert shrink(checkpoint, out, *options, "--report", str(tmp_path / "report")) == 0
     told = capsys.readouterr().out

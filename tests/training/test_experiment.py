@@ -271,9 +271,23 @@ def test_a_rule_that_matches_nothing_is_told(finished, tmp_path):
         run(config, tmp_path)
 
 
-def test_variants_are_fitted_to_training_batches(finished, tmp_path):
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"method": "spatial_decomposition", "budget": 2.0},
+        *(
+            pytest.param(variant, marks=pytest.mark.slow)
+            for variant in (
+                {"method": "channel_decomposition", "rank": 3, "inner": "falcon"},
+                {"method": "falcon", "rank": 1},
+            )
+        ),
+    ],
+    ids=lambda variant: variant["method"],
+)
+def test_variants_are_fitted_to_training_batches(finished, tmp_path, variant):
     config = small(compression__start=str(finished[0]), finetune__epochs=0)
-    config.compression.variants = {"sd": {"method": "spatial_decomposition", "budget": 2.0}}
+    config.compression.variants = {"fitted": variant}
     config.compression.rules = (("stages/0/0/conv", None),)
     rows = []
     for batches in (1, 0):
