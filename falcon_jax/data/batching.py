@@ -1,13 +1,19 @@
 """Batches of a split: shuffled for training, padded and masked for evaluation, read ahead."""
 
+import collections
+import concurrent.futures
+import contextlib
 import dataclasses
 import multiprocessing
 import os
+import queue
 import signal
 import threading
+import traceback
 import weakref
 from collections.abc import Callable, Generator
-from typing import Any
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 
 import numpy as np
 from jaxtyping import Int32
@@ -34,28 +40,12 @@ def read_ahead(
         an iterator over the rows of each step.
 
     Raises:
-        ImportError: if grain is not installed.
         ChildProcessError: if a worker died.
     """
     rows = _rows(read, steps, workers)
-    # At the end of the program, too: grain fails at that while modules are taken down.
+    # At the end of the program, too: multiprocessing would wait for workers, who hear no signal.
     weakref.finalize(rows, _close, weakref.ref(rows))
     return rows
-
-
-def _rows(read: Callable[[int], Rows], steps: range, workers: int) -> Generator[Rows, None, None]:
-    iterator = _iterator(read, steps, workers)
-    try:
-        yield from iterator
-    except RuntimeError as error:
-        if "terminated unexpectedly" not in str(error):
-            raise
-        raise ChildProcessError(
-            "a worker that reads images died, perhaps for want of memory; use fewer workers, or 0 "
-            "to read in this process"
-        ) from error
-    finally:
-        iterator.close()
 
 
 def _close(reference: weakref.ref[Generator[Rows, None, None]]) -> None:
@@ -64,34 +54,83 @@ def _close(reference: weakref.ref[Generator[Rows, None, None]]) -> None:
         rows.close()
 
 
-def _iterator(read: Callable[[int], Rows], steps: range, workers: int) -> Any:
-    try:
-        import grain
-        from absl import flags
-    except ImportError as error:
-        raise ImportError(
-            f'reading images from the disk needs grain ({error}): pip install "falcon-jax[train]"'
-        ) from error
-    # Rows are a class that grain does not know, so it pickles them: its shared memory outlives who
-    # forgets an iterator, and containers have little of it.
-    batches = grain.MapDataset.range(steps.start, steps.stop).map(read)
-    if not workers:
-        threads = min(_cores(), _MOST_THREADS)
-        return iter(batches.to_iter_dataset(grain.ReadOptions(threads, threads)))
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # grain reads its own flags when it starts workers
-    settings = grain.MultiprocessingOptions(workers, per_worker_buffer_size=_BATCHES_A_WORKER)
-    return iter(
-        batches.to_iter_dataset(grain.ReadOptions(0, 0)).mp_prefetch(settings, _begin_worker)
-    )
+def _rows(read: Callable[[int], Rows], steps: range, workers: int) -> Generator[Rows, None, None]:
+    threads = workers or min(_cores(), _MOST_THREADS)
+    most = _BATCHES_A_WORKER * workers or threads
+    with contextlib.ExitStack() as stack:
+        pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="read-ahead")
+        # Not waited for: who forgets an iterator may be one of the threads, collecting garbage.
+        stack.callback(pool.shutdown, wait=False, cancel_futures=True)
+        call = stack.enter_context(contextlib.closing(_Workers(read, workers))) if workers else read
+        ahead: collections.deque[concurrent.futures.Future[Rows]] = collections.deque()
+        for step in steps:
+            ahead.append(pool.submit(call, step))
+            if len(ahead) > most:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
-def _begin_worker(index: int, count: int) -> None:
-    """Leave signals that are sent to all to the reader, who may want some batches more."""
-    del index, count
+class _Workers:
+    """Processes that read, each at its own pipe: whatever kills one, at whatever moment, ends it.
+
+    Queues that processes share stay locked, or half written, when one of them is killed.
+    """
+
+    def __init__(self, read: Callable[[int], Rows], count: int) -> None:
+        self._read = read
+        self._idle: queue.SimpleQueue[tuple[Connection, bool]] = queue.SimpleQueue()
+        self._processes: list[BaseProcess] = []
+        context = multiprocessing.get_context("spawn")
+        for _ in range(count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._idle.put((ours, False))
+
+    def __call__(self, step: int) -> Rows:
+        pipe, has_read = self._idle.get()
+        try:
+            if not has_read:
+                pipe.send(self._read)  # here, not at the start: processes begin side by side
+            pipe.send(step)
+            answer = pipe.recv()
+        except (EOFError, OSError) as error:
+            raise ChildProcessError(
+                "a worker that reads images died, perhaps for want of memory; use fewer workers, "
+                "or 0 to read in this process"
+            ) from error
+        finally:
+            self._idle.put((pipe, True))
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+
+
+def _serve(pipe: Connection) -> None:
+    """Answer steps with rows, or with what went wrong, until the other end is closed."""
+    # Signals that are sent to all are left to the reader, who may want some batches more.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        read = pipe.recv()
+        while True:
+            step = pipe.recv()
+            try:
+                answer = read(step)
+            except Exception as error:
+                error.add_note(traceback.format_exc())
+                answer = error
+            pipe.send(answer)
 
 
 def _end_with_parent() -> None:

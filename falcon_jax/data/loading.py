@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from falcon_jax.data.augmentation import Augmentation
 from falcon_jax.data.dataset import (
@@ -66,8 +67,11 @@ class DataConfig(SourceOptions):
             raise ValueError(unknown_field("source", self.source, SOURCES))
 
 
-def load_dataset(config: DataConfig, *, seed: int = 0) -> Dataset:
+def load_dataset(source: str | DataConfig, *, seed: int = 0, **settings: Any) -> Dataset:
     """Load a data set, into memory or streamed, and hold out a validation split.
+
+    >>> len(load_dataset("digits", validation_fraction=0.0).train)
+    1438
 
     A folder, and a TFDS data set whose images vary in size, are streamed; anything else is held in
     memory and resized at once.
@@ -78,19 +82,25 @@ def load_dataset(config: DataConfig, *, seed: int = 0) -> Dataset:
     images.
 
     Args:
-        config: which data, and how.
+        source: which data, and how; or the name of the source.
         seed: of the held-out split and of fake images.
+        settings: the other fields of `DataConfig`, beside the name of a source.
 
     Returns:
         the data set.
 
     Raises:
-        ValueError: if the data is not as it should be, or does not fit the config.
+        ValueError: if the data is not as it should be, or does not fit the settings.
+        TypeError: if there is no such setting.
         OSError: if files are missing or cannot be read; says how to get them.
         ImportError: if the source needs a package that is not installed.
     """
     if seed < 0:
         raise ValueError(f"the seed must be 0 or more, but is {seed}")
+    if isinstance(source, DataConfig):
+        config = dataclasses.replace(source, **settings)
+    else:
+        config = DataConfig(source=source, **settings)
     splits = SOURCES[config.source](config, seed=seed)
     train, validation, test = splits.train, splits.validation, splits.test
     if config.train_fraction < 1.0:

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from falcon_jax.data.batching import eval_batches, train_batches
+from falcon_jax.data.batching import eval_batches, read_ahead, train_batches
 from falcon_jax.data.fake import make_image_folder
 from falcon_jax.data.loading import DataConfig, load_dataset
 
@@ -54,13 +54,16 @@ def test_unreadable_pixels_found_by_a_worker_name_the_file_and_end_it(made, tmp_
     assert not multiprocessing.active_children()
 
 
-def test_a_worker_that_dies_is_told(made):
-    batches = train_batches(load(made, 1).train, 1, seed=0, epoch=0)
-    next(batches)
-    [worker] = multiprocessing.active_children()
-    os.kill(worker.pid, signal.SIGKILL)
+def read_much(step):
+    return np.full(8_000_000, step, np.uint8)
+
+
+def test_a_worker_that_dies_is_told_even_in_the_middle_of_an_answer():
+    answers = read_ahead(read_much, range(200), workers=2)
+    assert next(answers)[0] == 0
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
     with pytest.raises(ChildProcessError, match="a worker that reads images died"):
-        list(batches)
+        list(answers)
     assert not multiprocessing.active_children()
 
 
@@ -127,12 +130,6 @@ def test_threads_end_with_a_forgotten_iterator(made):
     del batches
     gc.collect()
     for thread in threading.enumerate():
-        if thread.name.startswith("grain-prefetch"):
+        if thread.name.startswith("read-ahead"):
             thread.join(10)
             assert not thread.is_alive()
-
-
-def test_missing_grain_names_the_extra(made, monkeypatch):
-    monkeypatch.setitem(sys.modules, "grain", None)
-    with pytest.raises(ImportError, match=r'needs grain .*pip install "falcon-jax\[train\]"'):
-        next(train_batches(load(made, 0).train, 1, seed=0, epoch=0))
