@@ -452,8 +452,8 @@ def apply_method(
 
 
 # As one program outside of jit, too, as a convolution is: its constants are part of it, and no
-# transfer that a guard forbids.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
+# transfer that a guard forbids. Before JAX 0.11 what is inlined is transposed step by step.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=jax.__version_info__ >= (0, 11))
 def _compiled(
     method: Method,
     spec: ConvSpec,
