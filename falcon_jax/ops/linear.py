@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -260,16 +260,23 @@ def _abstract_plain(
 
 
 def _differentiate_plain(
+    primals: Sequence[Array], tangents: Sequence[Any], **params: Any
+) -> tuple[Arrays, Arrays]:
+    moving = {i: t for i, t in enumerate(tangents) if not isinstance(t, ad.Zero)}
+    return _moved(primals, moving, **params)
+
+
+def _moved(
     primals: Sequence[Array],
-    tangents: Sequence[Any],
+    tangents: Mapping[int, Array],
     *,
     derivative: Derivative,
     settings: Hashable,
     levels: Levels,
     **_: Any,
 ) -> tuple[Arrays, Arrays]:
-    count = len(primals)
-    moving = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
+    """Return outputs and their tangents, given those of some operands."""
+    count, moving = len(primals), list(tangents)
 
     def flat(*arrays: Array) -> tuple[Arrays, Arrays]:
         moved = dict(zip(moving, arrays[count:], strict=True))
@@ -277,7 +284,22 @@ def _differentiate_plain(
 
     # Tangents are mapped as their primals are.
     levels = tuple((*level, *(level[i] for i in moving)) for level in levels)
-    return _mapped(flat, levels)(*primals, *(tangents[i] for i in moving))
+    return _mapped(flat, levels)(*primals, *tangents.values())
+
+
+def _transpose_plain(
+    cotangents: Sequence[Any], *operands: Any, bilinear: bool, **params: Any
+) -> list[Array | None]:
+    """Transpose by the one operand that is not known: a linear function is its own derivative."""
+    unknown = [i for i, x in enumerate(operands) if ad.is_undefined_primal(x)]
+    if not bilinear or len(unknown) > 1:
+        raise NotImplementedError(f"{JVP_CALL} is not linear in what it is transposed by.")
+    [place] = unknown
+    zeros = jnp.zeros(operands[place].aval.shape, operands[place].aval.dtype)
+    primals = [zeros if i == place else x for i, x in enumerate(operands)]
+    pull = jax.linear_transpose(lambda x: _moved(primals, {place: x}, **params)[1], zeros)
+    [wanted] = pull(tuple(map(ad.instantiate_zeros, cotangents)))
+    return [wanted if i == place else None for i in range(len(operands))]
 
 
 def _batch_plain(
@@ -348,6 +370,7 @@ _jvp_call.multiple_results = True
 _jvp_call.def_impl(_call_plain)
 _jvp_call.def_abstract_eval(_abstract_plain)
 ad.primitive_jvps[_jvp_call] = _differentiate_plain
+ad.primitive_transposes[_jvp_call] = _transpose_plain
 batching.primitive_batchers[_jvp_call] = _batch_plain
 mlir.register_lowering(_jvp_call, mlir.lower_fun(_call_plain, multiple_results=True))
 

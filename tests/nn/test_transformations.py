@@ -307,6 +307,18 @@ def test_double_precision_and_remat(method, framework):
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
+def test_linear_transpose(method):
+    """Of what is linear itself, not of its derivative: `jax.vjp` takes that."""
+    params, function = compressed("nnx", method, strides=2, use_bias=False)
+    x = drawn(2, 5, 4, 6)
+    y, pull = jax.vjp(lambda x: function(params, x), x)
+    assert_near(jax.linear_transpose(lambda x: function(params, x), x)(y), pull(y))
+    batches = jnp.stack([x, 2 * x])
+    mapped = jax.linear_transpose(jax.vmap(lambda x: function(params, x)), batches)
+    assert_near(mapped(jnp.stack([y, y]))[0][1], pull(y)[0])
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
 def test_taylor_mode(method):
     """By `jax.experimental.jet`, in the inputs of a layer between two functions."""
     params, function = compressed("nnx", method, strides=2)
