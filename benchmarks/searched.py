@@ -23,7 +23,7 @@ import jax
 from flax import nnx
 
 import falcon_jax as fj
-from benchmarks.training_free_ocr import STUDIES, Study
+from benchmarks.training_free_ocr import STUDIES, Study, jitted
 from falcon_jax.compression.profile import median_ms
 from falcon_jax.report import plot_front, plot_sensitivity
 from falcon_jax.report.table import (
@@ -95,7 +95,7 @@ class Run:
     ) -> dict[str, Any]:
         """Return a row of the table, with the scores of a model."""
         cost = fj.profile(small, self.sample)
-        accuracy, held_out = self.score(small)
+        accuracy, held_out = self.score(jitted(small))
         searched = plan if isinstance(plan, fj.SearchedPlan) else None
         measured = None
         if self.latency:

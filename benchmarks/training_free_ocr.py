@@ -25,7 +25,8 @@ CALIBRATION_SEED, TEST_SEED, HELD_OUT_SEED = 1, 2, 3
 SIZES = (20, 200, 1000)
 USUAL = 200  # images that every method is calibrated on
 
-Score = Callable[[nnx.Module], tuple[float, float]]
+Call = Callable[[jax.Array], jax.Array]
+Score = Callable[[Call], tuple[float, float]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,8 +37,8 @@ class Study:
         load: the network.
         first: path of the convolution that stays as it is.
         batches: images for calibration, so many.
-        scores: returns a function from networks to accuracy on the calibration's fonts and on those
-            held out, of so many images each.
+        scores: returns a function from what a network does to its accuracy on the calibration's
+            fonts and on those held out, of so many images each, in batches as for calibration.
         accuracy: what it is.
         tests: images of each score, unless another number is asked for.
     """
@@ -60,7 +61,7 @@ def _pages(count: int) -> list[jax.Array]:
     return [detector.normalized(images[i : i + 2]) for i in range(0, count, 2)]
 
 
-def _jitted(model: nnx.Module) -> Callable[[jax.Array], jax.Array]:
+def jitted(model: nnx.Module) -> Call:
     graph, state = nnx.split(model)
     call = jax.jit(lambda state, x: nnx.merge(graph, state)(x))
     return lambda x: call(state, x)
@@ -72,18 +73,14 @@ def _words_read(count: int) -> Score:
         render_words(count, seed=HELD_OUT_SEED, held_out=True),
     ]
 
-    def share(call: Callable[[jax.Array], jax.Array], words: Words) -> float:
+    def share(call: Call, words: Words) -> float:
         texts: list[str] = []
         for i in range(0, count, 50):
             images = jnp.asarray(words.images[i : i + 50])
             texts += recognizer.read(call(recognizer.normalized(images)))
         return float(np.mean([a == b for a, b in zip(texts, words.texts, strict=True)]))
 
-    def score(model: nnx.Module) -> tuple[float, float]:
-        call = _jitted(model)
-        return share(call, tests[0]), share(call, tests[1])
-
-    return score
+    return lambda call: (share(call, tests[0]), share(call, tests[1]))
 
 
 def _boxes_found(count: int) -> Score:
@@ -92,20 +89,16 @@ def _boxes_found(count: int) -> Score:
         render_pages(count, seed=HELD_OUT_SEED, held_out=True),
     ]
 
-    def f1(call: Callable[[jax.Array], jax.Array], pages: Pages) -> float:
+    def f1(call: Call, pages: Pages) -> float:
         totals = np.zeros(3)
-        for i in range(0, count, 4):
-            scores = np.asarray(call(detector.normalized(pages.images[i : i + 4])))
-            for found, truth in zip(scores, pages.boxes[i : i + 4], strict=True):
+        for i in range(0, count, 2):
+            scores = np.asarray(call(detector.normalized(pages.images[i : i + 2])))
+            for found, truth in zip(scores, pages.boxes[i : i + 2], strict=True):
                 totals += detector.match_counts(detector.find_boxes(found), truth)
         right, found, true = totals
         return float(2 * right / max(found + true, 1))
 
-    def score(model: nnx.Module) -> tuple[float, float]:
-        call = _jitted(model)
-        return f1(call, tests[0]), f1(call, tests[1])
-
-    return score
+    return lambda call: (f1(call, tests[0]), f1(call, tests[1]))
 
 
 STUDIES: Mapping[str, Study] = {
@@ -166,7 +159,7 @@ def measured(
     model, score = study.load(), study.scores(tests)
     sample = study.batches(1)[0]
     cost = fj.profile(model, sample)
-    yield _row("standard", "", "", 0, cost.params, cost.mult_adds, 1.0, score(model), None)
+    yield _row("standard", "", "", 0, cost.params, cost.mult_adds, 1.0, score(jitted(model)), None)
     for name in methods:
         for label, method in METHODS[name]:
             if settings and label not in settings:
@@ -179,13 +172,13 @@ def measured(
             )
             small = fj.compress(model, plan)
             numbers = plan.after.params, plan.after.mult_adds, before / max(after, 1)
-            yield _row(name, label, "kernel", 0, *numbers, score(small), None)
+            yield _row(name, label, "kernel", 0, *numbers, score(jitted(small)), None)
             for size in sizes if name == "FALCON" else (_usual(sizes),):
                 batches = study.batches(size)
                 begin = time.perf_counter()
                 fitted = fj.calibrate(model, small, plan, batches)
                 seconds = time.perf_counter() - begin
-                yield _row(name, label, "data", size, *numbers, score(fitted), seconds)
+                yield _row(name, label, "data", size, *numbers, score(jitted(fitted)), seconds)
 
 
 def _usual(sizes: Sequence[int]) -> int:
