@@ -36,29 +36,30 @@ class Settings:
         rules: what is decided about its layers.
         examples: images for it.
         target: for `falcon_jax.shrink`, which searches; without one the rules decide everything.
-        plain: whether `falcon_jax.calibrate` takes plain least squares, in a fraction of the time.
+        plain: of so many images only `falcon_jax.calibrate` takes plain least squares, in a
+            fraction of the time; 0 for all, looked at in proportion to what matters.
+        distill: steps of `falcon_jax.distill` afterwards.
     """
 
     rules: tuple[fj.Rule, ...]
     examples: int
     target: fj.Target | None = None
-    plain: bool = False
+    plain: int = 0
+    distill: int = 0
 
 
-# A search of the detector would take too long. Maps of many points and few channels take FALCON;
-# channel decomposition is fitted much faster where there are many.
+# A search of the detector would take too long; distillation makes up for it.
 _DETECTOR = (
     fj.Rule(path="slices/0/0/conv", method=None),
-    fj.Rule(path="slices/0/.*|slices/1/0/conv|merge[34].*|head.*", method=fj.Falcon(rank=2)),
-    fj.Rule(method=fj.ChannelDecomposition(rank=fj.Budget(5))),
+    fj.Rule(method=fj.Falcon(rank=2)),
 )
 _STAYS = fj.Rule(path="features/conv0", method=None)
 FULL = {
-    "detector": Settings(rules=_DETECTOR, examples=16, plain=True),
+    "detector": Settings(rules=_DETECTOR, examples=48, plain=8, distill=200),
     "recognizer": Settings(rules=(_STAYS,), examples=200, target=fj.Target(mult_adds=0.31)),
 }
 QUICK = {
-    "detector": Settings(rules=_DETECTOR, examples=8, plain=True),
+    "detector": Settings(rules=_DETECTOR, examples=24, plain=8, distill=40),
     "recognizer": Settings(rules=(_STAYS, fj.Rule(method=fj.Falcon(rank=2))), examples=100),
 }
 
@@ -123,30 +124,33 @@ def shrink_one(
         batches: images without labels.
         settings: how.
     """
-    sample = batches[0][:1]
+    sample, progress = batches[0][:1], sys.stderr.isatty()
     if settings.target is None:
         plan = fj.make_plan(model, settings.rules, sample)
         small = fj.calibrate(
             model,
             fj.compress(model, plan),
             plan,
-            batches,
+            batches[: settings.plain // len(batches[0])] if settings.plain else batches,
             relu_aware=not settings.plain,
             by_sensitivity=not settings.plain,
-            progress=sys.stderr.isatty(),
+            progress=progress,
         )
-        return small, plan
-    done: list[fj.Shrunk] = []
-    small = fj.shrink(
-        model,
-        batches,
-        target=settings.target,
-        rules=settings.rules,
-        sample=sample,
-        progress=sys.stderr.isatty(),
-        report=done.append,
-    )
-    return small, done[0].plan
+    else:
+        done: list[fj.Shrunk] = []
+        small = fj.shrink(
+            model,
+            batches,
+            target=settings.target,
+            rules=settings.rules,
+            sample=sample,
+            progress=progress,
+            report=done.append,
+        )
+        plan = done[0].plan
+    if settings.distill:
+        small = fj.distill(model, small, batches, steps=settings.distill, progress=progress)
+    return small, plan
 
 
 def deployed(models: Models) -> Networks:
