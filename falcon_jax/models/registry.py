@@ -124,9 +124,9 @@ def get_model(name: str, *, rngs: nnx.Rngs, **options: Any) -> nnx.Module:
     Raises:
         ValueError: if there is no such model; the message lists those there are.
 
-    >>> model = get_model("vgg8_cifar", num_classes=10, width=1 / 8, rngs=nnx.Rngs(0))
-    >>> model.head.kernel.shape
-    (128, 10)
+    >>> options = {"num_classes": 2, "in_features": 1, "width": 1 / 32}
+    >>> get_model("vgg8_cifar", **options, rngs=nnx.Rngs(0)).head.kernel.shape
+    (128, 2)
     """
     if name not in MODELS:
         raise ValueError(no_such("model", name, MODELS))
