@@ -56,6 +56,14 @@ def autotune(
 
     Raises:
         ValueError: if the plan does not fit the model, or the sample does not.
+
+    >>> from flax import nnx
+    >>> from falcon_jax import Falcon, Rule
+    >>> conv = nnx.Conv(8, 8, (3, 3), rngs=nnx.Rngs(0))
+    >>> x = jax.ShapeDtypeStruct((1, 8, 8, 8), "f4")
+    >>> plan = autotune(conv, x, make_plan(conv, [Rule(method=Falcon())], x), repeats=2)
+    >>> sorted(plan.rows[0].measured_ms)
+    ['gep', 'grouped', 'separable', 'standard']
     """
     inputs = Inputs.of(sample)
     if plan is None:

@@ -110,6 +110,17 @@ def calibrate(
     Warns:
         UserWarning: naming the layers that are called where they cannot be looked at, or not at
             all; they stay as they were.
+
+    >>> from flax import nnx
+    >>> from falcon_jax.compression.compress import compress
+    >>> from falcon_jax.compression.plan import Rule, make_plan
+    >>> from falcon_jax.methods.depthwise_separable import DepthwiseSeparable
+    >>> conv = nnx.Conv(8, 8, (3, 3), rngs=nnx.Rngs(0))
+    >>> x = jax.random.normal(jax.random.key(0), (4, 8, 8, 8))
+    >>> plan, errors = make_plan(conv, [Rule(method=DepthwiseSeparable())]), []
+    >>> small = calibrate(conv, compress(conv, plan), plan, [x], report=errors.append)
+    >>> errors[0].after < errors[0].before
+    True
     """
     if points < 1:
         raise ValueError(f"points is at least 1; got {points}.")

@@ -93,6 +93,17 @@ def distill(
     Reference:
         Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network, 2015, Section 2;
         Romero et al.: FitNets, ICLR 2015, for the layers' answers.
+
+    >>> from flax import nnx
+    >>> from falcon_jax.compression.compress import compress
+    >>> from falcon_jax.compression.plan import Rule, make_plan
+    >>> from falcon_jax.methods.falcon import Falcon
+    >>> conv = nnx.Conv(8, 8, (3, 3), rngs=nnx.Rngs(0))
+    >>> x = jax.random.normal(jax.random.key(0), (4, 8, 8, 8))
+    >>> small, looks = compress(conv, make_plan(conv, [Rule(method=Falcon())])), []
+    >>> small = distill(conv, small, [x, x], steps=3, looks=1, report=looks.append)
+    >>> [look.step for look in looks], looks[-1].loss < looks[0].loss
+    ([0, 3], True)
     """
     _check(steps, learning_rate, temperature, response_weight, ema, looks)
     given = [Inputs.of(batch) for batch in batches]

@@ -82,6 +82,14 @@ class Profile(Printable):
         latency_ms: milliseconds of a forward pass of the sample; None if not measured.
         as_paper_counts: totals ``(params, mult_adds)`` under the conventions of the paper's tables:
             a replaced layer has no bias, and one BatchNorm (2 N parameters) that is never used.
+
+    >>> from flax import nnx
+    >>> model = nnx.Sequential(*(nnx.Linear(4, 4, rngs=nnx.Rngs(0)) for _ in range(2)))
+    >>> print(profile(model, jax.ShapeDtypeStruct((1, 4), "f4")))
+    layer     kind    params  mult-adds
+    layers/0  linear      20         20
+    layers/1  linear      20         20
+    total                 40         40
     """
 
     rows: tuple[ProfileRow, ...]

@@ -194,6 +194,15 @@ def search(
     Raises:
         ValueError: if the target cannot be reached, saying what is nearest; a target of latency
             comes without a sample; or as `sensitivity` says.
+
+    >>> import jax
+    >>> from flax import nnx
+    >>> from falcon_jax import Falcon
+    >>> conv = nnx.Conv(8, 8, (3, 3), rngs=nnx.Rngs(0))
+    >>> x = jax.random.normal(jax.random.key(0), (4, 8, 8, 8))
+    >>> plan = search(conv, [x], target=Target(mult_adds=0.3), candidates=[Falcon()])
+    >>> plan.rows[0].method, plan.front.costs.tolist()
+    (Falcon(rank=1, impl='auto'), [9216.0, 37376.0])
     """
     if target.quantity == "latency_ms" and sample is None:
         raise ValueError(

@@ -250,6 +250,16 @@ def torchvision(
     Raises:
         ValueError: if the model is none of these, or the weights do not fit it, naming everything
             that is missing, unexpected or misshapen.
+
+    >>> from falcon_jax.models.units import plain_unit
+    >>> def build():
+    ...     return ImageNetVGG([[4]], num_classes=2, unit=plain_unit, rngs=nnx.Rngs(0))
+    >>> shapes = {"features.0": (4, 3, 3, 3), "classifier.0": (4096, 7 * 7 * 4)}
+    >>> shapes |= {"classifier.3": (4096, 4096), "classifier.6": (2, 4096)}
+    >>> weights = {f"{name}.weight": np.zeros(shape, "f4") for name, shape in shapes.items()}
+    >>> weights |= {f"{name}.bias": np.zeros(shape[0], "f4") for name, shape in shapes.items()}
+    >>> torchvision(nnx.eval_shape(build), weights).features[0].kernel.shape
+    (3, 3, 3, 4)
     """
     return with_weights(model, _family(model), state_dict, head=head)
 

@@ -46,6 +46,15 @@ def safetensors(
     Raises:
         ValueError: if the model is not what the codes stand for, or two arrays have one name.
         OSError: if the file cannot be written.
+
+    >>> import tempfile
+    >>> from flax import nnx
+    >>> from safetensors.numpy import load_file
+    >>> model = nnx.Sequential(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     arrays = load_file(safetensors(model, f"{folder}/model.safetensors"))
+    >>> sorted((name, array.shape) for name, array in arrays.items())
+    [('layers.0.bias', (2,)), ('layers.0.kernel', (3, 2))]
     """
     file = writable(path)
     named = {name: np.asarray(array) for name, array in framework_of(model).arrays(model).items()}

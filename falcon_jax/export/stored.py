@@ -59,6 +59,15 @@ def export_stored(
         ValueError: if there is no such format, or the model cannot be written in it.
         ImportError: if a package is not installed.
         OSError: if the file cannot be written.
+
+    >>> import tempfile
+    >>> from falcon_jax.storage.models import ImagePreprocessing, uncompressed
+    >>> images = ImagePreprocessing(image_size=8, mean=(0.5,), std=(0.5,))
+    >>> description = Description(arch="vgg8_cifar", classes=2, width=1 / 32, preprocessing=images)
+    >>> stored = uncompressed(description.build(rngs=nnx.Rngs(0)), description)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     pathlib.Path(export_stored(stored, "safetensors", f"{folder}/vgg.safetensors")).name
+    'vgg.safetensors'
     """
     if name not in FORMATS:
         raise ValueError(no_such("format", name, FORMATS))
@@ -118,6 +127,9 @@ def save_pretrained(
         stored: the model, its plan and what it is.
         folder: made if it is not there; files of the same names are replaced.
         quantization: what `quantize_weights` returned with the model; its codes are written.
+
+    Returns:
+        Nothing; `from_pretrained` reads the folder.
 
     Raises:
         ValueError: if the model is not what the codes stand for.

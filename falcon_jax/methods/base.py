@@ -36,6 +36,9 @@ class Cost:
     Attributes:
         params: trainable parameters, the bias included.
         mult_adds: multiply-adds for one example, plus one per output element for a bias.
+
+    >>> Cost(params=112, mult_adds=7168) + Cost(params=10, mult_adds=100)
+    Cost(params=122, mult_adds=7268)
     """
 
     params: int
@@ -76,6 +79,12 @@ class Method(abc.ABC):
     - `init` and `fit` are called only for what `supports` takes, and a kernel that belongs to it;
     - `apply` gets one batch axis, whatever ``x`` has;
     - the bias is nobody's business: `apply` adds none, `cost` counts none, whoever calls does.
+
+    >>> from falcon_jax.methods.falcon import Falcon
+    >>> method, spec = Falcon(), ConvSpec(kernel_size=(3, 3), in_features=4, out_features=8)
+    >>> params = method.init(jax.random.key(0), spec)
+    >>> method.kernel(params, spec).shape, method.cost(spec, (8, 8, 4))
+    ((3, 3, 4, 8), Cost(params=112, mult_adds=7168))
     """
 
     name: ClassVar[str]

@@ -47,6 +47,11 @@ class Stage:
         axes: spatial axes whose taps, strides, padding and dilations it carries; none for a
             pointwise stage.
         depthwise: whether every channel is convolved by itself.
+
+    >>> spec = ConvSpec(kernel_size=(3, 3), in_features=16, out_features=32, strides=2)
+    >>> vertical = Stage("vertical", 8, axes=(0,)).of(spec, in_features=16)
+    >>> vertical.kernel_shape, vertical.strides
+    ((3, 1, 16, 8), (2, 1))
     """
 
     name: str

@@ -116,6 +116,9 @@ def check_kernel(kernel: Float[Array, "*kernel_shape"], spec: ConvSpec) -> None:
         kernel: trained.
         spec: the convolution.
 
+    Returns:
+        Nothing.
+
     Raises:
         ValueError: saying what is wrong.
 

@@ -32,6 +32,17 @@ def register(cls: M) -> M:
     Raises:
         ValueError: if it is no frozen dataclass that subclasses `Method`, has no name, or another
             class has the name already.
+
+    >>> from typing import ClassVar
+    >>> from unittest import mock
+    >>> from falcon_jax.methods.falcon import Falcon
+    >>> with mock.patch.dict(_METHODS):  # what is registered here is forgotten at the end
+    ...     @register
+    ...     @dataclasses.dataclass(frozen=True, kw_only=True)
+    ...     class MyFalcon(Falcon):
+    ...         name: ClassVar[str] = "my_falcon"
+    ...     get_method("my_falcon", rank=2)
+    MyFalcon(rank=2, impl='auto')
     """
     dataclass_params = getattr(cls, "__dataclass_params__", None)
     if not (isinstance(cls, type) and issubclass(cls, Method)) or not (

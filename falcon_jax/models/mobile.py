@@ -93,6 +93,11 @@ def branch_unit(method: Method | None = None) -> UnitFactory:
 
     Reference:
         FALCON, Section 3.5.
+
+    >>> from falcon_jax.methods.falcon import Falcon
+    >>> unit = branch_unit(Falcon())(8, 8, rngs=nnx.Rngs(0))
+    >>> unit.left is None, unit.right.conv.method  # the first half passes
+    (True, Falcon(rank=1, impl='auto'))
     """
     inner = unbiased_unit if method is None else method_unit(method)
 
@@ -231,6 +236,10 @@ def pdp_unit(expansion: float | int = 0.5) -> UnitFactory:
 
     Reference:
         FALCON, Section 4.1.4.
+
+    >>> unit = pdp_unit(0.5)(8, 16, rngs=nnx.Rngs(0))
+    >>> unit.expand.conv.kernel.shape, unit.project.conv.kernel.shape
+    ((1, 1, 8, 4), (1, 1, 4, 16))
     """
     if not is_number(expansion) or expansion <= 0:
         raise ValueError(f"expansion is a finite number above 0; got {expansion!r}.")
@@ -319,7 +328,29 @@ def pdp_split_unit(
     dtype: Dtype | None = None,
     rngs: nnx.Rngs,
 ) -> PDPSplitUnit:
-    """Return a PDPConv-split unit. Its branches end with ReLU, whatever ``activate`` says."""
+    """Return a PDPConv-split unit.
+
+    Args:
+        in_features: input channels M.
+        out_features: output channels N, an even number.
+        strides: step between outputs.
+        activate: has no say: the branches end with ReLU.
+        dtype: of the computation; parameters and statistics are float32.
+        rngs: stream ``params``.
+
+    Returns:
+        The unit.
+
+    Raises:
+        ValueError: if the output channels cannot be halved.
+
+    Reference:
+        FALCON, Section 3.6.4.
+
+    >>> unit = pdp_split_unit(8, 8, rngs=nnx.Rngs(0))
+    >>> unit.left is None, unit.right.layers[0].conv.kernel.shape  # the first half passes
+    (True, (1, 1, 4, 4))
+    """
     return PDPSplitUnit(in_features, out_features, strides=strides, dtype=dtype, rngs=rngs)
 
 
@@ -415,6 +446,10 @@ def gdg_unit(groups: int = 2) -> UnitFactory:
 
     Reference:
         FALCON, Section 4.1.4.
+
+    >>> unit = gdg_unit(2)(8, 8, rngs=nnx.Rngs(0))
+    >>> unit.compress.conv.kernel.shape, unit.expand.conv.kernel.shape  # inputs of one group
+    ((1, 1, 4, 2), (1, 1, 1, 8))
     """
     if not is_whole(groups) or groups < 1:
         raise ValueError(f"groups is a whole number of at least 1; got {groups!r}.")

@@ -61,6 +61,10 @@ def get_unit(name: str, /, **options: Any) -> UnitFactory:
 
     Raises:
         ValueError: if there is no such unit, or it has no such option.
+
+    >>> make = get_unit("gdg", groups=2)
+    >>> type(make(8, 8, rngs=nnx.Rngs(0))).__name__
+    'GDGUnit'
     """
     if not isinstance(name, str) or name not in _UNITS:
         raise ValueError(no_such("unit", name, _UNITS))
@@ -119,6 +123,10 @@ def get_model(name: str, *, rngs: nnx.Rngs, **options: Any) -> nnx.Module:
 
     Raises:
         ValueError: if there is no such model; the message lists those there are.
+
+    >>> options = {"num_classes": 2, "in_features": 1, "width": 1 / 32}
+    >>> get_model("vgg8_cifar", **options, rngs=nnx.Rngs(0)).head.kernel.shape
+    (128, 2)
     """
     if name not in MODELS:
         raise ValueError(no_such("model", name, MODELS))

@@ -297,7 +297,22 @@ class CifarResNet(nnx.Module):
 def resnet18_cifar(
     *, num_classes: int = 10, in_features: int = 3, rngs: nnx.Rngs, **options
 ) -> CifarResNet:
-    """Return ResNet18 for 32x32 images. Options as in `CifarResNet`."""
+    """Return ResNet18 for 32x32 images.
+
+    Args:
+        num_classes: outputs.
+        in_features: channels M of the images.
+        rngs: stream ``params``.
+        **options: others of `CifarResNet`: ``width``, ``unit``, ``stem_unit``, ``shortcut`` and
+            ``dtype``.
+
+    Returns:
+        The network with random weights, from images of shape ``(batch, 32, 32, M)`` to float32
+        logits of shape ``(batch, num_classes)``.
+
+    Raises:
+        ValueError: as `CifarResNet` does.
+    """
     return CifarResNet(
         (2, 2, 2, 2), num_classes=num_classes, in_features=in_features, rngs=rngs, **options
     )
@@ -306,7 +321,22 @@ def resnet18_cifar(
 def resnet34_cifar(
     *, num_classes: int = 10, in_features: int = 3, rngs: nnx.Rngs, **options
 ) -> CifarResNet:
-    """Return ResNet34 for 32x32 images. Options as in `CifarResNet`."""
+    """Return ResNet34 for 32x32 images.
+
+    Args:
+        num_classes: outputs.
+        in_features: channels M of the images.
+        rngs: stream ``params``.
+        **options: others of `CifarResNet`: ``width``, ``unit``, ``stem_unit``, ``shortcut`` and
+            ``dtype``.
+
+    Returns:
+        The network with random weights, from images of shape ``(batch, 32, 32, M)`` to float32
+        logits of shape ``(batch, num_classes)``.
+
+    Raises:
+        ValueError: as `CifarResNet` does.
+    """
     return CifarResNet(
         (3, 4, 6, 3), num_classes=num_classes, in_features=in_features, rngs=rngs, **options
     )
@@ -374,22 +404,74 @@ class ThreeStageResNet(nnx.Module):
 
 
 def resnet20_cifar(*, rngs: nnx.Rngs, **options) -> ThreeStageResNet:
-    """Return ResNet-20 for 32x32 images. Options as in `ThreeStageResNet`."""
+    """Return ResNet-20 for 32x32 images.
+
+    Args:
+        rngs: stream ``params``.
+        **options: others of `ThreeStageResNet`: ``num_classes`` (10 if not given), ``in_features``,
+            ``width``, ``unit``, ``stem_unit``, ``shortcut`` and ``dtype``.
+
+    Returns:
+        The network with random weights, from images of shape ``(batch, 32, 32, 3)`` to float32
+        logits of shape ``(batch, num_classes)``.
+
+    Raises:
+        ValueError: as `ThreeStageResNet` does.
+    """
     return ThreeStageResNet(BasicBlock, 3, rngs=rngs, **options)
 
 
 def resnet56_cifar(*, rngs: nnx.Rngs, **options) -> ThreeStageResNet:
-    """Return ResNet-56 for 32x32 images. Options as in `ThreeStageResNet`."""
+    """Return ResNet-56 for 32x32 images.
+
+    Args:
+        rngs: stream ``params``.
+        **options: others of `ThreeStageResNet`: ``num_classes`` (10 if not given), ``in_features``,
+            ``width``, ``unit``, ``stem_unit``, ``shortcut`` and ``dtype``.
+
+    Returns:
+        The network with random weights, from images of shape ``(batch, 32, 32, 3)`` to float32
+        logits of shape ``(batch, num_classes)``.
+
+    Raises:
+        ValueError: as `ThreeStageResNet` does.
+    """
     return ThreeStageResNet(BasicBlock, 9, rngs=rngs, **options)
 
 
 def resnet110_cifar(*, rngs: nnx.Rngs, **options) -> ThreeStageResNet:
-    """Return ResNet-110 for 32x32 images. Options as in `ThreeStageResNet`."""
+    """Return ResNet-110 for 32x32 images.
+
+    Args:
+        rngs: stream ``params``.
+        **options: others of `ThreeStageResNet`: ``num_classes`` (10 if not given), ``in_features``,
+            ``width``, ``unit``, ``stem_unit``, ``shortcut`` and ``dtype``.
+
+    Returns:
+        The network with random weights, from images of shape ``(batch, 32, 32, 3)`` to float32
+        logits of shape ``(batch, num_classes)``.
+
+    Raises:
+        ValueError: as `ThreeStageResNet` does.
+    """
     return ThreeStageResNet(BasicBlock, 18, rngs=rngs, **options)
 
 
 def resnet164_cifar(*, rngs: nnx.Rngs, **options) -> ThreeStageResNet:
-    """Return ResNet-164, of bottlenecks, for 32x32 images. Options as in `ThreeStageResNet`."""
+    """Return ResNet-164, of bottlenecks, for 32x32 images.
+
+    Args:
+        rngs: stream ``params``.
+        **options: others of `ThreeStageResNet`: ``num_classes`` (10 if not given), ``in_features``,
+            ``width``, ``unit``, ``stem_unit``, ``shortcut`` and ``dtype``.
+
+    Returns:
+        The network with random weights, from images of shape ``(batch, 32, 32, 3)`` to float32
+        logits of shape ``(batch, num_classes)``.
+
+    Raises:
+        ValueError: as `ThreeStageResNet` does.
+    """
     return ThreeStageResNet(Bottleneck, 18, rngs=rngs, **options)
 
 
@@ -461,25 +543,95 @@ class ResNet(nnx.Module):
 
 
 def resnet18(*, num_classes: int = 1000, rngs: nnx.Rngs, **options) -> ResNet:
-    """Return ResNet18 for 224x224 images. Options as in `ResNet`."""
+    """Return ResNet18 for 224x224 images.
+
+    Args:
+        num_classes: outputs.
+        rngs: stream ``params``.
+        **options: others of `ResNet`: ``in_features``, ``width``, ``unit``, ``shortcut`` and
+            ``dtype``.
+
+    Returns:
+        The network with random weights, from images of shape ``(batch, 224, 224, 3)`` to float32
+        logits of shape ``(batch, num_classes)``.
+
+    Raises:
+        ValueError: as `ResNet` does.
+    """
     return ResNet(BasicBlock, (2, 2, 2, 2), num_classes=num_classes, rngs=rngs, **options)
 
 
 def resnet34(*, num_classes: int = 1000, rngs: nnx.Rngs, **options) -> ResNet:
-    """Return ResNet34 for 224x224 images. Options as in `ResNet`."""
+    """Return ResNet34 for 224x224 images.
+
+    Args:
+        num_classes: outputs.
+        rngs: stream ``params``.
+        **options: others of `ResNet`: ``in_features``, ``width``, ``unit``, ``shortcut`` and
+            ``dtype``.
+
+    Returns:
+        The network with random weights, from images of shape ``(batch, 224, 224, 3)`` to float32
+        logits of shape ``(batch, num_classes)``.
+
+    Raises:
+        ValueError: as `ResNet` does.
+    """
     return ResNet(BasicBlock, (3, 4, 6, 3), num_classes=num_classes, rngs=rngs, **options)
 
 
 def resnet50(*, num_classes: int = 1000, rngs: nnx.Rngs, **options) -> ResNet:
-    """Return ResNet50 for 224x224 images. Options as in `ResNet`."""
+    """Return ResNet50 for 224x224 images.
+
+    Args:
+        num_classes: outputs.
+        rngs: stream ``params``.
+        **options: others of `ResNet`: ``in_features``, ``width``, ``unit``, ``shortcut`` and
+            ``dtype``.
+
+    Returns:
+        The network with random weights, from images of shape ``(batch, 224, 224, 3)`` to float32
+        logits of shape ``(batch, num_classes)``.
+
+    Raises:
+        ValueError: as `ResNet` does.
+    """
     return ResNet(Bottleneck, (3, 4, 6, 3), num_classes=num_classes, rngs=rngs, **options)
 
 
 def resnet101(*, num_classes: int = 1000, rngs: nnx.Rngs, **options) -> ResNet:
-    """Return ResNet101 for 224x224 images. Options as in `ResNet`."""
+    """Return ResNet101 for 224x224 images.
+
+    Args:
+        num_classes: outputs.
+        rngs: stream ``params``.
+        **options: others of `ResNet`: ``in_features``, ``width``, ``unit``, ``shortcut`` and
+            ``dtype``.
+
+    Returns:
+        The network with random weights, from images of shape ``(batch, 224, 224, 3)`` to float32
+        logits of shape ``(batch, num_classes)``.
+
+    Raises:
+        ValueError: as `ResNet` does.
+    """
     return ResNet(Bottleneck, (3, 4, 23, 3), num_classes=num_classes, rngs=rngs, **options)
 
 
 def resnet152(*, num_classes: int = 1000, rngs: nnx.Rngs, **options) -> ResNet:
-    """Return ResNet152 for 224x224 images. Options as in `ResNet`."""
+    """Return ResNet152 for 224x224 images.
+
+    Args:
+        num_classes: outputs.
+        rngs: stream ``params``.
+        **options: others of `ResNet`: ``in_features``, ``width``, ``unit``, ``shortcut`` and
+            ``dtype``.
+
+    Returns:
+        The network with random weights, from images of shape ``(batch, 224, 224, 3)`` to float32
+        logits of shape ``(batch, num_classes)``.
+
+    Raises:
+        ValueError: as `ResNet` does.
+    """
     return ResNet(Bottleneck, (3, 8, 36, 3), num_classes=num_classes, rngs=rngs, **options)

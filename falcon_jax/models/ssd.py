@@ -149,7 +149,21 @@ class SSD(nnx.Module):
 
 
 def ssd300_vgg16(*, num_classes: int = 91, rngs: nnx.Rngs, **options) -> SSD:
-    """Return SSD300 on VGG16 with the 91 classes of COCO. Options as in `SSD`."""
+    """Return SSD300 on VGG16 with the 91 classes of COCO.
+
+    Args:
+        num_classes: classes with the background, which is class 0.
+        rngs: stream ``params``.
+        **options: others of `SSD`: ``in_features``, ``width``, ``unit``, ``stem_unit`` and
+            ``dtype``.
+
+    Returns:
+        The network with random weights, from images of shape ``(batch, 300, 300, 3)`` to logits and
+        offsets of 8732 boxes, as `SSD` gives them.
+
+    Raises:
+        ValueError: as `SSD` does.
+    """
     return SSD(num_classes=num_classes, rngs=rngs, **options)
 
 
@@ -279,6 +293,10 @@ def decode_boxes(
 
     Reference:
         SSD, Equation 2, with variances 0.1 and 0.2.
+
+    >>> boxes = jnp.array([[0.5, 0.5, 0.5, 0.25]])
+    >>> decode_boxes(jnp.array([[2.5, 0.0, 0.0, 0.0]]), boxes).tolist()
+    [[0.375, 0.375, 0.875, 0.625]]
     """
     start = boxes.reshape((1,) * (offsets.ndim - 2) + boxes.shape)
     centres = start[..., :2] + start[..., 2:] * offsets[..., :2] / _CENTRE
@@ -328,6 +346,12 @@ def detect(
 
     Reference:
         SSD, Section 2.2; thresholds and numbers are those of torchvision's ``ssd300_vgg16``.
+
+    >>> boxes = jnp.array([[0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, 0.25]])
+    >>> logits = jnp.array([[[0.0, 4.0], [0.0, 3.0]]])  # two boxes of one object
+    >>> found = detect(logits, jnp.zeros((1, 2, 4)), boxes)
+    >>> found.labels.tolist(), found.boxes[0, 0].tolist()
+    ([[1, 0]], [0.25, 0.25, 0.75, 0.75])
     """
     candidates = min(candidates, boxes.shape[0])
 

@@ -207,6 +207,11 @@ class ConvUnit(nnx.Module):
         normalize: whether BatchNorm follows the convolution.
         dtype: of the computation; statistics are float32.
         rngs: for parameters.
+
+    >>> unit = ConvUnit(nnx.Conv(3, 8, (3, 3), rngs=nnx.Rngs(0)), 8, rngs=nnx.Rngs(0))
+    >>> unit.eval()
+    >>> float(unit(jnp.ones((1, 4, 4, 3))).min()) >= 0
+    True
     """
 
     def __init__(
@@ -259,7 +264,23 @@ def standard_unit(
     dtype: Dtype | None = None,
     rngs: nnx.Rngs,
 ) -> ConvUnit:
-    """Return a unit around a standard 3x3 convolution with bias, as the paper's models have it."""
+    """Return a unit around a standard 3x3 convolution with bias, as the paper's models have it.
+
+    Args:
+        in_features: input channels M.
+        out_features: output channels N.
+        strides: step between outputs.
+        activate: whether ReLU ends the unit.
+        dtype: of the computation; parameters and statistics are float32.
+        rngs: stream ``params``.
+
+    Returns:
+        The unit, of ``conv`` and ``norm``.
+
+    >>> unit = standard_unit(3, 8, strides=2, rngs=nnx.Rngs(0))
+    >>> unit(jnp.ones((1, 4, 4, 3))).shape
+    (1, 2, 2, 8)
+    """
     conv = conv_3x3(in_features, out_features, strides, use_bias=True, dtype=dtype, rngs=rngs)
     return ConvUnit(conv, out_features, activation=_relu_if(activate), dtype=dtype, rngs=rngs)
 
@@ -273,7 +294,22 @@ def unbiased_unit(
     dtype: Dtype | None = None,
     rngs: nnx.Rngs,
 ) -> ConvUnit:
-    """Return a unit around a standard 3x3 convolution without bias, as torchvision's ResNets."""
+    """Return a unit around a standard 3x3 convolution without bias, as torchvision's ResNets.
+
+    Args:
+        in_features: input channels M.
+        out_features: output channels N.
+        strides: step between outputs.
+        activate: whether ReLU ends the unit.
+        dtype: of the computation; parameters and statistics are float32.
+        rngs: stream ``params``.
+
+    Returns:
+        The unit, of ``conv`` and ``norm``.
+
+    >>> unbiased_unit(3, 8, rngs=nnx.Rngs(0)).conv.bias is None
+    True
+    """
     conv = conv_3x3(in_features, out_features, strides, use_bias=False, dtype=dtype, rngs=rngs)
     return ConvUnit(conv, out_features, activation=_relu_if(activate), dtype=dtype, rngs=rngs)
 
@@ -287,7 +323,22 @@ def plain_unit(
     dtype: Dtype | None = None,
     rngs: nnx.Rngs,
 ) -> ConvUnit:
-    """Return a unit around a standard 3x3 convolution with bias, without BatchNorm."""
+    """Return a unit around a standard 3x3 convolution with bias, without BatchNorm.
+
+    Args:
+        in_features: input channels M.
+        out_features: output channels N.
+        strides: step between outputs.
+        activate: whether ReLU ends the unit.
+        dtype: of the computation; parameters are float32.
+        rngs: stream ``params``.
+
+    Returns:
+        The unit, of ``conv``; ``norm`` is None.
+
+    >>> plain_unit(3, 8, rngs=nnx.Rngs(0)).norm is None
+    True
+    """
     conv = conv_3x3(in_features, out_features, strides, use_bias=True, dtype=dtype, rngs=rngs)
     return ConvUnit(
         conv, out_features, activation=_relu_if(activate), normalize=False, dtype=dtype, rngs=rngs
@@ -304,6 +355,11 @@ def method_unit(method: Method) -> UnitFactory:
 
     Returns:
         A unit factory; parameters are random.
+
+    >>> from falcon_jax.methods.falcon import Falcon
+    >>> unit = method_unit(Falcon(rank=2))(8, 16, rngs=nnx.Rngs(0))
+    >>> unit.conv.depthwise.shape, unit.conv.bias is None
+    ((3, 3, 2, 16), True)
     """
 
     def unit(

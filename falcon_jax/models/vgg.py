@@ -91,19 +91,68 @@ class VGG(nnx.Module):
 
 
 def vgg16_cifar(*, num_classes: int = 10, in_features: int = 3, rngs: nnx.Rngs, **options) -> VGG:
-    """Return VGG16 for 32x32 images: 13 convolutions, 512-512-classes. Options as in `VGG`."""
+    """Return VGG16 for 32x32 images: 13 convolutions, 512-512-classes.
+
+    Args:
+        num_classes: outputs.
+        in_features: channels M of the images.
+        rngs: streams ``params`` and ``dropout``.
+        **options: others of `VGG`: ``width``, ``hidden``, ``dropout``, ``unit``, ``stem_unit`` and
+            ``dtype``.
+
+    Returns:
+        The network with random weights, from images of shape ``(batch, 32, 32, M)`` to float32
+        logits of shape ``(batch, num_classes)``.
+
+    Raises:
+        ValueError: as `VGG` does.
+    """
     return VGG(VGG16_STAGES, num_classes=num_classes, in_features=in_features, rngs=rngs, **options)
 
 
 def vgg19_cifar(*, num_classes: int = 10, in_features: int = 3, rngs: nnx.Rngs, **options) -> VGG:
-    """Return VGG19 for 32x32 images: 16 convolutions, 512-512-classes. Options as in `VGG`."""
+    """Return VGG19 for 32x32 images: 16 convolutions, 512-512-classes.
+
+    Args:
+        num_classes: outputs.
+        in_features: channels M of the images.
+        rngs: streams ``params`` and ``dropout``.
+        **options: others of `VGG`: ``width``, ``hidden``, ``dropout``, ``unit``, ``stem_unit`` and
+            ``dtype``.
+
+    Returns:
+        The network with random weights, from images of shape ``(batch, 32, 32, M)`` to float32
+        logits of shape ``(batch, num_classes)``.
+
+    Raises:
+        ValueError: as `VGG` does.
+    """
     return VGG(VGG19_STAGES, num_classes=num_classes, in_features=in_features, rngs=rngs, **options)
 
 
 def vgg8_cifar(
     *, num_classes: int = 10, in_features: int = 3, hidden: int = 128, rngs: nnx.Rngs, **options
 ) -> VGG:
-    """Return a small VGG that trains in a minute on a CPU: 6 convolutions, 128-128-classes."""
+    """Return a small VGG that trains in a minute on a CPU: 6 convolutions, 128-128-classes.
+
+    Args:
+        num_classes: outputs.
+        in_features: channels M of the images.
+        hidden: outputs of the first fully connected layer.
+        rngs: streams ``params`` and ``dropout``.
+        **options: others of `VGG`: ``width``, ``dropout``, ``unit``, ``stem_unit`` and ``dtype``.
+
+    Returns:
+        The network with random weights, from images of shape ``(batch, 32, 32, M)`` to float32
+        logits of shape ``(batch, num_classes)``.
+
+    Raises:
+        ValueError: as `VGG` does.
+
+    >>> model = nnx.eval_shape(lambda: vgg8_cifar(rngs=nnx.Rngs(0)))  # shapes alone
+    >>> [[unit.conv.out_features for unit in stage] for stage in model.stages]
+    [[32, 32], [64, 64], [128, 128]]
+    """
     return VGG(
         VGG8_STAGES,
         num_classes=num_classes,
@@ -221,42 +270,154 @@ def adaptive_average_pool(x: Float[Array, "b h w c"], side: int) -> Float[Array,
 
 
 def vgg11(*, num_classes: int = 1000, rngs: nnx.Rngs, **options) -> ImageNetVGG:
-    """Return VGG11 for 224x224 images. Options as in `ImageNetVGG`."""
+    """Return VGG11 for 224x224 images.
+
+    Args:
+        num_classes: outputs.
+        rngs: streams ``params`` and ``dropout``.
+        **options: others of `ImageNetVGG`: ``in_features``, ``width``, ``dropout``, ``unit``,
+            ``stem_unit`` and ``dtype``.
+
+    Returns:
+        The network with random weights, from images of shape ``(batch, 224, 224, 3)`` to float32
+        logits of shape ``(batch, num_classes)``.
+
+    Raises:
+        ValueError: as `ImageNetVGG` does.
+    """
     return _vgg(VGG11_STAGES, plain_unit, num_classes, rngs, options)
 
 
 def vgg11_bn(*, num_classes: int = 1000, rngs: nnx.Rngs, **options) -> ImageNetVGG:
-    """Return VGG11 with BatchNorm for 224x224 images. Options as in `ImageNetVGG`."""
+    """Return VGG11 with BatchNorm for 224x224 images.
+
+    Args:
+        num_classes: outputs.
+        rngs: streams ``params`` and ``dropout``.
+        **options: others of `ImageNetVGG`: ``in_features``, ``width``, ``dropout``, ``unit``,
+            ``stem_unit`` and ``dtype``.
+
+    Returns:
+        The network with random weights, from images of shape ``(batch, 224, 224, 3)`` to float32
+        logits of shape ``(batch, num_classes)``.
+
+    Raises:
+        ValueError: as `ImageNetVGG` does.
+    """
     return _vgg(VGG11_STAGES, standard_unit, num_classes, rngs, options)
 
 
 def vgg13(*, num_classes: int = 1000, rngs: nnx.Rngs, **options) -> ImageNetVGG:
-    """Return VGG13 for 224x224 images. Options as in `ImageNetVGG`."""
+    """Return VGG13 for 224x224 images.
+
+    Args:
+        num_classes: outputs.
+        rngs: streams ``params`` and ``dropout``.
+        **options: others of `ImageNetVGG`: ``in_features``, ``width``, ``dropout``, ``unit``,
+            ``stem_unit`` and ``dtype``.
+
+    Returns:
+        The network with random weights, from images of shape ``(batch, 224, 224, 3)`` to float32
+        logits of shape ``(batch, num_classes)``.
+
+    Raises:
+        ValueError: as `ImageNetVGG` does.
+    """
     return _vgg(VGG13_STAGES, plain_unit, num_classes, rngs, options)
 
 
 def vgg13_bn(*, num_classes: int = 1000, rngs: nnx.Rngs, **options) -> ImageNetVGG:
-    """Return VGG13 with BatchNorm for 224x224 images. Options as in `ImageNetVGG`."""
+    """Return VGG13 with BatchNorm for 224x224 images.
+
+    Args:
+        num_classes: outputs.
+        rngs: streams ``params`` and ``dropout``.
+        **options: others of `ImageNetVGG`: ``in_features``, ``width``, ``dropout``, ``unit``,
+            ``stem_unit`` and ``dtype``.
+
+    Returns:
+        The network with random weights, from images of shape ``(batch, 224, 224, 3)`` to float32
+        logits of shape ``(batch, num_classes)``.
+
+    Raises:
+        ValueError: as `ImageNetVGG` does.
+    """
     return _vgg(VGG13_STAGES, standard_unit, num_classes, rngs, options)
 
 
 def vgg16(*, num_classes: int = 1000, rngs: nnx.Rngs, **options) -> ImageNetVGG:
-    """Return VGG16 for 224x224 images. Options as in `ImageNetVGG`."""
+    """Return VGG16 for 224x224 images.
+
+    Args:
+        num_classes: outputs.
+        rngs: streams ``params`` and ``dropout``.
+        **options: others of `ImageNetVGG`: ``in_features``, ``width``, ``dropout``, ``unit``,
+            ``stem_unit`` and ``dtype``.
+
+    Returns:
+        The network with random weights, from images of shape ``(batch, 224, 224, 3)`` to float32
+        logits of shape ``(batch, num_classes)``.
+
+    Raises:
+        ValueError: as `ImageNetVGG` does.
+    """
     return _vgg(VGG16_STAGES, plain_unit, num_classes, rngs, options)
 
 
 def vgg16_bn(*, num_classes: int = 1000, rngs: nnx.Rngs, **options) -> ImageNetVGG:
-    """Return VGG16 with BatchNorm for 224x224 images. Options as in `ImageNetVGG`."""
+    """Return VGG16 with BatchNorm for 224x224 images.
+
+    Args:
+        num_classes: outputs.
+        rngs: streams ``params`` and ``dropout``.
+        **options: others of `ImageNetVGG`: ``in_features``, ``width``, ``dropout``, ``unit``,
+            ``stem_unit`` and ``dtype``.
+
+    Returns:
+        The network with random weights, from images of shape ``(batch, 224, 224, 3)`` to float32
+        logits of shape ``(batch, num_classes)``.
+
+    Raises:
+        ValueError: as `ImageNetVGG` does.
+    """
     return _vgg(VGG16_STAGES, standard_unit, num_classes, rngs, options)
 
 
 def vgg19(*, num_classes: int = 1000, rngs: nnx.Rngs, **options) -> ImageNetVGG:
-    """Return VGG19 for 224x224 images. Options as in `ImageNetVGG`."""
+    """Return VGG19 for 224x224 images.
+
+    Args:
+        num_classes: outputs.
+        rngs: streams ``params`` and ``dropout``.
+        **options: others of `ImageNetVGG`: ``in_features``, ``width``, ``dropout``, ``unit``,
+            ``stem_unit`` and ``dtype``.
+
+    Returns:
+        The network with random weights, from images of shape ``(batch, 224, 224, 3)`` to float32
+        logits of shape ``(batch, num_classes)``.
+
+    Raises:
+        ValueError: as `ImageNetVGG` does.
+    """
     return _vgg(VGG19_STAGES, plain_unit, num_classes, rngs, options)
 
 
 def vgg19_bn(*, num_classes: int = 1000, rngs: nnx.Rngs, **options) -> ImageNetVGG:
-    """Return VGG19 with BatchNorm for 224x224 images. Options as in `ImageNetVGG`."""
+    """Return VGG19 with BatchNorm for 224x224 images.
+
+    Args:
+        num_classes: outputs.
+        rngs: streams ``params`` and ``dropout``.
+        **options: others of `ImageNetVGG`: ``in_features``, ``width``, ``dropout``, ``unit``,
+            ``stem_unit`` and ``dtype``.
+
+    Returns:
+        The network with random weights, from images of shape ``(batch, 224, 224, 3)`` to float32
+        logits of shape ``(batch, num_classes)``.
+
+    Raises:
+        ValueError: as `ImageNetVGG` does.
+    """
     return _vgg(VGG19_STAGES, standard_unit, num_classes, rngs, options)
 
 

@@ -33,7 +33,14 @@ def _digest() -> str:
 
 
 def is_built() -> bool:
-    """Return whether `build` has compiled the kernels of this version for this machine."""
+    """Return whether `build` has compiled the kernels of this version for this machine.
+
+    Returns:
+        Whether the library stands in the user's cache; nothing is loaded.
+
+    >>> isinstance(is_built(), bool)
+    True
+    """
     return library_path().is_file()
 
 

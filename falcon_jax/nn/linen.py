@@ -26,6 +26,13 @@ class FalconConv(NamedConv):
 
     Reference:
         FALCON, Sections 3.3 and 3.4.
+
+    >>> import jax
+    >>> layer = FalconConv(32, (3, 3), rank=2)
+    >>> x = jax.ShapeDtypeStruct((1, 8, 8, 16), "f4")
+    >>> shapes = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
+    >>> {name: value.shape for name, value in sorted(shapes.items())}
+    {'bias': (32,), 'depthwise': (3, 3, 2, 32), 'pointwise': (16, 2, 32)}
     """
 
     method_class = Falcon
@@ -42,6 +49,13 @@ class DepthwiseSeparableConv(NamedConv):
 
     Reference:
         FALCON, Section 3.6.1.
+
+    >>> import jax
+    >>> layer = DepthwiseSeparableConv(32, (3, 3), rank=2)
+    >>> x = jax.ShapeDtypeStruct((1, 8, 8, 16), "f4")
+    >>> shapes = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
+    >>> {name: value.shape for name, value in sorted(shapes.items())}
+    {'bias': (32,), 'depthwise': (3, 3, 16, 2), 'pointwise': (16, 2, 32)}
     """
 
     method_class = DepthwiseSeparable
@@ -56,6 +70,13 @@ class DecoupledConv(NamedConv):
 
     Reference:
         Guo et al.: Network Decoupling, BMVC 2018.
+
+    >>> import jax
+    >>> layer = DecoupledConv(32, (3, 3), terms=2)
+    >>> x = jax.ShapeDtypeStruct((1, 8, 8, 16), "f4")
+    >>> shapes = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
+    >>> {name: value.shape for name, value in sorted(shapes.items())}
+    {'bias': (32,), 'depthwise': (3, 3, 2, 32), 'pointwise': (16, 2, 32)}
     """
 
     method_class = Decoupled
@@ -73,6 +94,13 @@ class TuckerConv(NamedConv):
 
     Reference:
         Kim et al., ICLR 2016.
+
+    >>> import jax
+    >>> layer = TuckerConv(32, (3, 3), rank=(4, 8))
+    >>> x = jax.ShapeDtypeStruct((1, 8, 8, 16), "f4")
+    >>> shapes = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
+    >>> {name: value.shape for name, value in sorted(shapes.items())}
+    {'bias': (32,), 'core': (3, 3, 4, 8), 'inner': (16, 4), 'outer': (8, 32)}
     """
 
     method_class = Tucker
@@ -88,6 +116,13 @@ class CPConv(NamedConv):
 
     Reference:
         Lebedev et al., ICLR 2015.
+
+    >>> import jax
+    >>> layer = CPConv(32, (3, 3), rank=8)
+    >>> x = jax.ShapeDtypeStruct((1, 8, 8, 16), "f4")
+    >>> shapes = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
+    >>> {name: value.shape for name, value in sorted(shapes.items())}
+    {'axis0': (3, 8), 'axis1': (3, 8), 'bias': (32,), 'inner': (16, 8), 'outer': (8, 32)}
     """
 
     method_class = CP
@@ -102,6 +137,13 @@ class TensorTrainConv(NamedConv):
 
     Reference:
         Oseledets, SIAM J. Sci. Comput. 2011.
+
+    >>> import jax
+    >>> layer = TensorTrainConv(8, (3, 3), rank=4)
+    >>> x = jax.ShapeDtypeStruct((1, 8, 8, 16), "f4")
+    >>> shapes = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
+    >>> {name: value.shape for name, value in sorted(shapes.items())}
+    {'axis0': (3, 1, 4, 4), 'axis1': (1, 3, 4, 4), 'bias': (8,), 'inner': (16, 4), 'outer': (4, 8)}
     """
 
     method_class = TensorTrain
@@ -116,6 +158,13 @@ class SpatialDecompositionConv(NamedConv):
 
     Reference:
         Jaderberg et al., BMVC 2014.
+
+    >>> import jax
+    >>> layer = SpatialDecompositionConv(32, (3, 3), rank=8)
+    >>> x = jax.ShapeDtypeStruct((1, 8, 8, 16), "f4")
+    >>> shapes = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
+    >>> {name: value.shape for name, value in sorted(shapes.items())}
+    {'bias': (32,), 'horizontal': (1, 3, 8, 32), 'vertical': (3, 1, 16, 8)}
     """
 
     method_class = SpatialDecomposition
@@ -132,6 +181,13 @@ class ChannelDecompositionConv(NamedConv):
 
     Reference:
         Zhang et al., TPAMI 2016.
+
+    >>> import jax
+    >>> layer = ChannelDecompositionConv(32, (3, 3), rank=8)
+    >>> x = jax.ShapeDtypeStruct((1, 8, 8, 16), "f4")
+    >>> shapes = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
+    >>> {name: value.shape for name, value in sorted(shapes.items())}
+    {'bias': (32,), 'pointwise': (8, 32), 'spatial': (3, 3, 16, 8)}
     """
 
     method_class = ChannelDecomposition
@@ -148,6 +204,13 @@ class FilterSummaryConv(NamedConv):
 
     Reference:
         FSNet (Yang et al., 2019), Section 3.1.
+
+    >>> import jax
+    >>> layer = FilterSummaryConv(32, (3, 3), ratio=4)
+    >>> x = jax.ShapeDtypeStruct((1, 8, 8, 16), "f4")
+    >>> shapes = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
+    >>> {name: value.shape for name, value in sorted(shapes.items())}
+    {'bias': (32,), 'summary': (1152,)}
     """
 
     method_class = FilterSummary
@@ -164,6 +227,13 @@ class DifferentiableFilterSummaryConv(NamedConv):
 
     Reference:
         FSNet (Yang et al., 2019), Section 3.2.
+
+    >>> import jax
+    >>> layer = DifferentiableFilterSummaryConv(32, (3, 3), ratio=4)
+    >>> x = jax.ShapeDtypeStruct((1, 8, 8, 16), "f4")
+    >>> shapes = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
+    >>> {name: value.shape for name, value in sorted(shapes.items())}
+    {'bias': (32,), 'shift': (32,), 'summary': (1152,)}
     """
 
     method_class = DifferentiableFilterSummary

@@ -137,6 +137,12 @@ class MethodConv(nnx.Conv):
 
     Raises:
         ValueError: if the method cannot replace such a convolution, or ``rngs`` is missing.
+
+    >>> from falcon_jax.methods.falcon import Falcon
+    >>> spec = ConvSpec(kernel_size=(3, 3), in_features=16, out_features=32, strides=2)
+    >>> layer = MethodConv(Falcon(rank=2), spec, rngs=nnx.Rngs(0))
+    >>> layer(jnp.ones((1, 8, 8, 16))).shape, layer.kernel.shape
+    ((1, 4, 4, 32), (3, 3, 16, 32))
     """
 
     def __init__(

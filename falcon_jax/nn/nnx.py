@@ -41,6 +41,11 @@ class DepthwiseSeparableConv(NamedConv):
 
     Reference:
         FALCON, Section 3.6.1.
+
+    >>> from flax import nnx
+    >>> layer = DepthwiseSeparableConv(16, 32, (3, 3), rank=2, rngs=nnx.Rngs(0))
+    >>> {name: value.shape for name, value in layer.params.items()}
+    {'depthwise': (3, 3, 16, 2), 'pointwise': (16, 2, 32)}
     """
 
     method_class = DepthwiseSeparable
@@ -54,6 +59,11 @@ class DecoupledConv(NamedConv):
 
     Reference:
         Guo et al.: Network Decoupling, BMVC 2018.
+
+    >>> from flax import nnx
+    >>> layer = DecoupledConv(16, 32, (3, 3), terms=2, rngs=nnx.Rngs(0))
+    >>> {name: value.shape for name, value in layer.params.items()}
+    {'depthwise': (3, 3, 2, 32), 'pointwise': (16, 2, 32)}
     """
 
     method_class = Decoupled
@@ -68,6 +78,11 @@ class TuckerConv(NamedConv):
 
     Reference:
         Kim et al., ICLR 2016.
+
+    >>> from flax import nnx
+    >>> layer = TuckerConv(16, 32, (3, 3), rank=8, rngs=nnx.Rngs(0))
+    >>> {name: value.shape for name, value in layer.params.items()}
+    {'core': (3, 3, 8, 8), 'inner': (16, 8), 'outer': (8, 32)}
     """
 
     method_class = Tucker
@@ -82,6 +97,11 @@ class CPConv(NamedConv):
 
     Reference:
         Lebedev et al., ICLR 2015.
+
+    >>> from flax import nnx
+    >>> layer = CPConv(16, 32, (3, 3), rank=8, rngs=nnx.Rngs(0))
+    >>> {name: value.shape for name, value in layer.params.items()}
+    {'axis0': (3, 8), 'axis1': (3, 8), 'inner': (16, 8), 'outer': (8, 32)}
     """
 
     method_class = CP
@@ -95,6 +115,11 @@ class TensorTrainConv(NamedConv):
 
     Reference:
         Oseledets, SIAM J. Sci. Comput. 2011.
+
+    >>> from flax import nnx
+    >>> layer = TensorTrainConv(16, 32, (3, 3), rank=8, rngs=nnx.Rngs(0))
+    >>> {name: value.shape for name, value in layer.params.items()}
+    {'axis0': (3, 1, 8, 8), 'axis1': (1, 3, 8, 8), 'inner': (16, 8), 'outer': (8, 32)}
     """
 
     method_class = TensorTrain
@@ -108,6 +133,11 @@ class SpatialDecompositionConv(NamedConv):
 
     Reference:
         Jaderberg et al., BMVC 2014.
+
+    >>> from flax import nnx
+    >>> layer = SpatialDecompositionConv(16, 32, (3, 3), rank=8, rngs=nnx.Rngs(0))
+    >>> {name: value.shape for name, value in layer.params.items()}
+    {'horizontal': (1, 3, 8, 32), 'vertical': (3, 1, 16, 8)}
     """
 
     method_class = SpatialDecomposition
@@ -122,6 +152,11 @@ class ChannelDecompositionConv(NamedConv):
 
     Reference:
         Zhang et al., TPAMI 2016.
+
+    >>> from flax import nnx
+    >>> layer = ChannelDecompositionConv(16, 32, (3, 3), rank=8, rngs=nnx.Rngs(0))
+    >>> {name: value.shape for name, value in layer.params.items()}
+    {'pointwise': (8, 32), 'spatial': (3, 3, 16, 8)}
     """
 
     method_class = ChannelDecomposition
@@ -135,6 +170,11 @@ class FilterSummaryConv(NamedConv):
 
     Reference:
         FSNet (Yang et al., 2019), Section 3.1.
+
+    >>> from flax import nnx
+    >>> layer = FilterSummaryConv(16, 32, (3, 3), ratio=4, rngs=nnx.Rngs(0))
+    >>> {name: value.shape for name, value in layer.params.items()}
+    {'summary': (1152,)}
     """
 
     method_class = FilterSummary
@@ -148,6 +188,11 @@ class DifferentiableFilterSummaryConv(NamedConv):
 
     Reference:
         FSNet (Yang et al., 2019), Section 3.2.
+
+    >>> from flax import nnx
+    >>> layer = DifferentiableFilterSummaryConv(16, 32, (3, 3), ratio=4, rngs=nnx.Rngs(0))
+    >>> {name: value.shape for name, value in layer.params.items()}
+    {'shift': (32,), 'summary': (1152,)}
     """
 
     method_class = DifferentiableFilterSummary

@@ -50,6 +50,10 @@ def conv_on_small_maps(
 
     Returns:
         The convolution.
+
+    >>> options = {"conv_general_dilated": conv_on_small_maps, "rngs": nnx.Rngs(0)}
+    >>> nnx.Conv(3, 4, (3, 3), **options)(jnp.ones((1, 2, 2, 3))).shape
+    (1, 2, 2, 4)
     """
 
     def standard() -> Array:
@@ -120,8 +124,16 @@ def conv(
     Returns:
         Output of shape ``(batch, *spatial_out, N)``.
 
+    Raises:
+        ValueError: if there is no such padding, or it takes away more points than there are.
+
     Reference:
         FALCON, Equations 1 and 2.
+
+    >>> x, ones = jnp.arange(4.0).reshape(1, 4, 1), jnp.ones((2, 1, 1))
+    >>> geometry = {"strides": (1,), "input_dilation": (1,), "kernel_dilation": (1,)}
+    >>> conv(x, ones, padding="VALID", **geometry).ravel().tolist()
+    [1.0, 3.0, 5.0]
     """
     kernel_size = kernel.shape[:-2]
     x, padding = pad_boundary(x, padding, kernel_size, kernel_dilation=kernel_dilation)
@@ -170,6 +182,9 @@ def max_pool_2x2(
     Returns:
         Output of shape ``(batch, height // 2, width // 2, channels)``, rounded up in
         ``ceil_mode``.
+
+    >>> max_pool_2x2(jnp.arange(16.0).reshape(1, 4, 4, 1)).ravel().tolist()
+    [5.0, 7.0, 13.0, 15.0]
     """
     if is_canonical() or not known(*x.shape[1:3]):  # nothing says that there is a second row
         padding = "SAME" if ceil_mode else "VALID"

@@ -207,6 +207,13 @@ def output_shape(
 
     Returns:
         One size per axis.
+
+    Raises:
+        ValueError: if there is no such padding, or it takes away more points than there are.
+
+    >>> spec = ConvSpec(kernel_size=(3, 3), in_features=4, out_features=8, strides=2)
+    >>> output_shape((32, 17), spec.kernel_size, **spec.geometry)
+    (16, 9)
     """
     pairs = padding_pairs(
         padding,

@@ -38,6 +38,11 @@ def normalize_batch(
 
     Reference:
         Ioffe and Szegedy, 2015.
+
+    >>> x, scale, bias = jnp.array([[1.0], [3.0]]), jnp.full(1, 2.0), jnp.ones(1)
+    >>> y, mean, variance = normalize_batch(x, scale, bias, epsilon=0.0)
+    >>> y.tolist(), mean.tolist(), variance.tolist()
+    ([[-1.0], [3.0]], [2.0], [1.0])
     """
     settings, operands = float(epsilon), (x, scale, bias)
     if is_canonical():

@@ -36,6 +36,10 @@ def pointwise_conv(
 
     Returns:
         Output with N channels last.
+
+    >>> kernel = jnp.array([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]])
+    >>> pointwise_conv(jnp.array([[1.0, 2.0], [3.0, 4.0]]), kernel).tolist()
+    [[1.0, 2.0, 3.0], [3.0, 4.0, 7.0]]
     """
     m_group, n = kernel.shape
     groups = feature_group_count
@@ -110,8 +114,18 @@ def pointwise_then_depthwise(
     Returns:
         Output of shape ``(batch, *spatial_out, N)``.
 
+    Raises:
+        ValueError: if the depthwise kernel has other channels than it gets, or there is no such
+            padding.
+
     Reference:
         FALCON, Equations 6 and 7, Definition 3.
+
+    >>> x, depthwise, pointwise = jnp.ones((1, 4, 2)), jnp.ones((3, 1, 1)), jnp.ones((2, 1, 1))
+    >>> geometry = {"strides": (1,), "input_dilation": (1,), "kernel_dilation": (1,)}
+    >>> y = pointwise_then_depthwise(x, depthwise, pointwise, padding="SAME", **geometry)
+    >>> y.ravel().tolist()
+    [4.0, 6.0, 6.0, 4.0]
     """
     mix = functools.partial(
         pointwise_conv, feature_group_count=feature_group_count, precision=precision
@@ -165,8 +179,18 @@ def depthwise_then_pointwise(
     Returns:
         Output of shape ``(batch, *spatial_out, N)``.
 
+    Raises:
+        ValueError: if the depthwise kernel has other channels than it gets, or there is no such
+            padding.
+
     Reference:
         FALCON, Equations 8 and 9.
+
+    >>> x, depthwise, pointwise = jnp.ones((1, 4, 2)), jnp.ones((3, 2, 1)), jnp.ones((2, 1, 1))
+    >>> geometry = {"strides": (1,), "input_dilation": (1,), "kernel_dilation": (1,)}
+    >>> y = depthwise_then_pointwise(x, depthwise, pointwise, padding="SAME", **geometry)
+    >>> y.ravel().tolist()
+    [4.0, 6.0, 6.0, 4.0]
     """
     terms = (
         pointwise_conv(

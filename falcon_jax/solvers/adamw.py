@@ -27,6 +27,9 @@ class AdamWSettings:
         learning_rate: at the start; the paper uses 0.05 for CIFAR-10 and 0.001 otherwise.
         drops: numbers of steps after which the learning rate falls to a tenth.
         weight_decay: decoupled weight decay, 0.01 as PyTorch's AdamW has it.
+
+    >>> AdamWSettings(steps=1000, learning_rate=0.05).drops
+    (400, 700)
     """
 
     steps: int = 600

@@ -68,11 +68,26 @@ def save_compressed(
         quantization: what `quantize_weights` returned with the model: codes are saved in place of
             the floats that they stand for, and loaded as these.
 
+    Returns:
+        Nothing; `load_compressed` reads the directory.
+
     Raises:
         ValueError: if the model is not what the plan makes, or not what the codes stand for, or a
             Linen module is not bound.
         FileExistsError: if the directory is there, or holds other files than a saved model.
         OSError: if it cannot be written.
+
+    >>> import tempfile
+    >>> from flax import nnx
+    >>> from falcon_jax.compression.compress import compress
+    >>> from falcon_jax.compression.plan import Rule, make_plan
+    >>> from falcon_jax.methods.falcon import Falcon
+    >>> conv = nnx.Conv(8, 8, (3, 3), rngs=nnx.Rngs(0))
+    >>> plan = make_plan(conv, [Rule(method=Falcon(rank=2))])
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_compressed(f"{folder}/small", compress(conv, plan), plan, metadata={"of": "conv"})
+    ...     open_compressed(f"{folder}/small").metadata
+    {'of': 'conv'}
     """
     directory = _place(path)
     if standing(directory).exists():
