@@ -111,7 +111,7 @@ def _fields(cls):
             made = field.default_factory is not dataclasses.MISSING
             default = f" = {field.default!r}" if given else " = ..." if made else ""
             told.append(f"{field.name}: {types.get(field.name, 'Any')}{default}")
-    only = ["*"] if cls.__dataclass_params__.kw_only else []
+    only = ["*"] if any(field.kw_only for field in dataclasses.fields(cls)) else []
     return f"({', '.join(only + told)})"
 
 
