@@ -147,6 +147,7 @@ def test_adamw_is_one_flag_away_and_leaves_unfitted_ones_unfitted(name):
     assert solvers["falcon_k1_unfitted"] == solvers["dpconv"] == "random"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in PAPER if n.startswith("vgg19")])
 def test_vgg_loses_every_convolution_but_keeps_the_first_under_dpconv(name, shapes, replaced):
     experiment = check_config(load(name))

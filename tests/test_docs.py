@@ -14,11 +14,16 @@ import falcon_jax
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+SEARCHED = ("target", "tutorial")  # whole searches, which have tests of their own
 PAGES = sorted(DOCS.glob("*.md"))
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, marks=pytest.mark.slow) if p.stem in SEARCHED else p for p in PAGES],
+    ids=lambda page: getattr(page, "name", None),
+)
 def test_examples_of_the_page(page):
     failures, _ = doctest.testfile(str(page), module_relative=False)
     assert failures == 0

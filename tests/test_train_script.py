@@ -229,6 +229,7 @@ def test_as_a_program_with_an_unknown_field():
     assert finished.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_as_a_program_from_another_folder_a_config_finds_what_it_shares(tmp_path):
     finished = program(
         f"--config={ROOT}/configs/resnet34_svhn.py",

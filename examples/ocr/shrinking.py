@@ -36,31 +36,37 @@ class Settings:
         rules: what is decided about its layers.
         examples: images for it.
         target: for `falcon_jax.shrink`, which searches; without one the rules decide everything.
-        plain: of so many images only `falcon_jax.calibrate` takes plain least squares, in a
-            fraction of the time; 0 for all, looked at in proportion to what matters.
-        distill: steps of `falcon_jax.distill` afterwards.
+        calibrated: how many of the images `falcon_jax.calibrate` looks at; 0 for all.
+        plain: whether it takes plain least squares, in a fraction of the time.
+        distill: steps of `falcon_jax.distill` afterwards, on all images.
     """
 
     rules: tuple[fj.Rule, ...]
     examples: int
     target: fj.Target | None = None
-    plain: int = 0
+    calibrated: int = 0
+    plain: bool = False
     distill: int = 0
 
 
-# A search of the detector would take too long; distillation makes up for it.
-_DETECTOR = (
-    fj.Rule(path="slices/0/0/conv", method=None),
-    fj.Rule(method=fj.Falcon(rank=2)),
+# A search of the detector would take too long; distillation makes up for it. Where there are many
+# channels, channel decomposition is fitted much faster than FALCON.
+_FIRST = fj.Rule(path="slices/0/0/conv", method=None)
+_FALCON = fj.Rule(method=fj.Falcon(rank=2))
+_EARLY_AND_LATE = "slices/0/.*|slices/1/0/conv|merge[34].*|head.*"
+_MIXED = (
+    _FIRST,
+    fj.Rule(path=_EARLY_AND_LATE, method=fj.Falcon(rank=2)),
+    fj.Rule(method=fj.ChannelDecomposition(rank=fj.Budget(4))),
 )
 _STAYS = fj.Rule(path="features/conv0", method=None)
 FULL = {
-    "detector": Settings(rules=_DETECTOR, examples=48, plain=8, distill=200),
+    "detector": Settings(rules=(_FIRST, _FALCON), examples=48, calibrated=24, distill=200),
     "recognizer": Settings(rules=(_STAYS,), examples=200, target=fj.Target(mult_adds=0.31)),
 }
 QUICK = {
-    "detector": Settings(rules=_DETECTOR, examples=24, plain=8, distill=40),
-    "recognizer": Settings(rules=(_STAYS, fj.Rule(method=fj.Falcon(rank=2))), examples=100),
+    "detector": Settings(rules=_MIXED, examples=24, calibrated=8, plain=True, distill=40),
+    "recognizer": Settings(rules=(_STAYS, _FALCON), examples=100),
 }
 
 
@@ -131,7 +137,7 @@ def shrink_one(
             model,
             fj.compress(model, plan),
             plan,
-            batches[: settings.plain // len(batches[0])] if settings.plain else batches,
+            batches[: settings.calibrated // len(batches[0])] if settings.calibrated else batches,
             relu_aware=not settings.plain,
             by_sensitivity=not settings.plain,
             progress=progress,

@@ -161,6 +161,7 @@ def test_archs_without_such_weights_are_refused(weights, tmp_path, capsys, monke
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_converted_model_is_compressed_and_profiled(weights, tmp_path, capsys):
     out, smaller = tmp_path / "out", tmp_path / "smaller"
     assert convert(weights, out, "--classes=5") == 0

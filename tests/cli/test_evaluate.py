@@ -59,7 +59,7 @@ def expected_ranks(folder, checkpoint):
     return np.array(ranks)
 
 
-@pytest.mark.parametrize("batch_size", ["8", "13"])
+@pytest.mark.parametrize("batch_size", ["13", pytest.param("8", marks=pytest.mark.slow)])
 def test_every_image_counts_once_whatever_the_batch(folder, checkpoint, capsys, batch_size):
     options = [f"--data={folder}", f"--batch-size={batch_size}"]
     assert cli.main(["evaluate", str(checkpoint), *options]) == 0
@@ -72,6 +72,7 @@ def test_every_image_counts_once_whatever_the_batch(folder, checkpoint, capsys, 
     assert "images/s" in lines[-1]
 
 
+@pytest.mark.slow
 def test_compression_with_data_gives_better_statistics(folder, checkpoint, tmp_path, capsys):
     out = tmp_path / "small"
     options = ["--method=falcon", "--rank=1", f"--data={folder}", "--batch-size=16", "--batches=1"]

@@ -39,9 +39,14 @@ def shrink(checkpoint, out, *options):
     return cli.main(["shrink", str(checkpoint), *given])
 
 
-def test_a_smaller_checkpoint_and_a_report(tmp_path, checkpoint, capsys):
-    options = ["--target", "mult_adds=0.4", "--method", "falcon:1", "--method", "falcon:2"]
-    options += ["--keep", ".*/0/0/conv", "--batches", "2", "--distill", "2"]
+@pytest.mark.parametrize(
+    "more",
+    [[], pytest.param(["--method", "falcon:2", "--distill", "2"], marks=pytest.mark.slow)],
+    ids=["", "ranks, distilled"],
+)
+def test_a_smaller_checkpoint_and_a_report(tmp_path, checkpoint, capsys, more):
+    options = ["--target", "mult_adds=0.4", "--method", "falcon:1", *more]
+    options += ["--keep", ".*/0/0/conv", "--batches", "2"]
     out = tmp_path / "small"
     assert shrink(checkpoint, out, *options, "--report", str(tmp_path / "report")) == 0
     told = capsys.readouterr().out

@@ -237,6 +237,7 @@ def test_full_rank_stays_exact_and_nothing_else_changes():
     np.testing.assert_array_equal(arrays(fitted)["first/kernel"], before["first/kernel"])
 
 
+@pytest.mark.slow
 def test_fewer_points_do_nearly_as_well_and_a_key_decides_which():
     model, small, plan = compressed(fj.Falcon())
     data = batches(6)
@@ -362,6 +363,7 @@ def test_linen_modules_come_bound_and_shared_layers_answer_to_all_of_their_calls
     assert error(fitted) < error(small)
 
 
+@pytest.mark.slow
 def test_layers_under_linens_transformations():
     example = fj.Inputs(batches(1)[0], train=False)
     module = Lifted()

@@ -274,6 +274,7 @@ def test_saved_models_hold_the_codes(tmp_path, bits):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_files_of_codes_are_small(tmp_path):
     model = fj.models.vgg8_cifar(width=0.5, rngs=nnx.Rngs(0))
     plan = fj.make_plan(model, [fj.Rule(method=None)], images(1))

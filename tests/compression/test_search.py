@@ -84,6 +84,7 @@ def test_the_front_has_the_other_plans(net):
         front.plan(fj.Target(params=0.5))
 
 
+@pytest.mark.slow
 def test_the_plan_is_an_ordinary_one(net, tmp_path):
     model, _ = net
     plan = search(net, target=fj.Target(mult_adds=0.5))

@@ -88,6 +88,7 @@ def test_statistics_are_kept_only_where_they_help():
     )
 
 
+@pytest.mark.slow
 def test_linen_models_come_and_go_bound():
     bound = Lifted().bind(drawn(Lifted()))
     data = [fj.Inputs(images(16, 8, seed=seed), train=False) for seed in range(2)]

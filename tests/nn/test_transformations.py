@@ -306,7 +306,7 @@ def test_double_precision_and_remat(method, framework):
         assert_near(jax.checkpoint(function)(params64, x), y, tolerance=1e-12)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("method", EVERY, ids=str)
 def test_linear_transpose(method):
     """Of what is linear itself, not of its derivative: `jax.vjp` takes that."""
     params, function = compressed("nnx", method, strides=2, use_bias=False)
@@ -318,7 +318,7 @@ def test_linear_transpose(method):
     assert_near(mapped(jnp.stack([y, y]))[0][1], pull(y)[0])
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("method", EVERY, ids=str)
 def test_taylor_mode(method):
     """By `jax.experimental.jet`, in the inputs of a layer between two functions."""
     params, function = compressed("nnx", method, strides=2)
@@ -330,7 +330,9 @@ def test_taylor_mode(method):
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("method", [METHODS[1], METHODS[5]], ids=str)
+@pytest.mark.parametrize(
+    "method", [METHODS[1], pytest.param(METHODS[5], marks=pytest.mark.slow)], ids=str
+)
 def test_taylor_mode_in_parameters_and_of_gradients(method, size):
     """In maps of a few pixels and in larger ones, whose kernels' gradients are loops."""
     params, function = compressed("nnx", method)

@@ -241,6 +241,7 @@ def test_from_scratch_there_is_no_standard_row_and_nothing_of_it_is_needed(tmp_p
     assert not (tmp_path / "standard").exists()
 
 
+@pytest.mark.slow
 def test_without_epochs_the_same_call_runs_nothing_again(finished, tmp_path):
     fields = {"train__epochs": 0, "finetune__epochs": 0}
     first, _ = run(small(compression__variants=FALCON, **fields), tmp_path)
