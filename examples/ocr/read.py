@@ -9,6 +9,7 @@ words before and after. The page is rendered in fonts that nothing was shrunk on
 """
 
 import argparse
+import dataclasses
 import statistics
 import sys
 from collections.abc import Sequence
@@ -25,7 +26,8 @@ from examples.ocr.reading import LONGEST, Networks, Reading, read_page, right_wo
 from examples.ocr.shrinking import deployed, originals, shrunk
 from falcon_jax.data.decoding import decode_rgb, header_problem
 from falcon_jax.paths import user_path, write_whole
-from falcon_jax.report.table import Column, format_ratio, format_table
+from falcon_jax.report.table import Column, format_ratio, table_of
+from falcon_jax.terminal import Printable, Table, show, show_error
 from falcon_jax.wording import reason, shown
 
 BAD_INPUT = 2
@@ -59,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _run(options)
     except (ValueError, OSError, ImportError) as error:
-        print(f"{parser.prog}: error: {reason(error, 1000)}", file=sys.stderr)
+        show_error(parser.prog, reason(error, 1000))
         return BAD_INPUT
     return 0
 
@@ -77,7 +79,7 @@ def _run(options: argparse.Namespace) -> None:
     networks = {"original": deployed(before), "shrunk": deployed(after)}
     readings = {name: _timed(page, each) for name, each in networks.items()}
     marks = {name: marked(reading, truth) for name, reading in readings.items()}
-    print(report(readings, marks, truth))
+    show(report(readings, marks, truth))
     picture = page_picture(page, readings, marks)
     write_whole(out / "page.png", picture)
     print(f"\n{out / 'page.png'}")
@@ -131,12 +133,23 @@ def marked(reading: Reading, truth: tuple[Boxes, tuple[str, ...]] | None) -> np.
     return None if truth is None else right_words(reading, *truth)
 
 
+@dataclasses.dataclass(frozen=True)
+class Report(Printable):
+    """The shrunk networks' words, the table of both readings, and how often they agree."""
+
+    lines: tuple[Table | str, ...]
+
+    def parts(self) -> tuple[Table | str, ...]:
+        """Return what stands one below the other."""
+        return self.lines
+
+
 def report(
     readings: dict[str, Reading],
     marks: dict[str, np.ndarray | None],
     truth: tuple[Boxes, tuple[str, ...]] | None,
-) -> str:
-    """Return the table of both readings, the shrunk networks' words, and how often they agree."""
+) -> Report:
+    """Return what is told of both readings."""
     rows = []
     for name, reading in readings.items():
         total, right = sum(reading.milliseconds.values()), marks[name]
@@ -157,10 +170,8 @@ def report(
     first, last = readings["original"], readings["shrunk"]
     agree = right_words(last, first.boxes, first.texts).sum()
     words = " ".join(last.texts[i] for i in _in_order(last.boxes)) or "(none)"
-    return (
-        f"{words}\n\n{format_table(rows, columns)}\n\n"
-        f"{agree} of the original's {len(first.texts)} words are read alike."
-    )
+    alike = f"{agree} of the original's {len(first.texts)} words are read alike."
+    return Report((f"{words}\n", table_of(rows, columns), f"\n{alike}"))
 
 
 def _in_order(boxes: np.ndarray) -> list[int]:

@@ -165,13 +165,13 @@ def test_the_report_has_words_line_by_line_and_what_is_right():
     readings = {"original": first, "shrunk": last}
     truth = (first.boxes, ("b", "a", "Hi"))
     marks = {name: read.marked(each, truth) for name, each in readings.items()}
-    text = read.report(readings, marks, truth)
+    text = str(read.report(readings, marks, truth))
     assert text.startswith("a b c\n")
     assert "1 of 3 (33.3%)" in text and "2 of 3 (66.7%)" in text
     assert text.endswith("0 of the original's 3 words are read alike.")
     nothing = Reading(boxes=np.zeros((0, 4)), texts=(), milliseconds=last.milliseconds)
     nothings = dict.fromkeys(readings, nothing)
-    assert read.report(nothings, dict.fromkeys(readings), None).startswith("(none)\n")
+    assert str(read.report(nothings, dict.fromkeys(readings), None)).startswith("(none)\n")
 
 
 def test_the_picture_shows_the_page_once_a_reader():
