@@ -52,7 +52,7 @@ class Settings:
 # A search of the detector would take too long; distillation makes up for it. Where there are many
 # channels, channel decomposition is fitted much faster than FALCON.
 _FIRST = fj.Rule(path="slices/0/0/conv", method=None)
-_FALCON = fj.Rule(method=fj.Falcon(rank=2))
+_ONCE, _FALCON = (fj.Rule(method=fj.Falcon(rank=rank)) for rank in (1, 2))
 _EARLY_AND_LATE = "slices/0/.*|slices/1/0/conv|merge[34].*|head.*"
 _MIXED = (
     _FIRST,
@@ -61,8 +61,10 @@ _MIXED = (
 )
 _STAYS = fj.Rule(path="features/conv0", method=None)
 FULL = {
-    "detector": Settings(rules=(_FIRST, _FALCON), examples=48, calibrated=24, distill=200),
-    "recognizer": Settings(rules=(_STAYS,), examples=200, target=fj.Target(mult_adds=0.31)),
+    "detector": Settings(rules=(_FIRST, _ONCE), examples=48, calibrated=24, distill=250),
+    "recognizer": Settings(
+        rules=(_STAYS,), examples=200, target=fj.Target(mult_adds=0.31), distill=150
+    ),
 }
 QUICK = {
     "detector": Settings(rules=_MIXED, examples=24, calibrated=8, plain=True, distill=40),
