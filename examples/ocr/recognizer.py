@@ -64,10 +64,10 @@ class LSTM(nnx.Module):
         self.hidden = nnx.Param(init(rngs.params(), (hidden, 4 * hidden)))
         self.bias = nnx.Param(jnp.zeros(4 * hidden))
 
-    def gates(self, x: Float[Array, "b steps m"]) -> Float[Array, "steps b gates"]:
+    def gates(self, x: Float[Array, "steps b m"]) -> Float[Array, "steps b gates"]:
         """Return what the inputs add to the gates of every step."""
         bias = jnp.broadcast_to(self.bias[...], (1, 1, self.bias.shape[0]))
-        return (x @ self.inputs[...] + bias).swapaxes(0, 1)
+        return x @ self.inputs[...] + bias
 
 
 class Recurrent(nnx.Module):
@@ -78,7 +78,7 @@ class Recurrent(nnx.Module):
         self.backward = LSTM(inputs, hidden, rngs=rngs)
         self.linear = nnx.Linear(2 * hidden, outputs, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b steps m"]) -> Float[Array, "b steps n"]:
+    def __call__(self, x: Float[Array, "steps b m"]) -> Float[Array, "steps b n"]:
         """Return the outputs of every step."""
         weights = self.forward.hidden[...], self.backward.hidden[...]
 
@@ -88,10 +88,10 @@ class Recurrent(nnx.Module):
             return states, tuple(h for h, _ in states)
 
         # Both directions in one loop: on CPUs, their products run side by side.
-        gates = self.forward.gates(x), self.backward.gates(x)[::-1]
-        zero = jnp.zeros((x.shape[0], weights[0].shape[0]), x.dtype)
+        gates = self.forward.gates(x), self.backward.gates(x[::-1])
+        zero = jnp.zeros((x.shape[1], weights[0].shape[0]), x.dtype)
         _, (ahead, back) = lax.scan(step, ((zero, zero), (zero, zero)), gates)
-        return self.linear(jnp.concatenate([ahead, back[::-1]], axis=-1).swapaxes(0, 1))
+        return self.linear(jnp.concatenate([ahead, back[::-1]], axis=-1))
 
 
 def _stepped(
@@ -113,7 +113,8 @@ class Recognizer(nnx.Module):
 
     def __call__(self, x: Float[Array, "b h w 1"]) -> Float[Array, "b steps symbols"]:
         """Return the logits; ``x`` lies between -1 and 1."""
-        return self.prediction(self.recurrent1(self.recurrent0(self.features(x))))
+        steps = self.features(x).swapaxes(0, 1)
+        return self.prediction(self.recurrent1(self.recurrent0(steps))).swapaxes(0, 1)
 
 
 def load_recognizer() -> Recognizer:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,10 @@ from falcon_jax.frameworks.layers import Inputs
 from falcon_jax.frameworks.tracing import inner_jaxprs
 from falcon_jax.native.joining import with_native_steps
 from falcon_jax.native.library import load as kernels_are_loaded
+from falcon_jax.native.library import multiplies_bfloat16
+from falcon_jax.wording import shown
+
+Precision = Literal["float32", "bfloat16"]
 
 
 def deploy(
@@ -21,6 +25,7 @@ def deploy(
     *,
     chunk: int | None = 32,
     native: bool | None = None,
+    precision: Precision = "float32",
 ) -> Callable[..., Any]:
     """Return a jitted function that gives what a model gives in evaluation mode, faster.
 
@@ -43,13 +48,17 @@ def deploy(
         native: whether convolutions are carried out by the kernels of `falcon_jax.native`, each
             with the bias, sum, rectification and pooling that follow it; on CPUs, in float32. If
             not given, where they are built. What `jax.export` writes is plain JAX.
+        precision: ``"bfloat16"`` to round what is multiplied, inputs and weights of convolutions
+            over channels and of matrix products, where that is faster: by native kernels on
+            processors with AMX. Sums, depthwise steps and all else stay in float32.
 
     Returns:
         A function of the model's arrays, in the order of its arguments.
 
     Raises:
-        ValueError: if ``chunk`` is not positive, the model cannot be called on the sample, a Linen
-            module is not bound, or ``native`` kernels are asked for and not built.
+        ValueError: if ``chunk`` is not positive, ``precision`` is neither, the model cannot be
+            called on the sample, a Linen module is not bound, or ``native`` kernels are asked for
+            and not built.
 
     >>> from flax import nnx
     >>> layer = nnx.Conv(3, 4, (3, 3), rngs=nnx.Rngs(0))
@@ -58,6 +67,8 @@ def deploy(
     """
     if chunk is not None and chunk < 1:
         raise ValueError(f"chunk is a number of examples, at least 1, or None; got {chunk}.")
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision is 'float32' or 'bfloat16'; got {shown(precision)}.")
     inputs = None if sample is None else Inputs.of(sample).shapes
     written: list[bool] = [False]
     framework: Any = framework_of(model)
@@ -79,7 +90,8 @@ def deploy(
             "which needs a C++ compiler, or leave native=True out."
         )
     if native is not False and jax.default_backend() == "cpu" and kernels_are_loaded():
-        forward = with_native_steps(forward)
+        rounded = precision == "bfloat16" and multiplies_bfloat16()
+        forward = with_native_steps(forward, bfloat16=rounded)
     return jax.jit(forward if chunk is None else _in_chunks(forward, chunk, written))
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from falcon_jax.export.graph import Graph, Tensor, UnmappedError, constant, identity, is_open
-from falcon_jax.frameworks.tracing import CALLS, inner_jaxprs
+from falcon_jax.frameworks.tracing import CALLS, inner_jaxprs, scan_parts
 
 INSIDE = "falcon_jax inside "
 
@@ -245,11 +245,8 @@ def _scan(step: Step) -> list[Tensor]:
     (body,) = inner_jaxprs(tuple(step.params.values()))
     closed = step.params["jaxpr"]
     graph = step.graph
-    outer = [len(t.shape) for t in step.inputs]
-    sliced = sum(a > len(v.aval.shape) for a, v in zip(outer, body.invars, strict=True))
-    pairs = zip(step.outputs, body.outvars, strict=True)
-    carried = sum(len(a.shape) == len(v.aval.shape) for a, v in pairs)
-    fixed = len(step.inputs) - carried - sliced
+    ranks = ([len(a.shape) for a in arrays] for arrays in (step.inputs, step.outputs))
+    fixed, carried = scan_parts(*ranks, body)
     consts, state, each = (
         step.inputs[:fixed],
         step.inputs[fixed : fixed + carried],
@@ -277,8 +274,8 @@ def _scan(step: Step) -> list[Tensor]:
         [graph.named(t) for t in (*state, *each)],
         len(step.outputs),
         body=inside,
-        num_scan_inputs=sliced,
-        scan_input_directions=[backwards] * sliced,
+        num_scan_inputs=len(each),
+        scan_input_directions=[backwards] * len(each),
         **directions,
     )
     return [step.made(name, index=i) for i, name in enumerate(names)]

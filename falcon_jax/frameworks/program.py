@@ -28,6 +28,7 @@ from falcon_jax.frameworks.tracing import (
     mark_input,
     mark_kernel,
     read_mark,
+    scan_parts,
 )
 from falcon_jax.nn.method_conv import MethodConv
 
@@ -311,11 +312,8 @@ def _open(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
 
 def _steps(eqn: Any, body: Any, constants: Sequence[Any], given: Sequence[Any]) -> list[Any]:
     """Return what a scan gives, step by step."""
-    outer, within = [[v.aval.ndim for v in vs] for vs in (eqn.invars, body.invars)]
-    sliced = sum(a > b for a, b in zip(outer, within, strict=True))
-    pairs = zip(eqn.outvars, body.outvars, strict=True)
-    carried = sum(a.aval.ndim == b.aval.ndim for a, b in pairs)
-    fixed = len(given) - carried - sliced
+    ranks = ([v.aval.ndim for v in vs] for vs in (eqn.invars, eqn.outvars))
+    fixed, carried = scan_parts(*ranks, body)
     carry, stacks = list(given[fixed : fixed + carried]), given[fixed + carried :]
     length = int(eqn.params["length"])
     steps = range(length - 1, -1, -1) if eqn.params["reverse"] else range(length)

@@ -167,6 +167,21 @@ def bind(primitive: Any, params: Mapping[str, Any], inputs: Sequence[Any]) -> li
     return list(outputs) if primitive.multiple_results else [outputs]
 
 
+def scan_parts(inputs: Sequence[int], outputs: Sequence[int], body: Any) -> tuple[int, int]:
+    """Return how many inputs of a scan all of its steps share, and how many it carries.
+
+    The rest have one axis less inside. The parameters that say so differ between versions of JAX.
+
+    Args:
+        inputs: number of axes of each input of the scan.
+        outputs: and of each output.
+        body: the jaxpr of one step.
+    """
+    sliced = sum(a > v.aval.ndim for a, v in zip(inputs, body.invars, strict=True))
+    carried = sum(a == v.aval.ndim for a, v in zip(outputs, body.outvars, strict=True))
+    return len(inputs) - carried - sliced, carried
+
+
 def inner_jaxprs(value: Any) -> list[Any]:
     """Return the jaxprs in the parameters of an equation."""
     if isinstance(value, (tuple, list)):
@@ -251,11 +266,8 @@ class _Reader:
         if name == "scan":
             # What is passed axis by axis has one axis less inside, and so have the stacked outputs.
             (body,) = jaxprs
-            outer, within = [[v.aval.ndim for v in vs] for vs in (eqn.invars, body.invars)]
-            sliced = sum(a > b for a, b in zip(outer, within, strict=True))
-            pairs = zip(eqn.outvars, body.outvars, strict=True)
-            carried = sum(a.aval.ndim == b.aval.ndim for a, b in pairs)
-            fixed = len(given) - carried - sliced
+            ranks = ([v.aval.ndim for v in vs] for vs in (eqn.invars, eqn.outvars))
+            fixed, carried = scan_parts(*ranks, body)
             each = [_without_first_axis(value) for value in given[fixed + carried :]]
             inner = [*given[:fixed], *[None] * carried, *each]
             self.read(body, inner, times * int(eqn.params["length"]), layer)

@@ -1,7 +1,8 @@
 // Convolutions for inference on CPUs, called by XLA: y = act(conv(x) + bias + residual).
 //
 // What stands between a pointwise and a depthwise step never leaves the cache: rows of it go
-// through a ring buffer. Arrays are channels last, float32. Weights come packed, see packing.py.
+// through a ring buffer. Arrays are channels last, float32. Weights come packed, see kernels.py; if
+// they come in bfloat16, products are of rounded numbers, by tiles (AMX), and sums are float32.
 
 #include <algorithm>
 #include <atomic>
@@ -14,6 +15,13 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#if defined(__linux__) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#define FALCON_TILES 1
+#include <immintrin.h>
 #endif
 
 #include "xla/ffi/api/ffi.h"
@@ -184,9 +192,126 @@ inline void PanelProduct(int width, int64_t count, int segments, int64_t depth, 
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Run tasks on the caller and on the pool; returns when all are done.
-void RunTasks(ffi::ThreadPool& pool, int64_t tasks, std::function<void(int64_t)> body) {
-  const int64_t threads = std::min<int64_t>(std::max<int64_t>(pool.num_threads(), 1), tasks);
+constexpr int64_t kTileDepth = 32;  // bfloat16 entries of a tile's row
+
+inline int64_t TiledDepth(int64_t depth) { return CeilDiv(depth, kTileDepth) * kTileDepth; }
+// Entries between rounded rows: tiles of them then lie in different sets of the cache.
+inline int64_t TiledStride(int64_t depth) { return TiledDepth(depth) + kTileDepth; }
+
+#if defined(FALCON_TILES)
+
+// Whether the system lets this process have tiles; it has to be asked.
+bool HasTiles() {
+  constexpr int kAsk = 0x1023, kTileData = 18;
+  static const bool given = syscall(SYS_arch_prctl, kAsk, kTileData) == 0;
+  return given;
+}
+
+// Tiles of 16 rows of 64 bytes, for the thread and the time that this lives.
+struct Tiles {
+  Tiles() {
+    struct alignas(64) {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } sizes;
+    _tile_loadconfig(&sizes);
+  }
+  ~Tiles() { _tile_release(); }
+};
+
+// Row i becomes the entries of all its segments, rounded; zeros follow up to a multiple of 32.
+template <class Point>
+void RoundRows(int64_t count, int segments, int64_t depth, Point&& point, uint16_t* to) {
+  const int64_t stride = TiledStride(segments * depth), whole = TiledDepth(segments * depth);
+  for (int64_t i = 0; i < count; ++i, to += stride) {
+    for (int64_t k = segments * depth / kLanes * kLanes; k < whole; ++k) to[k] = 0;
+    for (int s = 0; s < segments; ++s) {
+      const float* from = point(s, i);
+      uint16_t* row = to + s * depth;
+      for (int64_t k = 0; k < depth; k += kLanes) {
+        const __mmask16 real = depth - k >= kLanes ? 0xffff : (1u << (depth - k)) - 1;
+        const __m256bh some = _mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(real, from + k));
+        _mm256_mask_storeu_epi16(row + k, real, reinterpret_cast<const __m256i&>(some));
+      }
+    }
+  }
+}
+
+// 16 R rows of a product with 16 C columns; those of `out` lie together.
+template <int R, int C>
+void MultiplyTiles(const uint16_t* a, int64_t stride, int64_t depth, const uint16_t* b,
+                   float* out) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t k = 0; k < depth; k += kTileDepth) {
+    _tile_loadd(4, a + k, stride * 2);
+    _tile_loadd(6, b + k * kLanes, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (C == 2) {
+      _tile_loadd(7, b + (depth + k) * kLanes, 64);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (R == 2) {
+      _tile_loadd(5, a + 16 * stride + k, stride * 2);
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (C == 2) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  constexpr int kBytes = 64 * C;
+  _tile_stored(0, out, kBytes);
+  if constexpr (C == 2) _tile_stored(1, out + kLanes, kBytes);
+  if constexpr (R == 2) _tile_stored(2, out + 16 * kLanes * C, kBytes);
+  if constexpr (R == 2 && C == 2) _tile_stored(3, out + 16 * kLanes * C + kLanes, kBytes);
+}
+
+// `PanelProduct` of rounded rows.
+template <class Sink>
+void TiledPanelProduct(int width, int64_t count, int64_t depth, const uint16_t* rows,
+                       const uint16_t* b, Sink&& sink) {
+  const int64_t stride = TiledStride(depth), padded = TiledDepth(depth);
+  alignas(64) float tile[32 * 32];
+  for (int c = 0; c < width; c += 2 * kLanes, b += 2 * kLanes * padded) {
+    const int vecs = width - c >= 2 * kLanes ? 2 : 1;
+    for (int64_t i = 0; i < count; i += 32) {
+      const uint16_t* a = rows + i * stride;
+      const bool two = count - i > 16;
+      if (vecs == 2 && two) MultiplyTiles<2, 2>(a, stride, padded, b, tile);
+      else if (vecs == 2) MultiplyTiles<1, 2>(a, stride, padded, b, tile);
+      else if (two) MultiplyTiles<2, 1>(a, stride, padded, b, tile);
+      else MultiplyTiles<1, 1>(a, stride, padded, b, tile);
+      for (int64_t r = 0; r < std::min<int64_t>(count - i, 32); ++r)
+        sink(i + r, c, vecs, tile + r * vecs * kLanes);
+    }
+  }
+}
+
+#else
+
+bool HasTiles() { return false; }
+struct Tiles {};
+template <class Point>
+void RoundRows(int64_t, int, int64_t, Point&&, uint16_t*) {}
+template <class Sink>
+void TiledPanelProduct(int, int64_t, int64_t, const uint16_t*, const uint16_t*, Sink&&) {}
+
+#endif
+
+// Weights of a product, of one type or the other.
+struct Weights {
+  const float* whole;       // or null
+  const uint16_t* rounded;  // or null
+  explicit operator bool() const { return whole || rounded; }
+};
+
+int64_t Threads(ffi::ThreadPool& pool) { return std::max<int64_t>(pool.num_threads(), 1); }
+
+// Run tasks on the caller and on so many threads of the pool less one; returns when all are done.
+void RunTasks(ffi::ThreadPool& pool, int64_t threads, int64_t tasks,
+              std::function<void(int64_t)> body) {
+  threads = std::min(threads, tasks);
   if (threads <= 1) {
     for (int64_t t = 0; t < tasks; ++t) body(t);
     return;
@@ -227,8 +352,9 @@ struct Plan {
 constexpr int64_t kRingFloats = 160 * 1024;  // 640 kB a task
 constexpr int64_t kStepPoints = 96;
 constexpr int64_t kFewChannels = 16;
+constexpr double kTilesFaster = 12;  // products by tiles than by vectors
 
-Plan MakePlan(const Shape& s, int64_t threads) {
+Plan MakePlan(const Shape& s, int64_t threads, bool tiles) {
   const int64_t panels = CeilDiv(s.out, kPanel);
   const int64_t padded = s.padded_width();
   const int64_t halo = (s.rows - 1) * s.dilation_h + 1 - s.stride_h;
@@ -244,7 +370,9 @@ Plan MakePlan(const Shape& s, int64_t threads) {
       const int64_t ring =
           s.terms * ((step - 1) * s.stride_h + (s.rows - 1) * s.dilation_h + 1) * padded * columns;
       const double product = double(in_rows) * s.width *
-                             (double(s.terms) * s.in * columns / kLanes + s.in / 8.0);
+                             (double(s.terms) * s.in * columns / kLanes /
+                                  (tiles ? kTilesFaster : 1.0) +
+                              s.in / 8.0);
       const double depthwise =
           double(rows) * s.out_width * columns / kLanes * (s.terms * s.rows * s.cols * 1.3 + 6);
       double cost = product + depthwise;
@@ -363,8 +491,8 @@ void StorePooledRow(const Shape& s, const float* pair, int64_t columns, int64_t 
 
 // One task: output rows [first, last) of one image and some panels of channels. Input rows of the
 // depthwise step stand in a ring: products of x, or without weights x itself.
-void PointwiseDepthwiseTask(const Shape& s, const Plan& plan, const float* x, const float* weights,
-                            const float* depthwise, const float* inner, const Epilogue& whole,
+void PointwiseDepthwiseTask(const Shape& s, const Plan& plan, const float* x,
+                            const Weights& weights, const float* depthwise, const float* inner, const Epilogue& whole,
                             int64_t image,
                             int64_t first, int64_t last, int64_t panel0, int64_t panels) {
   const int64_t channel0 = panel0 * kPanel;
@@ -374,9 +502,12 @@ void PointwiseDepthwiseTask(const Shape& s, const Plan& plan, const float* x, co
   const int64_t ring = (plan.step - 1) * s.stride_h + extent;
   const int64_t row_floats = padded * columns;
   const int64_t pooled_floats = s.pool ? 2 * s.out_width * columns : 0;
-  float* z = Scratch(s.terms * ring * row_floats + row_floats + pooled_floats);
+  const int64_t rounded_floats =
+      weights.rounded ? (ring * s.width + 32) * TiledStride(s.in) / 2 : 0;
+  float* z = Scratch(s.terms * ring * row_floats + row_floats + pooled_floats + rounded_floats);
   float* zeros = z + s.terms * ring * row_floats;
   float* pair = zeros + row_floats;
+  auto* rounded = reinterpret_cast<uint16_t*>(pair + pooled_floats);
   std::fill(zeros, zeros + row_floats, 0.0f);
   const int64_t begin = std::min(s.left, padded), end = std::min(s.left + s.width, padded);
   for (int64_t r = 0; r < s.terms * ring; ++r) {
@@ -416,33 +547,35 @@ void PointwiseDepthwiseTask(const Shape& s, const Plan& plan, const float* x, co
       const bool same = s.stride_h == 1 && s.stride_w == 1 && !s.pool;
       const float* ahead =
           same ? epilogue.y + (image * s.out_height + oh) * s.out_width * s.out + channel0 : nullptr;
+      if (weights.rounded) RoundRows(count, 1, s.in, point, rounded);
       for (int64_t p = 0; weights && p < panels; ++p) {
         const int width = PanelWidth(s, panel0 + p);
         for (int64_t r = 0; r < s.terms; ++r) {
           float* base = z + r * ring * row_floats + p * kPanel * padded;
-          const float* b =
-              weights + (panel0 + p) * kPanel * s.in * s.terms + r * s.in * width;
-          PanelProduct(width, count, 1, s.in, b, point,
-                       [&](int64_t i, int c, int vecs, const float* values) {
-                         const int64_t row = i / used, at = i - row * used;
-                         float* target = base + ((from + row) % ring) * row_floats +
-                                         c * padded + (begin + at) * kLanes;
-                         const int64_t point = (image * s.height + from + row) * s.width + at;
-                         const float* add = inner + (point * s.terms + r) * s.out + channel0 +
-                                            p * kPanel + c;
-                         const int64_t left = s.out - channel0 - p * kPanel - c;
-                         for (int v = 0; v < vecs; ++v) {
-                           Vec sum = Load(values + v * kLanes);
-                           if (inner && left > v * kLanes)
-                             sum += LoadSome(add + v * kLanes,
-                                             static_cast<int>(left - v * kLanes));
-                           Store(target + v * kLanes * padded, sum);
-                         }
-                         if (ahead && oh + row < stop && at < s.out_width)
-                           for (int v = 0; v < vecs; ++v)
-                             __builtin_prefetch(ahead + (row * s.out_width + at) * s.out +
-                                                    p * kPanel + c + v * kLanes, 1, 2);
-                       });
+          auto sink = [&](int64_t i, int c, int vecs, const float* values) {
+            const int64_t row = i / used, at = i - row * used;
+            float* target =
+                base + ((from + row) % ring) * row_floats + c * padded + (begin + at) * kLanes;
+            const int64_t point = (image * s.height + from + row) * s.width + at;
+            const float* add = inner + (point * s.terms + r) * s.out + channel0 + p * kPanel + c;
+            const int64_t left = s.out - channel0 - p * kPanel - c;
+            for (int v = 0; v < vecs; ++v) {
+              Vec sum = Load(values + v * kLanes);
+              if (inner && left > v * kLanes)
+                sum += LoadSome(add + v * kLanes, static_cast<int>(left - v * kLanes));
+              Store(target + v * kLanes * padded, sum);
+            }
+            if (ahead && oh + row < stop && at < s.out_width)
+              for (int v = 0; v < vecs; ++v)
+                __builtin_prefetch(ahead + (row * s.out_width + at) * s.out + p * kPanel + c +
+                                       v * kLanes, 1, 2);
+          };
+          const int64_t depth = weights.rounded ? TiledDepth(s.in) : s.in;
+          const int64_t at = (panel0 + p) * kPanel * depth * s.terms + r * depth * width;
+          if (weights.rounded)
+            TiledPanelProduct(width, count, s.in, rounded, weights.rounded + at, sink);
+          else
+            PanelProduct(width, count, 1, s.in, weights.whole + at, point, sink);
         }
       }
       ready = need;
@@ -489,8 +622,16 @@ Epilogue MakeEpilogue(F32 bias, F32 residual, float* y, bool relu, int64_t out) 
   return Epilogue{bias.typed_data(), added, y, relu, out};
 }
 
-ffi::Error PointwiseDepthwise(ffi::ThreadPool pool, F32 x, F32 weights, F32 depthwise, F32 bias,
-                              F32 residual, F32 inner, ffi::Span<const int64_t> taps,
+// Weights as they come; an error if this processor has no tiles for them.
+ffi::ErrorOr<Weights> AnyWeights(const ffi::AnyBuffer& weights) {
+  if (!weights.element_count()) return Weights{nullptr, nullptr};
+  if (weights.element_type() == ffi::F32) return Weights{weights.typed_data<float>(), nullptr};
+  if (!HasTiles()) return ffi::Unexpected(ffi::Error::Internal("no tiles for bfloat16"));
+  return Weights{nullptr, static_cast<const uint16_t*>(weights.untyped_data())};
+}
+
+ffi::Error PointwiseDepthwise(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer weights, F32 depthwise,
+                              F32 bias, F32 residual, F32 inner, ffi::Span<const int64_t> taps,
                               ffi::Span<const int64_t> geometry, ffi::Span<const int64_t> sizes,
                               bool relu, bool pooled, ffi::ResultBuffer<ffi::F32> y) {
   if (y->element_count() == 0) return ffi::Error::Success();
@@ -498,21 +639,24 @@ ffi::Error PointwiseDepthwise(ffi::ThreadPool pool, F32 x, F32 weights, F32 dept
   Shape s = MakeShape(x, taps, geometry, sizes);
   s.pool = pooled;
   const Epilogue epilogue = MakeEpilogue(bias, residual, y->typed_data(), relu, s.out);
-  const Plan plan = MakePlan(s, std::max<int64_t>(pool.num_threads(), 1));
+  const auto pw = AnyWeights(weights);
+  if (pw.has_error()) return pw.error();
+  const Weights given = *pw;
+  const Plan plan = MakePlan(s, Threads(pool), given.rounded);
   const int64_t panels = CeilDiv(s.out, kPanel), groups = CeilDiv(panels, plan.panels);
   const int64_t used = s.pool ? s.out_height / 2 * 2 : s.out_height;
   int64_t rows = CeilDiv(used, plan.chunks);
   if (s.pool) rows += rows % 2;
   const float *px = x.typed_data(), *pd = depthwise.typed_data();
-  const float* pw = weights.element_count() ? weights.typed_data() : nullptr;
   const float* pi = inner.element_count() ? inner.typed_data() : nullptr;
-  RunTasks(pool, s.batch * plan.chunks * groups, [=](int64_t task) {
+  RunTasks(pool, Threads(pool), s.batch * plan.chunks * groups, [=](int64_t task) {
     const int64_t group = task % groups, chunk = task / groups % plan.chunks;
     const int64_t image = task / groups / plan.chunks;
     const int64_t first = chunk * rows, last = std::min(first + rows, used);
     const int64_t panel0 = group * plan.panels;
+    const auto tiles = given.rounded ? std::make_unique<Tiles>() : nullptr;
     if (first < last)
-      PointwiseDepthwiseTask(s, plan, px, pw, pd, pi, epilogue, image, first, last, panel0,
+      PointwiseDepthwiseTask(s, plan, px, given, pd, pi, epilogue, image, first, last, panel0,
                              std::min(plan.panels, panels - panel0));
   });
   return ffi::Error::Success();
@@ -553,7 +697,7 @@ void PackPixels(const Shape& s, const float* x, int64_t first, int64_t count, fl
 }
 
 // A standard convolution, or a pointwise one: rows of the product are output pixels, segments taps.
-ffi::Error Convolution(ffi::ThreadPool pool, F32 x, F32 weights, F32 bias, F32 residual,
+ffi::Error Convolution(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer weights, F32 bias, F32 residual,
                        ffi::Span<const int64_t> taps, ffi::Span<const int64_t> geometry,
                        ffi::Span<const int64_t> sizes, bool relu,
                        ffi::ResultBuffer<ffi::F32> y) {
@@ -561,23 +705,30 @@ ffi::Error Convolution(ffi::ThreadPool pool, F32 x, F32 weights, F32 bias, F32 r
   AskForHugePages(y->typed_data(), y->element_count());
   const Shape s = MakeShape(x, taps, geometry, sizes);
   const Epilogue epilogue = MakeEpilogue(bias, residual, y->typed_data(), relu, s.out);
-  const int64_t threads = std::max<int64_t>(pool.num_threads(), 1);
   const int64_t pixels = s.batch * s.out_height * s.out_width;
   const int64_t panels = CeilDiv(s.out, kPanel);
   const int64_t depth = s.in * s.rows * s.cols;
+  const auto pw = AnyWeights(weights);
+  if (pw.has_error()) return pw.error();
+  const Weights given = *pw;
+  // Waiting for other threads takes longer than little work.
+  const double cycles = double(pixels) * depth * s.out / (given.rounded ? 256 : 32);
+  const int64_t threads = cycles < 2e4 ? 1 : Threads(pool);
   // Rows of a task: enough to use a panel again, and few enough that input rows stay in the cache.
-  int64_t block = std::min<int64_t>(std::max<int64_t>(24, 48 * 1024 / std::max<int64_t>(depth, 1)) / 24 * 24, 480);
+  const int64_t tile = given.rounded ? 32 : 24, entries = given.rounded ? 96 * 1024 : 48 * 1024;
+  const int64_t fitting = entries / std::max<int64_t>(depth, 1) / tile * tile;
+  const int64_t block = std::min<int64_t>(std::max(tile, fitting), 480);
   int64_t blocks = CeilDiv(pixels, block);
   int64_t groups = 1;
   while (groups < panels && blocks * groups < 2 * threads) ++groups;
   const int64_t each = CeilDiv(panels, groups);
   groups = CeilDiv(panels, each);
   const auto zeros = std::make_shared<std::vector<float>>(s.in, 0.0f);
-  const float *px = x.typed_data(), *pw = weights.typed_data();
+  const float* px = x.typed_data();
   const int segments = static_cast<int>(s.rows * s.cols);
   const bool plain = s.rows == 1 && s.cols == 1 && s.stride_h == 1 && s.stride_w == 1 &&
                      s.top == 0 && s.left == 0;
-  RunTasks(pool, blocks * groups, [=](int64_t task) {
+  RunTasks(pool, threads, blocks * groups, [=](int64_t task) {
     const int64_t group = task / blocks, first = task % blocks * block;
     const int64_t count = std::min(block, pixels - first);
     auto point = [&](int segment, int64_t i) -> const float* {
@@ -590,24 +741,29 @@ ffi::Error Convolution(ffi::ThreadPool pool, F32 x, F32 weights, F32 bias, F32 r
       if (row < 0 || row >= s.height || col < 0 || col >= s.width) return zeros->data();
       return px + ((image * s.height + row) * s.width + col) * s.in;
     };
-    float* packed = nullptr;
-    if (segments > 1 && s.in < kFewChannels) {  // side by side: the product's loop is then long
-      packed = Scratch(count * depth + kLanes);
-      PackPixels(s, px, first, count, packed);
-    }
+    const auto tiles = given.rounded ? std::make_unique<Tiles>() : nullptr;
+    const bool few = segments > 1 && s.in < kFewChannels;
+    const int64_t packed_floats = few ? count * depth + kLanes : 0;
+    const int64_t rounded_floats = given.rounded ? (count + 32) * TiledStride(depth) / 2 : 0;
+    float* packed = Scratch(packed_floats + rounded_floats);
+    auto* rounded = reinterpret_cast<uint16_t*>(packed + packed_floats);
+    auto row = [&](int, int64_t i) { return packed + i * depth; };
+    if (few) PackPixels(s, px, first, count, packed);  // the product's loop is then long
+    if (given.rounded && few) RoundRows(count, 1, depth, row, rounded);
+    if (given.rounded && !few) RoundRows(count, segments, s.in, point, rounded);
     for (int64_t p = group * each; p < std::min(panels, (group + 1) * each); ++p) {
       const int width = PanelWidth(s, p);
       auto sink = [&](int64_t i, int c, int vecs, const float* values) {
         for (int v = 0; v < vecs; ++v)
           epilogue.Put(first + i, p * kPanel + c + v * kLanes, Load(values + v * kLanes));
       };
-      const float* b = pw + p * kPanel * depth;
-      if (packed) {
-        auto row = [&](int, int64_t i) { return packed + i * depth; };
-        PanelProduct(width, count, 1, depth, b, row, sink);
-      } else {
-        PanelProduct(width, count, segments, s.in, b, point, sink);
-      }
+      const int64_t at = p * kPanel * (given.rounded ? TiledDepth(depth) : depth);
+      if (given.rounded)
+        TiledPanelProduct(width, count, depth, rounded, given.rounded + at, sink);
+      else if (few)
+        PanelProduct(width, count, 1, depth, given.whole + at, row, sink);
+      else
+        PanelProduct(width, count, segments, s.in, given.whole + at, point, sink);
     }
   });
   return ffi::Error::Success();
@@ -626,7 +782,7 @@ ffi::Error MaxPool(ffi::ThreadPool pool, F32 x, ffi::Span<const int64_t> taps,
   const float* px = x.typed_data();
   float* py = y->typed_data();
   const int64_t each = std::max<int64_t>(1, kStepPoints * 64 / (out_width * channels) + 1);
-  RunTasks(pool, CeilDiv(rows, each), [=](int64_t task) {
+  RunTasks(pool, Threads(pool), CeilDiv(rows, each), [=](int64_t task) {
     for (int64_t row = task * each; row < std::min(rows, (task + 1) * each); ++row) {
       const int64_t image = row / out_height, h = row % out_height * stride_h - top;
       const int64_t h0 = std::max<int64_t>(h, 0), h1 = std::min(h + tall, height);
@@ -659,7 +815,7 @@ ffi::Error AlongAxis(ffi::ThreadPool pool, F32 x, F32 weights, ffi::Buffer<ffi::
   const int32_t* at = places.typed_data();
   float* py = y->typed_data();
   const int64_t each = std::max<int64_t>(1, 16384 / inner);
-  RunTasks(pool, CeilDiv(rows, each), [=](int64_t task) {
+  RunTasks(pool, Threads(pool), CeilDiv(rows, each), [=](int64_t task) {
     for (int64_t row = task * each; row < std::min(rows, (task + 1) * each); ++row) {
       const int64_t i = row % m;
       const float* from = px + row / m * n * inner;
@@ -682,7 +838,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(FalconPointwiseDepthwise, PointwiseDepthwise,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<F32>()
-                                  .Arg<F32>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<F32>()
                                   .Arg<F32>()
                                   .Arg<F32>()
@@ -697,7 +853,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(FalconConvolution, Convolution,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<F32>()
-                                  .Arg<F32>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<F32>()
                                   .Arg<F32>()
                                   .Attr<FALCON_SPAN>("taps")
@@ -719,3 +875,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(FalconAlongAxis, AlongAxis,
                                   .Arg<F32>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<F32>());
+
+extern "C" bool FalconHasTiles() { return HasTiles(); }

@@ -16,7 +16,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
-from falcon_jax.native.kernels import AlongAxis, MaxPool, Step, pack_columns, pack_rows, run
+from falcon_jax.frameworks.tracing import inner_jaxprs, scan_parts
+from falcon_jax.native.kernels import AlongAxis, MaxPool, Step, pack_rows, run
 from falcon_jax.native.program import (
     CONVOLUTION,
     Operation,
@@ -31,15 +32,17 @@ from falcon_jax.ops.convolution import conv_on_small_maps
 from falcon_jax.ops.depthwise import depthwise_conv
 from falcon_jax.ops.separable import pointwise_conv
 
-_DEPTHWISE = 16  # input channels that take the time of a depthwise step of nine taps
+# Input channels that take the time of a depthwise step of nine taps: by vectors, and by tiles.
+_DEPTHWISE, _DEPTHWISE_TILED = 16, 192
 _FEW = 8  # entries of an axis that an interpolation takes together
 
 
-def with_native_steps(forward: Callable[..., Any]) -> Callable[..., Any]:
+def with_native_steps(forward: Callable[..., Any], *, bfloat16: bool = False) -> Callable[..., Any]:
     """Return the function whose convolutions are carried out by the compiled kernels.
 
     Args:
         forward: a pure function of arrays; weights are its constants.
+        bfloat16: whether what is multiplied is rounded, as `Step` says.
     """
 
     def optimized(*arrays: Any) -> Any:
@@ -53,7 +56,7 @@ def with_native_steps(forward: Callable[..., Any]) -> Callable[..., Any]:
         if jaxpr.effects or convolves_inside(jaxpr.jaxpr):
             return forward(*arrays)
         program = folded(read_program(jaxpr))
-        outputs = _Runner(program).run(arrays)
+        outputs = _Runner(program, bfloat16).run(arrays)
         return jax.tree.unflatten(jax.tree.structure(structure), outputs)
 
     return optimized
@@ -97,7 +100,8 @@ class Joined:
     def is_better_dense(self) -> bool:
         """Return whether there are so many terms that one standard convolution takes less time."""
         step, taps = self.step, math.prod(self.step.kernel_size)
-        separate = step.terms * (step.in_features + _DEPTHWISE)
+        depthwise = _DEPTHWISE_TILED if step.bfloat16 else _DEPTHWISE
+        separate = step.terms * (step.in_features + depthwise)
         return step.kind == "pointwise_depthwise" and separate > taps * step.in_features
 
     @property
@@ -149,8 +153,9 @@ def _few_entries(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class _Runner:
     """Carries out a program; convolutions wait for what follows them."""
 
-    def __init__(self, program: Program):
+    def __init__(self, program: Program, bfloat16: bool):
         self.program = program
+        self.bfloat16 = bfloat16
         self.made: dict[Value, Any] = {}
         self.waiting: dict[Value, Joined] = {}
         self.repeated: dict[Value, np.ndarray] = {}  # per channel, or one number
@@ -217,7 +222,7 @@ class _Runner:
         y = run(
             step,
             self.array(joined.x).reshape(joined.small),
-            none if joined.weights is None else pack_columns(joined.weights),
+            none if joined.weights is None else step.packed(joined.weights),
             none if joined.depthwise is None else pack_rows(joined.depthwise),
             pack_rows(bias),
             none if residual is None else residual.reshape(small),
@@ -229,7 +234,13 @@ class _Runner:
         """Return the step of the last of arrays side by side, and the products of the others."""
         assert joined.weights is not None
         step, (m, k, n) = joined.step, joined.weights.shape
-        product = Step(kind="standard", kernel_size=(1, 1), in_features=m, out_features=k * n)
+        product = Step(
+            kind="standard",
+            kernel_size=(1, 1),
+            in_features=m,
+            out_features=k * n,
+            bfloat16=step.bfloat16,
+        )
         last = _last_of_parts(
             self,
             Joined(
@@ -272,7 +283,7 @@ class _Runner:
 def _convolution(runner: _Runner, operation: Operation) -> bool:
     x = operation.inputs[0]
     (y,) = operation.outputs
-    joined = _as_step(operation)
+    joined = _as_step(runner, operation)
     if joined is None:
         return False
     pointwise = runner.taken(x)
@@ -301,7 +312,7 @@ def _followed_by(pointwise: Joined, depthwise: Joined) -> Joined | None:
     )
 
 
-def _as_step(operation: Operation) -> Joined | None:
+def _as_step(runner: _Runner, operation: Operation) -> Joined | None:
     """Return a convolution as the kernels know it, or None."""
     x, kernel = operation.inputs
     (y,) = operation.outputs
@@ -338,6 +349,7 @@ def _as_step(operation: Operation) -> Joined | None:
         strides=(*front, *params["window_strides"]),  # type: ignore[arg-type]
         padding=(*(((0, 0),) * len(front)), *map(tuple, params["padding"])),  # type: ignore[arg-type]
         dilation=(*front, *params["rhs_dilation"]),  # type: ignore[arg-type]
+        bfloat16=runner.bfloat16,
     )
     return Joined(
         x=x,
@@ -369,7 +381,11 @@ def _product(runner: _Runner, operation: Operation) -> bool:
     array = np.asarray(matrix.constant)
     array = array if tuple(of_matrix) == (0,) else array.T
     step = Step(
-        kind="standard", kernel_size=(1, 1), in_features=x.shape[-1], out_features=array.shape[1]
+        kind="standard",
+        kernel_size=(1, 1),
+        in_features=x.shape[-1],
+        out_features=array.shape[1],
+        bfloat16=runner.bfloat16,
     )
     rows = math.prod(x.shape[:-1])
     runner.waiting[y] = Joined(
@@ -488,6 +504,37 @@ def _last_of_parts(runner: _Runner, joined: Joined) -> Joined:
             residual = Value(joined.shape, output.dtype, uses=1)
             runner.resampled[residual] = dataclasses.replace(known, x=output)
     raise AssertionError("there are no parts")
+
+
+def _loop(runner: _Runner, operation: Operation) -> bool:
+    """Carry out a loop's body as a program, what the loop does not change being its constants."""
+    params = operation.params
+    ranks = ([len(a.shape) for a in arrays] for arrays in (operation.inputs, operation.outputs))
+    fixed, carried = scan_parts(*ranks, *inner_jaxprs(params["jaxpr"]))
+    program = read_program(params["jaxpr"])
+    for inside, outside in zip(program.inputs[:fixed], operation.inputs[:fixed], strict=True):
+        inside.constant = outside.constant
+    program = folded(program)
+    if not any(_has_weights(inner) for inner in program.operations):
+        return False
+    arrays = [runner.array(x) for x in operation.inputs]
+    around, states, rows = arrays[:fixed], arrays[fixed:][:carried], arrays[fixed:][carried:]
+
+    def body(states: list[Any], row: list[Any]) -> tuple[list[Any], list[Any]]:
+        outputs = _Runner(program, runner.bfloat16).run([*around, *states, *row])
+        return outputs[:carried], outputs[carried:]
+
+    how = {name: params[name] for name in ("length", "reverse", "unroll")}
+    states, rows = jax.lax.scan(body, states, rows, **how)
+    runner.made.update(zip(operation.outputs, [*states, *rows], strict=True))
+    return True
+
+
+def _has_weights(operation: Operation) -> bool:
+    name = operation.primitive.name
+    return name == CONVOLUTION or (
+        name == "dot_general" and any(x.constant is not None for x in operation.inputs)
+    )
 
 
 def _max_pool(runner: _Runner, operation: Operation) -> bool:
@@ -670,6 +717,7 @@ _RULES: dict[str, Callable[[_Runner, Operation], bool]] = {
     "transpose": _transpose,
     "concatenate": _concatenate,
     "reduce_window_max": _max_pool,
+    "scan": _loop,
 }
 
 

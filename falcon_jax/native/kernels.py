@@ -24,7 +24,7 @@ Kind = Literal["standard", "pointwise_depthwise", "depthwise"]
 Pair = tuple[int, int]
 Pairs = tuple[Pair, Pair]
 
-PANEL, LANES = 64, 16  # as in convolution.cc
+PANEL, LANES, DEPTH = 64, 16, 32  # as in convolution.cc
 
 
 @runtime_checkable
@@ -66,7 +66,7 @@ class Step:
 
     ``y = pool(max(conv(x) + bias + residual, 0))``, maximum and pooling where they are asked for
 
-    Operands: the input (b, h, w, M), weights of `pack_columns` (empty if depthwise), depthwise
+    Operands: the input (b, h, w, M), weights of `Step.packed` (empty if depthwise), depthwise
     kernel of `pack_rows` (empty if standard), bias of `pack_rows`, what is added, of the
     convolution's shape (b, h', w', N), and what is added between pointwise and depthwise, of shape
     (b, h, w, k N); the last two empty if nothing is.
@@ -82,6 +82,8 @@ class Step:
         dilation: distance between taps.
         relu: whether negative outputs become zero.
         pool: whether maxima of 2x2 outputs are returned; not of the standard kind.
+        bfloat16: whether inputs and weights of products over channels are rounded to bfloat16;
+            their sums, and the depthwise step, are of float32.
     """
 
     kind: Kind
@@ -94,8 +96,19 @@ class Step:
     dilation: Pair = (1, 1)
     relu: bool = False
     pool: bool = False
+    bfloat16: bool = False
 
     mapped = (0, 4, 5)
+
+    def packed(self, matrix: Float[np.ndarray, "depth terms n"]) -> np.ndarray:
+        """Return weights as its kernel reads them."""
+        return pack_tiles(matrix) if self.bfloat16 else pack_columns(matrix)
+
+    def _matrix(self, packed: Array) -> Float[Array, "depth terms n"]:
+        """Return the weights that `packed` made this of."""
+        taps = math.prod(self.kernel_size) if self.kind == "standard" else 1
+        unpack = unpack_tiles if self.bfloat16 else unpack_columns
+        return unpack(packed, taps * self.in_features, self.terms, self.out_features)
 
     def convolved(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the convolution's shape, before any pooling."""
@@ -127,15 +140,16 @@ class Step:
     ) -> Float[Array, "b h_out w_out n"]:
         """Return the step in plain JAX."""
         size, geometry = self.kernel_size, self._geometry
+        if self.bfloat16 and self.kind != "depthwise":
+            x = x.astype(jnp.bfloat16).astype(x.dtype)
         if self.kind == "standard":
-            kernel = unpack_columns(weights, math.prod(size) * self.in_features, self)
+            kernel = self._matrix(weights)
             y = conv(x, kernel.reshape(*size, self.in_features, -1), **geometry)
         elif self.kind == "depthwise":
             y = depthwise_conv(x, self._rows(depthwise, *size), **geometry)
         else:
             kernel = self._rows(depthwise, *size, self.terms)
-            pointwise = unpack_columns(weights, self.in_features, self)
-            y = pointwise_then_depthwise(x, kernel, pointwise, **geometry)
+            y = pointwise_then_depthwise(x, kernel, self._matrix(weights), **geometry)
             if inner.size:
                 terms = jnp.split(inner, self.terms, axis=-1)
                 y = y + sum(
@@ -244,24 +258,68 @@ class AlongAxis:
 
 def pack_columns(matrix: Float[np.ndarray, "depth terms n"]) -> Float[np.ndarray, " size"]:
     """Return weights as the kernels read them: panels of 64 columns, one term after the other."""
-    n = matrix.shape[-1]
-    wide = np.pad(matrix, ((0, 0), (0, 0), (0, -n % LANES)))
-    panels = (wide[..., start : start + PANEL] for start in range(0, wide.shape[-1], PANEL))
-    return np.concatenate([panel.swapaxes(0, 1).reshape(-1) for panel in panels])
+    return np.concatenate([panel.reshape(-1) for panel in _panels(matrix)])
 
 
 def unpack_columns(
-    packed: Float[Array, " size"], depth: int, step: Step
+    packed: Float[Array, " size"], depth: int, terms: int, n: int
 ) -> Float[Array, "depth terms n"]:
-    """Return the weights that `pack_columns` made this of."""
-    n = step.out_features + -step.out_features % LANES
-    widths = [min(PANEL, n - start) for start in range(0, n, PANEL)]
-    ends = np.cumsum([depth * step.terms * width for width in widths]).tolist()
-    parts = jnp.split(packed, ends[:-1])
-    panels = [
-        part.reshape(step.terms, depth, width) for part, width in zip(parts, widths, strict=True)
+    """Return the weights that `pack_columns` made this of.
+
+    Args:
+        packed: what it returned.
+        depth: rows of the weights.
+        terms: their terms.
+        n: their columns.
+    """
+    panels = [part.reshape(terms, depth, width) for part, width in _parts(packed, depth * terms, n)]
+    return jnp.concatenate(panels, -1).swapaxes(0, 1)[..., :n]
+
+
+def pack_tiles(matrix: Float[np.ndarray, "depth terms n"]) -> np.ndarray:
+    """Return weights rounded to bfloat16: panels as `pack_columns` has them, of tiles.
+
+    A tile is 16 columns of 16 pairs of rows; rows are filled up with zeros to a multiple of 32.
+
+    Args:
+        matrix: the weights.
+    """
+    tall = np.pad(matrix, ((0, -matrix.shape[0] % DEPTH), (0, 0), (0, 0))).astype(jnp.bfloat16)
+    tiled = [
+        panel.reshape(len(panel), -1, DEPTH // 2, 2, panel.shape[-1] // LANES, LANES)
+        for panel in _panels(tall)
     ]
-    return jnp.concatenate(panels, -1).swapaxes(0, 1)[..., : step.out_features]
+    return np.concatenate([tiles.transpose(0, 4, 1, 2, 5, 3).reshape(-1) for tiles in tiled])
+
+
+def unpack_tiles(packed: Array, depth: int, terms: int, n: int) -> Float[Array, "depth terms n"]:
+    """Return the weights that `pack_tiles` made this of, in float32.
+
+    Args:
+        packed: what it returned.
+        depth: rows of the weights.
+        terms: their terms.
+        n: their columns.
+    """
+    rows, panels = depth + -depth % DEPTH, []
+    for part, width in _parts(packed, rows * terms, n):
+        tiles = part.reshape(terms, width // LANES, rows // DEPTH, DEPTH // 2, LANES, 2)
+        panels.append(tiles.transpose(0, 2, 3, 5, 1, 4).reshape(terms, rows, width))
+    return jnp.concatenate(panels, -1).swapaxes(0, 1)[:depth, :, :n].astype(jnp.float32)
+
+
+def _panels(matrix: np.ndarray) -> list[np.ndarray]:
+    """Return 64 columns after the other, terms first, columns filled up to a multiple of 16."""
+    wide = np.pad(matrix, ((0, 0), (0, 0), (0, -matrix.shape[-1] % LANES))).swapaxes(0, 1)
+    return [wide[..., start : start + PANEL] for start in range(0, wide.shape[-1], PANEL)]
+
+
+def _parts(packed: Array, rows: int, n: int) -> list[tuple[Array, int]]:
+    """Return the flat panels of so many rows and terms, each with its number of columns."""
+    columns = n + -n % LANES
+    widths = [min(PANEL, columns - start) for start in range(0, columns, PANEL)]
+    ends = np.cumsum([rows * width for width in widths]).tolist()
+    return list(zip(jnp.split(packed, ends[:-1]), widths, strict=True))
 
 
 def pack_rows(rows: Float[np.ndarray, "*rows n"]) -> Float[np.ndarray, " size"]:

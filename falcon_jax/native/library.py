@@ -86,9 +86,17 @@ def load() -> bool:
     return True
 
 
+def multiplies_bfloat16() -> bool:
+    """Return whether the kernels are built and this processor multiplies bfloat16 by tiles."""
+    return load() and _register(_digest())
+
+
 @functools.cache
-def _register(digest: str) -> None:
-    """Make the kernels of this digest known: once in a process, wherever their library stands."""
+def _register(digest: str) -> bool:
+    """Make the kernels of this digest known: once in a process, wherever their library stands.
+
+    Returns whether they take weights in bfloat16.
+    """
     path = library_path()
     try:
         library = ctypes.cdll.LoadLibrary(str(path))
@@ -99,6 +107,9 @@ def _register(digest: str) -> None:
         ) from error
     for name in TARGETS:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+    has_tiles = library.FalconHasTiles
+    has_tiles.restype = ctypes.c_bool
+    return has_tiles()
 
 
 _TUNED = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"

@@ -1,5 +1,6 @@
 """Compiled kernels against sums in float64, written down as they are defined."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -7,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from falcon_jax.native.kernels import AlongAxis, MaxPool, Step, pack_columns, pack_rows, run
+from falcon_jax.native.kernels import AlongAxis, MaxPool, Step, pack_rows, run
+from falcon_jax.native.library import multiplies_bfloat16
 
 
 def convolution(x, kernel, step):
@@ -55,10 +57,12 @@ def operands(step, shape, *, residual=False, inner=False, seed=0):
     bias = r.normal(size=n).astype(np.float32)
     added = r.normal(size=step.convolved(x.shape)).astype(np.float32) if residual else None
     between = r.normal(size=(*shape, k * n)).astype(np.float32) if inner else None
+    if step.bfloat16:
+        x, weights = (a.astype(jnp.bfloat16).astype(np.float32) for a in (x, weights))
     none = np.zeros(0, np.float32)
     packed = (
         x,
-        none if step.kind == "depthwise" else pack_columns(weights),
+        none if step.kind == "depthwise" else step.packed(weights),
         none if step.kind == "standard" else pack_rows(depthwise),
         pack_rows(bias),
         none if added is None else added,
@@ -121,9 +125,38 @@ def test_a_step_is_what_it_says(name):
         )
 
 
-@pytest.mark.parametrize("name", ["dilation", "rank 2, strides", "depthwise, pooled"])
-def test_plain_jax_gives_the_same(name):
+needs_tiles = pytest.mark.skipif("not multiplies_bfloat16()", reason="no AMX")
+
+
+@needs_tiles
+@pytest.mark.parametrize("name", CASES)
+def test_rounded_numbers_are_multiplied_exactly(name):
     kernel, shape = CASES[name]
+    kernel = dataclasses.replace(kernel, bfloat16=True)
+    for added in (False, True):
+        inner = added and kernel.kind == "pointwise_depthwise"
+        given, packed = operands(kernel, shape, residual=added, inner=inner)
+        np.testing.assert_allclose(
+            run(kernel, *packed), expected(kernel, *given), rtol=1e-4, atol=1e-4
+        )
+
+
+@needs_tiles
+def test_inputs_are_rounded_to_the_nearest():
+    kernel, shape = CASES["3x3, many channels"]
+    kernel = dataclasses.replace(kernel, bfloat16=True)
+    _, (x, *rest) = operands(kernel, shape)
+    noise = 1 + 2.0**-9 * np.random.default_rng(1).uniform(-0.99, 0.99, x.shape)
+    np.testing.assert_array_equal(
+        run(kernel, (x * noise).astype(np.float32), *rest), run(kernel, x, *rest)
+    )
+
+
+@pytest.mark.parametrize("bfloat16", [False, pytest.param(True, marks=needs_tiles)])
+@pytest.mark.parametrize("name", ["dilation", "rank 2, strides", "depthwise, pooled"])
+def test_plain_jax_gives_the_same(name, bfloat16):
+    kernel, shape = CASES[name]
+    kernel = dataclasses.replace(kernel, bfloat16=bfloat16)
     inner = kernel.kind == "pointwise_depthwise"
     _, packed = operands(kernel, shape, residual=True, inner=inner)
     wanted = run(kernel, *packed)
