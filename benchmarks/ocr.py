@@ -31,7 +31,7 @@ from examples.ocr import detector, recognizer
 from examples.ocr.pages import Pages, render_sheets
 from examples.ocr.read import STAGES, build_kernels
 from examples.ocr.reading import Networks, Reading, read_page, right_words, word_batches
-from examples.ocr.shrinking import Models, deployed, originals, shrunk
+from examples.ocr.shrinking import Models, all_deployed, originals, shrunk
 from examples.ocr.weights import load_weights
 from falcon_jax.report.table import (
     Column,
@@ -318,8 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     originals_in_torch, told = torch_networks(first.images[0], batch, options.forms)
     networks = {
         "PyTorch, original": originals_in_torch,
-        "JAX, original": deployed(before),
-        "JAX, shrunk": deployed(after),
+        **{f"JAX, {name}": each for name, each in all_deployed(before, after).items()},
     }
     rows = measure(pages, networks, options.rounds)
     print(format_table(rows, COLUMNS))

@@ -7,9 +7,10 @@ convolution but the first is compressed. All runtimes get the same graph, by `fa
 ``jax`` is `deploy` with its native kernels, ``plain`` without; ``torch`` is PyTorch traced and
 frozen, ``ort`` is ONNX Runtime, ``ov`` OpenVINO in float32. ``gain`` is the original's time over
 the compressed one's, both `deploy`; ``share`` is that gain over the ratio of mult-adds. Times of a
-network and batch size are of one run, in turns.
+network and batch size are of one run, in turns. With ``--precision bfloat16``, `deploy` and
+OpenVINO multiply in bfloat16; ``f32`` is `deploy` without.
 
-python -m benchmarks.real_networks --out results/real_networks.json
+python -m benchmarks.real_networks --out results/real_networks.json [--precision bfloat16]
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import pathlib
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -35,10 +36,12 @@ from flax import nnx
 import falcon_jax as fj
 from benchmarks.timing import geometric_mean, settings_of_run, synchronised, take_turns
 from examples.ocr.detector import Detector
+from falcon_jax.compression.deployment import Precision
 from falcon_jax.report.table import Column, format_ratio, format_table, write_json
 
 Call = Callable[[np.ndarray], Any]
-RUNTIMES = ("torch", "ort", "ov")
+RUNTIMES = {"float32": ("plain", "torch", "ort", "ov"), "bfloat16": ("f32", "ov")}  # beside ours
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 
 
 class Pair(nnx.Module):
@@ -128,8 +131,18 @@ def compressed(model: nnx.Module, x: np.ndarray, rank: int) -> nnx.Module:
     return small
 
 
-def elsewhere(model: nnx.Module, x: np.ndarray, threads: int) -> dict[str, Call]:
-    """Return a model's call in the other runtimes."""
+def elsewhere(
+    model: nnx.Module, x: np.ndarray, names: Sequence[str], precision: str, threads: int
+) -> dict[str, Call]:
+    """Return a model's call in the other runtimes.
+
+    Args:
+        model: in evaluation mode.
+        x: what it is called on.
+        names: of the runtimes.
+        precision: of what OpenVINO multiplies.
+        threads: of each.
+    """
     import onnxruntime
     import openvino
     import torch
@@ -137,30 +150,32 @@ def elsewhere(model: nnx.Module, x: np.ndarray, threads: int) -> dict[str, Call]
     from benchmarks.onnx_in_torch import frozen
 
     torch.set_num_threads(threads)
+    calls: dict[str, Call] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = str(
             fj.export.onnx(model, x, pathlib.Path(folder) / "model.onnx", open_sizes=()).path
         )
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        if "torch" in names:
+            calls["torch"] = frozen(path, x)
+        if "ort" in names:
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = threads
+            options.log_severity_level = 3
+            providers = ["CPUExecutionProvider"]
+            session = onnxruntime.InferenceSession(path, options, providers=providers)
+            calls["ort"] = lambda x: session.run(None, {"x": x})[0]
         settings = {
-            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
             "INFERENCE_NUM_THREADS": threads,
             "PERFORMANCE_HINT": "LATENCY",
         }
         request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
-        module = frozen(path, x)
-    return {
-        "torch": module,
-        "ort": lambda x: session.run(None, {"x": x})[0],
-        "ov": lambda x: request.infer({"x": x})[0],
-    }
+        calls["ov"] = lambda x: request.infer({"x": x})[0]
+    return calls
 
 
 def measure(
-    name: str, batch: int, ranks: list[int], *, rounds: int, threads: int
+    name: str, batch: int, ranks: list[int], *, precision: Precision, rounds: int, threads: int
 ) -> list[dict[str, Any]]:
     """Return a row for the original (rank 0) and one for each rank.
 
@@ -173,23 +188,27 @@ def measure(
     model.eval()
     calls: dict[str, Callable[[], Any]] = {}
     counts: dict[int, int] = {}
+    others = RUNTIMES[precision]
     on_device = jnp.asarray(x)
     for rank in (0, *([] if name in DEPTHWISE else ranks)):
         small = compressed(model, x[:1], rank) if rank else model
         counts[rank] = fj.profile(small, x[:1]).mult_adds
-        native, plain = (fj.deploy(small, x, native=choice) for choice in (True, False))
-        calls[f"{rank} jax"] = synchronised(native, on_device)
-        calls[f"{rank} plain"] = synchronised(plain, on_device)
-        wanted = np.asarray(native(on_device))
-        for runtime, call in elsewhere(small, x, threads).items():
+        ours = {"jax": fj.deploy(small, x, native=True, precision=precision)}
+        if precision == "float32":
+            ours["plain"] = fj.deploy(small, x, native=False)
+        else:
+            ours["f32"] = fj.deploy(small, x, native=True)
+        calls |= {f"{rank} {n}": synchronised(call, on_device) for n, call in ours.items()}
+        wanted, near = np.asarray(ours["jax"](on_device)), TOLERANCE[precision]
+        for runtime, call in elsewhere(small, x, others, precision, threads).items():
             found = np.asarray(call(x))
-            if not np.allclose(found, wanted, rtol=1e-3, atol=1e-3 * np.abs(wanted).max()):
+            if not np.allclose(found, wanted, rtol=near, atol=near * np.abs(wanted).max()):
                 raise ValueError(f"{runtime} and JAX do not agree on {name}, rank {rank}.")
             calls[f"{rank} {runtime}"] = lambda call=call: call(x)
     times = take_turns(calls, rounds=rounds)
     rows = []
     for rank, count in counts.items():
-        ms = {r: times[f"{rank} {r}"].median for r in ("jax", "plain", *RUNTIMES)}
+        ms = {r: times[f"{rank} {r}"].median for r in ("jax", *others)}
         fewer = counts[0] / count
         gain = times["0 jax"].median / ms["jax"]
         rows.append(
@@ -201,11 +220,11 @@ def measure(
                 "fewer": fewer,
                 "gain": gain,
                 "share": gain / fewer,
-                **{f"jax / {r}": ms["jax"] / ms[r] for r in ("plain", *RUNTIMES)},
+                **{f"jax / {r}": ms["jax"] / ms[r] for r in others},
                 **{f"{r} ms": value for r, value in ms.items()},
                 "quartiles": {
                     r: [times[f"{rank} {r}"].low, times[f"{rank} {r}"].high]
-                    for r in ("jax", "plain", *RUNTIMES)
+                    for r in ("jax", *others)
                 },
             }
         )
@@ -250,6 +269,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--precision", choices=list(RUNTIMES), default="float32")
     parser.add_argument("--operations", action="store_true", help="print operations of one image")
     options = parser.parse_args()
     if not fj.native.is_built():
@@ -270,21 +290,25 @@ def main() -> None:
             if batch * fj.profile(shapes, sample).mult_adds > LARGEST:
                 continue
             rows += measure(
-                name, batch, options.ranks, rounds=options.rounds, threads=options.threads
+                name,
+                batch,
+                options.ranks,
+                precision=options.precision,
+                rounds=options.rounds,
+                threads=options.threads,
             )
-            report(rows, options.out)  # as far as it is
+            report(rows, RUNTIMES[options.precision], options.out)  # as far as it is
 
 
-def report(rows: list[dict[str, Any]], out: str | None) -> None:
+def report(rows: list[dict[str, Any]], others: Sequence[str], out: str | None) -> None:
     """Print all rows, their geometric means and the worst, and write them."""
-    ratios = [f"jax / {r}" for r in ("plain", *RUNTIMES)]
+    ratios = [f"jax / {r}" for r in others]
     columns = [Column(name=n, header=n) for n in ("network", "batch", "rank")]
     columns += [
         Column(name=n, header=n, format=format_ratio) for n in ("fewer", "gain", "share", *ratios)
     ]
     columns += [
-        Column(name=f"{r} ms", header=f"{r} ms", format="{:.2f}".format)
-        for r in ("jax", "plain", *RUNTIMES)
+        Column(name=f"{r} ms", header=f"{r} ms", format="{:.2f}".format) for r in ("jax", *others)
     ]
     print(format_table(rows, columns))
     compressed_rows = [row for row in rows if row["rank"]]

@@ -3,8 +3,8 @@
 VGG19 on 32x32 images, ResNet-18 on 224x224, the text recognizer on 64x320 and the text detector on
 256x256, each as it is and with FALCON of rank 1, random weights. ``jax`` is `deploy`, with its
 kernels where they are built; ``ort`` and ``ov`` are ONNX Runtime and OpenVINO on the file of
-`falcon_jax.export.onnx`, shapes fixed as servers do; ``bf16`` is OpenVINO's hint; ``int8`` is the
-file of `onnx_int8`. Ratios are of medians in one run.
+`falcon_jax.export.onnx`, shapes fixed as servers do; ``bf16`` is the ``precision`` of `deploy` and
+OpenVINO's hint; ``int8`` is the file of `onnx_int8`. Ratios are of medians in one run.
 
 With ``--stored`` and ``--data``, stored models are timed, too, and the test split is classified by
 each of the runtimes; with ``--ocr``, words are read and found by the trained networks and by those
@@ -39,6 +39,7 @@ from examples.ocr.recognizer import Recognizer
 from falcon_jax.cli.data import add_data_options, load_data
 from falcon_jax.data.augmentation import normalize
 from falcon_jax.data.batching import eval_batches
+from falcon_jax.native.library import multiplies_bfloat16
 from falcon_jax.report.table import (
     Column,
     format_percent,
@@ -54,6 +55,8 @@ RATIOS = {
     "jax / ort": ("jax", "ort"),
     "jax / ov": ("jax", "ov"),
     "ort / ort int8": ("ort", "ort int8"),
+    "jax / jax bf16": ("jax", "jax bf16"),
+    "jax bf16 / ov bf16": ("jax bf16", "ov bf16"),
     "ov / ov bf16": ("ov", "ov bf16"),
     "ov / ov int8": ("ov", "ov int8"),
 }
@@ -92,6 +95,8 @@ def runtimes(
     import openvino
 
     calls: dict[str, Call] = {"jax": fj.deploy(model, sample)}
+    if multiplies_bfloat16():
+        calls["jax bf16"] = fj.deploy(model, sample, precision="bfloat16")
     core = openvino.Core()
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)

@@ -23,7 +23,7 @@ import falcon_jax.native
 from examples.ocr.comparison import page_picture
 from examples.ocr.pages import render_sheets
 from examples.ocr.reading import LONGEST, Networks, Reading, read_page, right_words
-from examples.ocr.shrinking import deployed, originals, shrunk
+from examples.ocr.shrinking import all_deployed, originals, shrunk
 from falcon_jax.data.decoding import decode_rgb, header_problem
 from falcon_jax.paths import user_path, write_whole
 from falcon_jax.report.table import Column, format_ratio, table_of
@@ -76,7 +76,7 @@ def _run(options: argparse.Namespace) -> None:
     build_kernels()
     before = originals()
     after = shrunk(before, out / ("quick" if options.quick else "networks"), quick=options.quick)
-    networks = {"original": deployed(before), "shrunk": deployed(after)}
+    networks = all_deployed(before, after)
     readings = {name: _timed(page, each) for name, each in networks.items()}
     marks = {name: marked(reading, truth) for name, reading in readings.items()}
     show(report(readings, marks, truth))
@@ -135,7 +135,7 @@ def marked(reading: Reading, truth: tuple[Boxes, tuple[str, ...]] | None) -> np.
 
 @dataclasses.dataclass(frozen=True)
 class Report(Printable):
-    """The shrunk networks' words, the table of both readings, and how often they agree."""
+    """The last reading's words, the table of all, and how often it agrees with the first."""
 
     lines: tuple[Table | str, ...]
 
@@ -149,7 +149,7 @@ def report(
     marks: dict[str, np.ndarray | None],
     truth: tuple[Boxes, tuple[str, ...]] | None,
 ) -> Report:
-    """Return what is told of both readings."""
+    """Return what is told of the readings, the original's first."""
     rows = []
     for name, reading in readings.items():
         total, right = sum(reading.milliseconds.values()), marks[name]
@@ -167,7 +167,7 @@ def report(
         *(Column(name=s, header=f"{s} ms", format="{:.1f}".format) for s in (*STAGES, "total")),
         Column(name="faster", header="Faster", format=format_ratio),
     ]
-    first, last = readings["original"], readings["shrunk"]
+    first, *_, last = readings.values()
     agree = right_words(last, first.boxes, first.texts).sum()
     words = " ".join(last.texts[i] for i in _in_order(last.boxes)) or "(none)"
     alike = f"{agree} of the original's {len(first.texts)} words are read alike."

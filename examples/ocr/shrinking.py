@@ -15,6 +15,8 @@ from examples.ocr import detector, recognizer
 from examples.ocr.pages import render_pages, render_sheets
 from examples.ocr.reading import Networks
 from examples.ocr.words import render_words
+from falcon_jax.compression.deployment import Precision
+from falcon_jax.native.library import multiplies_bfloat16
 
 SEED = 1  # of everything that networks are shrunk on
 SIDE = 256  # of the pages
@@ -161,12 +163,26 @@ def shrink_one(
     return small, plan
 
 
-def deployed(models: Models) -> Networks:
-    """Return the networks as fast functions."""
+def deployed(models: Models, *, precision: Precision = "float32") -> Networks:
+    """Return the networks as fast functions.
+
+    Args:
+        models: the networks.
+        precision: of what is multiplied, as `falcon_jax.deploy` takes it.
+    """
+    page, word = jnp.zeros((1, 64, 64, 3)), jnp.zeros((1, recognizer.HEIGHT, 128, 1))
     return Networks(
-        detect=fj.deploy(models.detector, jnp.zeros((1, 64, 64, 3))),
-        recognize=fj.deploy(models.recognizer, jnp.zeros((1, recognizer.HEIGHT, 128, 1))),
+        detect=fj.deploy(models.detector, page, precision=precision),
+        recognize=fj.deploy(models.recognizer, word, precision=precision),
     )
+
+
+def all_deployed(before: Models, after: Models) -> dict[str, Networks]:
+    """Return the originals and the shrunk networks, in bfloat16, too, where that is faster."""
+    networks = {"original": deployed(before), "shrunk": deployed(after)}
+    if multiplies_bfloat16():
+        networks["shrunk, bfloat16"] = deployed(after, precision="bfloat16")
+    return networks
 
 
 def _tell(line: str) -> None:

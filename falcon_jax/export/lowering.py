@@ -245,8 +245,7 @@ def _scan(step: Step) -> list[Tensor]:
     (body,) = inner_jaxprs(tuple(step.params.values()))
     closed = step.params["jaxpr"]
     graph = step.graph
-    ranks = ([len(a.shape) for a in arrays] for arrays in (step.inputs, step.outputs))
-    fixed, carried = scan_parts(*ranks, body)
+    fixed, carried = scan_parts(step.inputs, step.outputs, body)
     consts, state, each = (
         step.inputs[:fixed],
         step.inputs[fixed : fixed + carried],

@@ -312,8 +312,7 @@ def _open(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
 
 def _steps(eqn: Any, body: Any, constants: Sequence[Any], given: Sequence[Any]) -> list[Any]:
     """Return what a scan gives, step by step."""
-    ranks = ([v.aval.ndim for v in vs] for vs in (eqn.invars, eqn.outvars))
-    fixed, carried = scan_parts(*ranks, body)
+    fixed, carried = scan_parts(eqn.invars, eqn.outvars, body)
     carry, stacks = list(given[fixed : fixed + carried]), given[fixed + carried :]
     length = int(eqn.params["length"])
     steps = range(length - 1, -1, -1) if eqn.params["reverse"] else range(length)

@@ -167,19 +167,23 @@ def bind(primitive: Any, params: Mapping[str, Any], inputs: Sequence[Any]) -> li
     return list(outputs) if primitive.multiple_results else [outputs]
 
 
-def scan_parts(inputs: Sequence[int], outputs: Sequence[int], body: Any) -> tuple[int, int]:
+def scan_parts(inputs: Sequence[Any], outputs: Sequence[Any], body: Any) -> tuple[int, int]:
     """Return how many inputs of a scan all of its steps share, and how many it carries.
 
     The rest have one axis less inside. The parameters that say so differ between versions of JAX.
 
     Args:
-        inputs: number of axes of each input of the scan.
-        outputs: and of each output.
+        inputs: of the scan: variables, or what else has a shape.
+        outputs: of the scan.
         body: the jaxpr of one step.
     """
-    sliced = sum(a > v.aval.ndim for a, v in zip(inputs, body.invars, strict=True))
-    carried = sum(a == v.aval.ndim for a, v in zip(outputs, body.outvars, strict=True))
-    return len(inputs) - carried - sliced, carried
+
+    def as_inside(outer: Sequence[Any], inner: Sequence[Any]) -> int:
+        ranks = [[len(getattr(v, "aval", v).shape) for v in vs] for vs in (outer, inner)]
+        return sum(a == b for a, b in zip(*ranks, strict=True))
+
+    carried = as_inside(outputs, body.outvars)
+    return as_inside(inputs, body.invars) - carried, carried
 
 
 def inner_jaxprs(value: Any) -> list[Any]:
@@ -266,8 +270,7 @@ class _Reader:
         if name == "scan":
             # What is passed axis by axis has one axis less inside, and so have the stacked outputs.
             (body,) = jaxprs
-            ranks = ([v.aval.ndim for v in vs] for vs in (eqn.invars, eqn.outvars))
-            fixed, carried = scan_parts(*ranks, body)
+            fixed, carried = scan_parts(eqn.invars, eqn.outvars, body)
             each = [_without_first_axis(value) for value in given[fixed + carried :]]
             inner = [*given[:fixed], *[None] * carried, *each]
             self.read(body, inner, times * int(eqn.params["length"]), layer)

@@ -34,6 +34,7 @@ from falcon_jax.ops.separable import pointwise_conv
 
 # Input channels that take the time of a depthwise step of nine taps: by vectors, and by tiles.
 _DEPTHWISE, _DEPTHWISE_TILED = 16, 192
+_MUCH = 2**18  # mult-adds of a product that takes longer than calling a kernel
 _FEW = 8  # entries of an axis that an interpolation takes together
 
 
@@ -509,13 +510,12 @@ def _last_of_parts(runner: _Runner, joined: Joined) -> Joined:
 def _loop(runner: _Runner, operation: Operation) -> bool:
     """Carry out a loop's body as a program, what the loop does not change being its constants."""
     params = operation.params
-    ranks = ([len(a.shape) for a in arrays] for arrays in (operation.inputs, operation.outputs))
-    fixed, carried = scan_parts(*ranks, *inner_jaxprs(params["jaxpr"]))
+    fixed, carried = scan_parts(operation.inputs, operation.outputs, *inner_jaxprs(params["jaxpr"]))
     program = read_program(params["jaxpr"])
     for inside, outside in zip(program.inputs[:fixed], operation.inputs[:fixed], strict=True):
         inside.constant = outside.constant
     program = folded(program)
-    if not any(_has_weights(inner) for inner in program.operations):
+    if not any(_is_worth_a_kernel(inner) for inner in program.operations):
         return False
     arrays = [runner.array(x) for x in operation.inputs]
     around, states, rows = arrays[:fixed], arrays[fixed:][:carried], arrays[fixed:][carried:]
@@ -530,11 +530,15 @@ def _loop(runner: _Runner, operation: Operation) -> bool:
     return True
 
 
-def _has_weights(operation: Operation) -> bool:
-    name = operation.primitive.name
-    return name == CONVOLUTION or (
-        name == "dot_general" and any(x.constant is not None for x in operation.inputs)
-    )
+def _is_worth_a_kernel(operation: Operation) -> bool:
+    """Return whether it is a convolution, or a product with weights that is not small."""
+    if operation.primitive.name == CONVOLUTION:
+        return True
+    if operation.primitive.name != "dot_general":
+        return False
+    x, matrix = operation.inputs
+    (y,) = operation.outputs
+    return matrix.constant is not None and math.prod(y.shape) * x.shape[-1] >= _MUCH
 
 
 def _max_pool(runner: _Runner, operation: Operation) -> bool:

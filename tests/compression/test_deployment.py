@@ -98,6 +98,11 @@ def test_a_chunk_of_nothing_is_refused():
         fj.deploy(Mean(), chunk=0)
 
 
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match="'float32' or 'bfloat16'; got float16"):
+        fj.deploy(Mean(), precision="float16")
+
+
 def test_kernels_of_linen_modules_are_built_once():
     module, x = Linen(), images(5)
     model = module.bind(module.init(jax.random.key(0), x, train=False))

@@ -19,3 +19,10 @@ def built(tmp_path_factory):
                 raise
             pytest.skip(str(error))
         yield path
+
+
+@pytest.fixture
+def tiles(built):
+    """A processor that multiplies bfloat16."""
+    if not library.multiplies_bfloat16():
+        pytest.skip("this processor has no AMX")

@@ -206,6 +206,32 @@ def test_convolutions_inside_a_loop():
     compare(model, x)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_products_inside_a_loop(reverse):
+    cell = nnx.SimpleCell(64, 64, rngs=nnx.Rngs(0))
+    model = nnx.RNN(cell, reverse=reverse, return_carry=True)
+    steps, others = compare(model, images(64, 3, 64))
+    assert len(steps) == 2 and others["scan"] == 1 and not others["dot_general"]
+
+
+def test_small_products_inside_a_loop_stay():
+    model = nnx.RNN(nnx.SimpleCell(8, 8, rngs=nnx.Rngs(0)))
+    steps, others = compare(model, images(2, 3, 8))
+    assert not steps and others["dot_general"]
+
+
+@pytest.mark.usefixtures("tiles")
+def test_bfloat16_is_asked_for(block):
+    x = images(2, 12, 11, 3)
+    small = compressed(block, x, fj.Falcon(rank=2))
+    function = fj.deploy(small, x, precision="bfloat16")
+    steps, _ = kernels(function, x)
+    assert all(s.bfloat16 for s in steps if isinstance(s, Step))
+    wanted = np.asarray(small(x))
+    assert not np.array_equal(function(x), wanted)
+    np.testing.assert_allclose(function(x), wanted, rtol=0.03, atol=0.03 * np.abs(wanted).max())
+
+
 def test_linen_and_large_batches():
     class Model(nn.Module):
         @nn.compact

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from falcon_jax.native.kernels import AlongAxis, MaxPool, Step, pack_rows, run
-from falcon_jax.native.library import multiplies_bfloat16
 
 
 def convolution(x, kernel, step):
@@ -125,10 +124,7 @@ def test_a_step_is_what_it_says(name):
         )
 
 
-needs_tiles = pytest.mark.skipif("not multiplies_bfloat16()", reason="no AMX")
-
-
-@needs_tiles
+@pytest.mark.usefixtures("tiles")
 @pytest.mark.parametrize("name", CASES)
 def test_rounded_numbers_are_multiplied_exactly(name):
     kernel, shape = CASES[name]
@@ -141,7 +137,7 @@ def test_rounded_numbers_are_multiplied_exactly(name):
         )
 
 
-@needs_tiles
+@pytest.mark.usefixtures("tiles")
 def test_inputs_are_rounded_to_the_nearest():
     kernel, shape = CASES["3x3, many channels"]
     kernel = dataclasses.replace(kernel, bfloat16=True)
@@ -152,11 +148,13 @@ def test_inputs_are_rounded_to_the_nearest():
     )
 
 
-@pytest.mark.parametrize("bfloat16", [False, pytest.param(True, marks=needs_tiles)])
+@pytest.mark.parametrize("bfloat16", [False, True])
 @pytest.mark.parametrize("name", ["dilation", "rank 2, strides", "depthwise, pooled"])
-def test_plain_jax_gives_the_same(name, bfloat16):
+def test_plain_jax_gives_the_same(name, bfloat16, request):
     kernel, shape = CASES[name]
     kernel = dataclasses.replace(kernel, bfloat16=bfloat16)
+    if bfloat16:
+        request.getfixturevalue("tiles")
     inner = kernel.kind == "pointwise_depthwise"
     _, packed = operands(kernel, shape, residual=True, inner=inner)
     wanted = run(kernel, *packed)
