@@ -521,6 +521,10 @@ void PointwiseDepthwiseTask(const Shape& s, const Plan& plan, const float* x,
   const float* picture = x + image * s.height * s.width * s.in;
   const Epilogue& epilogue = whole;
   std::vector<const float*> taps(s.terms * s.rows);
+  struct Place {
+    int64_t row, at, offset;  // of an input point, and where its products go
+  };
+  std::vector<Place> places;
   int64_t ready = std::max<int64_t>(first * s.stride_h - s.top, 0);  // rows before are computed
   for (int64_t oh = first; oh < last; oh += plan.step) {
     const int64_t stop = std::min(oh + plan.step, last);
@@ -528,16 +532,17 @@ void PointwiseDepthwiseTask(const Shape& s, const Plan& plan, const float* x,
     ready = std::max(ready, std::max<int64_t>(oh * s.stride_h - s.top, 0));
     if (need > ready && used > 0) {
       const int64_t from = ready, count = (need - from) * used;
+      places.clear();
+      for (int64_t row = from; row < need; ++row)
+        for (int64_t at = 0; at < used; ++at)
+          places.push_back({row, at, (row % ring) * row_floats + (begin + at) * kLanes});
       auto point = [&](int, int64_t i) {
-        const int64_t row = used == s.width ? 0 : i / used;
-        return picture + (used == s.width ? from * s.width + i
-                                          : (from + row) * s.width + i - row * used) * s.in;
+        return picture + (places[i].row * s.width + places[i].at) * s.in;
       };
       if (!weights) {
         const int64_t real = std::min(columns, s.out - channel0);
         for (int64_t i = 0; i < count; ++i) {
-          const int64_t row = i / used, at = i - row * used;
-          float* target = z + ((from + row) % ring) * row_floats + (begin + at) * kLanes;
+          float* target = z + places[i].offset;
           for (int64_t c = 0; c < columns; c += kLanes)
             Store(target + c * padded,
                   LoadSome(point(0, i) + channel0 + c, static_cast<int>(real - c)));
@@ -553,10 +558,9 @@ void PointwiseDepthwiseTask(const Shape& s, const Plan& plan, const float* x,
         for (int64_t r = 0; r < s.terms; ++r) {
           float* base = z + r * ring * row_floats + p * kPanel * padded;
           auto sink = [&](int64_t i, int c, int vecs, const float* values) {
-            const int64_t row = i / used, at = i - row * used;
-            float* target =
-                base + ((from + row) % ring) * row_floats + c * padded + (begin + at) * kLanes;
-            const int64_t point = (image * s.height + from + row) * s.width + at;
+            const auto [row, at, offset] = places[i];
+            float* target = base + offset + c * padded;
+            const int64_t point = (image * s.height + row) * s.width + at;
             const float* add = inner + (point * s.terms + r) * s.out + channel0 + p * kPanel + c;
             const int64_t left = s.out - channel0 - p * kPanel - c;
             for (int v = 0; v < vecs; ++v) {
@@ -565,9 +569,10 @@ void PointwiseDepthwiseTask(const Shape& s, const Plan& plan, const float* x,
                 sum += LoadSome(add + v * kLanes, static_cast<int>(left - v * kLanes));
               Store(target + v * kLanes * padded, sum);
             }
-            if (ahead && oh + row < stop && at < s.out_width)
+            const int64_t below = row - from;
+            if (ahead && oh + below < stop && at < s.out_width)
               for (int v = 0; v < vecs; ++v)
-                __builtin_prefetch(ahead + (row * s.out_width + at) * s.out + p * kPanel + c +
+                __builtin_prefetch(ahead + (below * s.out_width + at) * s.out + p * kPanel + c +
                                        v * kLanes, 1, 2);
           };
           const int64_t depth = weights.rounded ? TiledDepth(s.in) : s.in;
