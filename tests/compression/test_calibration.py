@@ -99,7 +99,7 @@ def test_every_layer_has_the_least_error_given_the_layers_before(by_regression, 
     "method",
     [
         fj.Falcon(),
-        fj.DepthwiseSeparable(),
+        pytest.param(fj.DepthwiseSeparable(), marks=pytest.mark.slow),
         pytest.param(fj.Tucker(rank=4), marks=pytest.mark.slow),
         fj.FilterSummary(ratio=4.0),
     ],

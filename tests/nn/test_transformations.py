@@ -140,12 +140,18 @@ def test_export_with_symbolic_sizes(method):
 
 
 @pytest.mark.parametrize("method", EVERY, ids=str)
+def test_export_with_symbolic_sizes_of_every_geometry(method):
+    check_export(method, "b, h, w", *sorted(set(GEOMETRIES) - {"strides"}))
+
+
 @pytest.mark.parametrize(
-    ("sizes", "geometries"),
-    [("b, h, w", sorted(set(GEOMETRIES) - {"strides"})), *((s, ["strides"]) for s in OTHERS)],
+    "method",
+    [METHODS[0], *(pytest.param(method, marks=pytest.mark.slow) for method in METHODS[1:])],
+    ids=str,
 )
-def test_export_with_symbolic_sizes_of_every_geometry(method, sizes, geometries):
-    check_export(method, sizes, *geometries)
+@pytest.mark.parametrize("sizes", OTHERS)
+def test_export_with_other_symbolic_sizes(method, sizes):
+    check_export(method, sizes, "strides")
 
 
 @pytest.mark.parametrize(
@@ -281,7 +287,16 @@ def test_no_transfer_by_vmap_and_forward_mode_outside_of_jit(framework):
         assert_near(found, expected)
 
 
-@pytest.mark.parametrize("method", EVERY, ids=str)
+@pytest.mark.parametrize(
+    "method",
+    [
+        method
+        if method in (METHODS[0], METHODS[-2])
+        else pytest.param(method, marks=pytest.mark.slow)
+        for method in METHODS
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize(
     ("padding", "sizes", "constraints"),
     [("REFLECT", "b, h, w", ["h>=3", "w>=3"]), ("CIRCULAR", "b, 9, 8", [])],

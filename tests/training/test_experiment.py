@@ -59,7 +59,7 @@ def _quickly():
     mesh = jax.make_mesh((1,), ("data",), axis_types=types, devices=jax.devices()[:1])
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(rooms, "data_mesh", lambda: mesh)
-        patched.setattr(vgg, "VGG8_STAGES", ((8, 8), (16,)))
+        patched.setattr(vgg, "VGG8_STAGES", ((8,), (24,)))
         yield
 
 
@@ -112,9 +112,9 @@ def test_accuracies_are_shares_of_the_test_split(finished):
 
 def test_costs_counted_by_hand(finished):
     standard, compressed, unfitted = finished[1]
-    widths, sides = [3, 8, 8, 16], [8, 8, 4]
+    widths, sides = [3, 8, 24], [8, 4]
     pairs = list(itertools.pairwise(widths))
-    dense = [(16, 128), (128, 10)]
+    dense = [(24, 128), (128, 10)]
     rest = sum(m * n + n for m, n in dense)
     norm = 2 * sum(widths[1:])
     bias = sum(widths[1:])
@@ -312,7 +312,7 @@ def test_models_are_exported_as_the_config_says(tmp_path):
         names = {path.name for path in (tmp_path / label).iterdir()}
         assert {"model", "model.onnx", "model.int8.onnx", "model.safetensors"} <= names
         kinds = [n.op_type for n in onnx.load(tmp_path / label / "model.onnx").graph.node]
-        assert kinds.count("Conv") == (3 if label == "standard" else 6)
+        assert kinds.count("Conv") == (2 if label == "standard" else 4)
     with pytest.raises(ValueError, match=r"config\.export: there is no 'onx'.*'onnx'"):
         check_config(small(export=("onx",)))
 
