@@ -4,6 +4,7 @@ Programs run once or twice here, so compiling them is what takes time: XLA optim
 one test compiled another one, or the program that it starts, finds in `.xla_cache`.
 """
 
+import gc
 import os
 import pathlib
 
@@ -22,6 +23,13 @@ import jaxtyping
 import pytest
 
 
+def pytest_collection_finish():
+    """Let the garbage collector pass over what is loaded, and look for the rest less often."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
+
+
 @pytest.fixture(scope="module")
 def without_hook():
     """Leave out the checks of annotations: what is wrong comes as far as it does for a user."""
@@ -30,7 +38,7 @@ def without_hook():
         yield
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="package", autouse=True)  # what fixtures compile, tests find
 def _no_rank_promotion():
     with jax.numpy_rank_promotion("raise"):
         yield

@@ -1,6 +1,7 @@
 """What pyproject.toml declares is what the package needs, and computes right."""
 
 import ast
+import functools
 import pathlib
 import re
 import subprocess
@@ -82,9 +83,13 @@ def holds(marker: Marker, python: str) -> bool:
     return marker.evaluate({"python_version": python})
 
 
+# It reads the records of everything that is installed.
+packages_distributions = functools.cache(metadata.packages_distributions)
+
+
 def undeclared(path, *extras):
     declared = {canonical(r.name) for r in requirements(*extras)}
-    distributions = metadata.packages_distributions()
+    distributions = packages_distributions()
     return {
         name
         for name in imported(path)

@@ -26,8 +26,13 @@ def small(*, num_classes=1000, in_features=3, rngs):
     )
 
 
+@pytest.fixture(scope="module")
+def state():
+    return {k: v for k, v in small_weights(small_resnet(5)).items() if v.ndim}
+
+
 @pytest.fixture
-def weights(tmp_path, monkeypatch):
+def weights(tmp_path, monkeypatch, state):
     """A file of weights of a small ResNet, which stands for resnet18."""
 
     def get_model(arch, **options):
@@ -36,7 +41,6 @@ def weights(tmp_path, monkeypatch):
 
     monkeypatch.setattr(stored, "get_model", get_model)
     path = tmp_path / "weights.safetensors"
-    state = {k: v for k, v in small_weights(small_resnet(5)).items() if v.ndim}
     save_file(state, path)
     return path
 

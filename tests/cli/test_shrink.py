@@ -19,7 +19,7 @@ from falcon_jax.storage.models import Description, ImagePreprocessing
 def _quickly():
     """Compile fewer layers."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(vgg, "VGG8_STAGES", ((8, 8), (16,)))
+        patched.setattr(vgg, "VGG8_STAGES", ((8,), (16,)))
         yield
 
 
@@ -45,13 +45,13 @@ def shrink(checkpoint, out, *options):
     ids=["", "ranks, distilled"],
 )
 def test_a_smaller_checkpoint_and_a_report(tmp_path, checkpoint, capsys, more):
-    options = ["--target", "mult_adds=0.4", "--method", "falcon:1", *more]
+    options = ["--target", "mult_adds=0.6", "--method", "falcon:1", *more]
     options += ["--keep", ".*/0/0/conv", "--batches", "2"]
     out = tmp_path / "small"
     assert shrink(checkpoint, out, *options, "--report", str(tmp_path / "report")) == 0
     told = capsys.readouterr().out
     small, before = stored.load_stored(out), stored.load_stored(checkpoint)
-    assert small.plan.after.mult_adds <= 0.4 * small.plan.before.mult_adds
+    assert small.plan.after.mult_adds <= 0.6 * small.plan.before.mult_adds
     assert small.plan.rows[0].method is None
     assert {type(row.method) for row in small.plan.replaced} == {fj.Falcon}
     assert "loss of the output" in told and told.endswith(f"{out}\n")

@@ -71,11 +71,17 @@ def weights_of(layer):
     return np.float64(layer.kernel).reshape(-1, 8), bias
 
 
-@pytest.mark.parametrize("path", ["second", "third"])
-def test_every_layer_has_the_least_error_given_the_layers_before(path):
+@pytest.fixture(scope="module")
+def by_regression():
+    """A model, a compressed one fitted to its answers, and the data."""
     model, small, plan = compressed(fj.ChannelDecomposition(rank=3))
     data = [*batches(), batches(1, batch=7)[0]]
-    fitted = plainly(model, small, plan, data)
+    return model, plainly(model, small, plan, data), data
+
+
+@pytest.mark.parametrize("path", ["second", "third"])
+def test_every_layer_has_the_least_error_given_the_layers_before(by_regression, path):
+    model, fitted, data = by_regression
     x, y = seen(model, fitted, path, data)
     w, bias = weights_of(getattr(fitted, path))
     error = ((y - x @ w - bias) ** 2).sum()
@@ -93,7 +99,7 @@ def test_every_layer_has_the_least_error_given_the_layers_before(path):
     "method",
     [
         fj.Falcon(),
-        fj.DepthwiseSeparable(),
+        pytest.param(fj.DepthwiseSeparable(), marks=pytest.mark.slow),
         pytest.param(fj.Tucker(rank=4), marks=pytest.mark.slow),
         fj.FilterSummary(ratio=4.0),
     ],

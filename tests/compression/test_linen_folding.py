@@ -47,7 +47,9 @@ def test_init_makes_the_folded_variables(name):
     assert shapes(made) == shapes(new)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "setup" else n for n in NETWORKS]
+)
 def test_folded_then_compressed_then_stored(name, tmp_path):
     module, variables, folded, new = fold(name)
     plan = fj.make_plan(folded.bind(new), [fj.Rule(method=fj.Falcon(rank="full"))], inputs())

@@ -216,7 +216,8 @@ def calls_of(function):
     return next(calls), caught.value
 
 
-def test_hostile_dictionaries_of_pairs_are_no_bomb(tmp_path):
+def test_hostile_dictionaries_of_pairs_are_no_bomb(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch_pickle, "_LARGEST_COST", 2**18)
     pairs = b"(" + 1000 * (b"(" + text("a") + b"Nt") + b"l"
     many = b"c__builtin__\ndict\nq\x01" + pairs + b"\x85q\x02" + 10**5 * b"h\x01h\x02R"
     refused(written(tmp_path, many), "more parts than a checkpoint has")

@@ -31,7 +31,14 @@ METHODS = [
     fj.ChannelDecomposition(rank=4, inner=fj.SpatialDecomposition(rank=2)),
 ]
 VOLUME = {"kernel_size": (2, 1, 3), "padding": "SAME", "strides": (1, 2, 2)}
-CASES = [(m, g) for m in METHODS for g in GEOMETRIES] + [
+CASES = [
+    (m, g)
+    # What the stages get of a geometry, they get with inner methods or without.
+    if m.inner is None or g is GEOMETRIES[-1] or (m, g) == (METHODS[2], GEOMETRIES[1])
+    else pytest.param(m, g, marks=pytest.mark.slow)
+    for m in METHODS
+    for g in GEOMETRIES
+] + [
     (METHODS[1], VOLUME),
     (METHODS[1], {"kernel_size": (3,), "padding": "CAUSAL", "kernel_dilation": 2}),
 ]
@@ -221,8 +228,8 @@ def test_gradients_and_jit():
     np.testing.assert_allclose(fitted, direct, atol=1e-5)
     params = method.init(jax.random.key(0), spec)
     x = draw(2, 6, 6, 4)
-    gradients = jax.grad(lambda p: jnp.sum(method.apply(p, x, spec) ** 2))(params)
-    assert all(bool(jnp.any(g != 0)) for g in gradients.values())
+    gradients = jax.jit(jax.grad(lambda p: jnp.sum(method.apply(p, x, spec) ** 2)))(params)
+    assert all(np.any(g != 0) for g in gradients.values())
 
 
 SLOW = [

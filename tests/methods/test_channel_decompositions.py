@@ -5,6 +5,7 @@ import pytest
 from flax import nnx
 
 import falcon_jax as fj
+from tests.compression.networks import forward
 from tests.methods.reference import standard_conv
 from tests.nn.weights import draw
 
@@ -94,8 +95,8 @@ def test_ranks_by_vbmf_are_those_of_the_planted_kernel():
     "method", [fj.Tucker(rank=fj.Budget(4.0)), pytest.param(fj.CP(rank=8), marks=pytest.mark.slow)]
 )
 def test_whole_models(method, tmp_path):
-    model = fj.models.vgg8_cifar(rngs=nnx.Rngs(0))
-    x = draw(2, 32, 32, 3)
+    model = fj.models.vgg8_cifar(rngs=nnx.Rngs(0), width=0.25)
+    x = draw(2, 16, 16, 3)
     rules = [
         fj.Rule(path="stages/0/0/conv", method=None),
         fj.Rule(path="stages/1/.*", method=None),
@@ -109,7 +110,7 @@ def test_whole_models(method, tmp_path):
     counted = fj.profile(small, x)
     assert (counted.params, counted.mult_adds) == (plan.after.params, plan.after.mult_adds)
     small.eval()
-    assert bool(jnp.isfinite(small(x)).all())
+    assert np.isfinite(forward(small, x)).all()
 
 
 @pytest.mark.parametrize(

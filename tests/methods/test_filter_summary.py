@@ -9,6 +9,7 @@ from flax import nnx
 from jax.test_util import check_grads
 
 import falcon_jax as fj
+from tests.compression.networks import forward
 from tests.methods.reference import float64, standard_conv
 from tests.nn.weights import draw
 
@@ -143,7 +144,7 @@ def test_initialisation(method):
     params = method.init(jax.random.key(0), spec)
     bound = 1 / math.sqrt(9 * 32)
     assert params["summary"].shape == (int(6 * 9 * 32 / method.ratio),)
-    assert 0.98 * bound < float(jnp.abs(params["summary"]).max()) <= bound
+    assert 0.98 * bound < float(np.abs(params["summary"]).max()) <= bound
     assert not np.any(params.get("shift", 0))
 
 
@@ -249,7 +250,7 @@ def test_every_location_can_be_learned_from_the_start():
     kernel, method = draw(3, 3, 4, 6), fj.DifferentiableFilterSummary(ratio=3)
     spec, params = fj.ConvSpec.of_kernel(kernel.shape), fj.fit(kernel, method)
     gradient = jax.grad(lambda p: jnp.sum((method.kernel(p, spec) - kernel) ** 2))(params)
-    assert float(jnp.abs(gradient["shift"]).min()) > 1e-2
+    assert float(np.abs(gradient["shift"]).min()) > 1e-2
 
 
 @pytest.mark.parametrize(
@@ -261,10 +262,10 @@ def test_every_location_can_be_learned_from_the_start():
     ids=str,
 )
 def test_whole_models(method, tmp_path):
-    model = fj.models.vgg8_cifar(rngs=nnx.Rngs(0), width=0.25)
-    x = draw(2, 32, 32, 3)
+    model = fj.models.VGG(((8,), (16, 16)), num_classes=10, hidden=8, rngs=nnx.Rngs(0))
+    x = draw(2, 8, 8, 3)
     plan = fj.make_plan(model, [fj.Rule(method=method)], x)
-    assert len(plan.replaced) == 6
+    assert len(plan.replaced) == 3
     assert all(0 < row.error < 1 for row in plan.replaced)
     plan.save(tmp_path / "plan.json")
     assert fj.Plan.load(tmp_path / "plan.json") == plan
@@ -280,7 +281,7 @@ def test_whole_models(method, tmp_path):
         error = fj.relative_error(trained, layer.method.kernel(layer.params, row.spec))
         assert float(error) == pytest.approx(row.error, rel=1e-4)
     small.eval()
-    assert bool(jnp.isfinite(small(x)).all())
+    assert np.isfinite(forward(small, x)).all()
 
 
 def _parts(path):

@@ -9,6 +9,7 @@ from flax import nnx
 import falcon_jax as fj
 from falcon_jax.models import branch_unit, channel_shuffle, gdg_unit, pdp_split_unit, pdp_unit
 from falcon_jax.models.units import depthwise_3x3, pointwise
+from tests.compression.networks import forward
 
 torch = pytest.importorskip("torch")
 
@@ -110,12 +111,18 @@ def gdg_reference(unit, x, m, n, strides):
     ],
 )
 @pytest.mark.parametrize(
-    ("m", "n", "strides", "size"), [(16, 16, 1, 5), (16, 32, 1, 6), (16, 16, 2, 7), (16, 32, 2, 6)]
+    ("m", "n", "strides", "size"),
+    [
+        (16, 16, 1, 5),
+        (16, 32, 1, 6),
+        pytest.param(16, 16, 2, 7, marks=pytest.mark.slow),
+        (16, 32, 2, 6),
+    ],
 )
 def test_outputs_are_those_of_pytorch(name, reference, m, n, strides, size):
     unit = build(FACTORIES[name], m, n, strides)
     x = np.random.default_rng(1).normal(size=(2, size, size, m)).astype(np.float32)
-    y = unit(jnp.asarray(x))
+    y = forward(unit, x)  # in one program
     expected = reference(unit, tensor(x).permute(0, 3, 1, 2), m, n, strides)
     expected = expected.permute(0, 2, 3, 1).numpy()
     assert y.shape == (2, -(-size // strides), -(-size // strides), n)
@@ -158,7 +165,7 @@ def test_bfloat16_and_gradients(name):
     grads = gradient(unit)
     leaves = jax.tree.leaves(grads)
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.float32)}
-    assert all(bool(jnp.isfinite(leaf).all()) for leaf in leaves)
+    assert all(np.isfinite(leaf).all() for leaf in leaves)
 
 
 @pytest.mark.parametrize("name", ["PDPConv", "PDPConv-split", "GDGConv"])

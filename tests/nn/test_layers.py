@@ -1,10 +1,10 @@
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 import falcon_jax as fj
+from tests.nn.weights import draw
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ import falcon_jax as fj
 )
 def test_computes_what_a_grouped_convolution_of_flax_does(kernel_size, options):
     axes = 1 if isinstance(kernel_size, int) else len(kernel_size)
-    x = jax.random.normal(jax.random.key(0), (2, *(6, 7)[:axes], 4))
+    x = draw(2, *(6, 7)[:axes], 4)
     ours = fj.DepthwiseConv(4, kernel_size, rngs=nnx.Rngs(0), **options)
     options.pop("impl", None)
     theirs = nnx.Conv(4, 4, kernel_size, feature_group_count=4, rngs=nnx.Rngs(1), **options)

@@ -8,6 +8,7 @@ from jax.test_util import check_grads
 
 import falcon_jax as fj
 from falcon_jax.ops.choice import falcon_form
+from tests.nn.weights import draw
 from tests.ops.test_depthwise import reference
 
 
@@ -70,9 +71,9 @@ def test_matches_the_definition_in_float64(first, rank, groups, axes, stride, di
 
 @pytest.mark.parametrize("first", ["pointwise", "depthwise"])
 def test_one_term_may_go_without_its_axis(first):
-    x = jax.random.normal(jax.random.key(0), (2, 1, 5, 5, 4))
-    d = jax.random.normal(jax.random.key(1), (3, 3, 6 if first == "pointwise" else 4))
-    p = jax.random.normal(jax.random.key(2), (4, 6))
+    x = draw(2, 1, 5, 5, 4)
+    d = draw(3, 3, 6 if first == "pointwise" else 4, seed=1)
+    p = draw(4, 6, seed=2)
     long = d[..., None, :] if first == "pointwise" else d[..., None]
     y = fj.separable_conv(x, d, p, first=first)
     np.testing.assert_array_equal(y, fj.separable_conv(x, long, p[:, None], first=first))
@@ -80,9 +81,9 @@ def test_one_term_may_go_without_its_axis(first):
 
 
 def test_gradients_of_gradients():
-    x = jax.random.normal(jax.random.key(0), (1, 3, 3, 2))
-    d = jax.random.normal(jax.random.key(1), (3, 3, 2))
-    p = jax.random.normal(jax.random.key(2), (2, 2))
+    x = draw(1, 3, 3, 2)
+    d = draw(3, 3, 2, seed=1)
+    p = draw(2, 2, seed=2)
     check_grads(jax.jit(lambda *a: fj.separable_conv(*a)), (x, d, p), 2, ["rev"], 2e-2, 2e-2)
 
 

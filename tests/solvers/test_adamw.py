@@ -5,6 +5,7 @@ import pytest
 
 import falcon_jax as fj
 from falcon_jax.solvers import AdamWSettings, fit_adamw
+from tests.nn.weights import draw
 
 
 def numpy_adamw(target, params, gradient, *, steps, learning_rate, drops, weight_decay):
@@ -46,7 +47,7 @@ def test_follows_adamw_step_by_step():
 
 
 def test_trains_every_term_and_comes_near_the_exact_fit():
-    kernel = jax.random.normal(jax.random.key(0), (3, 3, 8, 6))
+    kernel = draw(3, 3, 8, 6)
     method = fj.Falcon(rank=3)
     spec = fj.ConvSpec.of_kernel(kernel.shape)
     start = method.init(jax.random.key(1), spec)
@@ -68,7 +69,7 @@ def test_trains_every_term_and_comes_near_the_exact_fit():
 
 
 def test_vmaps_over_kernels():
-    kernels = jax.random.normal(jax.random.key(0), (3, 3, 3, 4, 5))
+    kernels = draw(3, 3, 3, 4, 5)
     settings = AdamWSettings(steps=5)
 
     def fit(kernel):

@@ -5,6 +5,7 @@ import pytest
 
 import falcon_jax as fj
 from falcon_jax.solvers import kept_energy, smallest_rank
+from tests.nn.weights import draw
 
 
 def shares(matrices):
@@ -16,7 +17,7 @@ def shares(matrices):
 @pytest.mark.parametrize("shape", [(5, 9, 4), (3, 4, 9), (1, 1, 7), (6, 9, 64)])
 @pytest.mark.parametrize("scale", [1e-18, 1.0, 1e18])
 def test_the_energy_of_every_rank_is_that_of_a_float64_svd(shape, scale):
-    matrices = scale * jax.random.normal(jax.random.key(0), shape)
+    matrices = scale * draw(*shape)
     np.testing.assert_allclose(kept_energy(matrices), shares(matrices), atol=2e-6)
 
 
@@ -26,14 +27,14 @@ def test_zero_matrices_keep_everything():
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 0.999, 1.0])
 def test_the_smallest_rank_that_keeps_enough(share):
-    matrices = jax.random.normal(jax.random.key(1), (8, 9, 16))
+    matrices = draw(8, 9, 16, seed=1)
     expected = int(np.argmax(shares(matrices) >= share - 1e-9)) + 1
     assert smallest_rank(matrices[None], share) == expected
 
 
 def test_every_layer_of_a_stack_keeps_enough():
     easy = jnp.ones((8, 9, 16))
-    hard = jax.random.normal(jax.random.key(1), (8, 9, 16))
+    hard = draw(8, 9, 16, seed=1)
     assert smallest_rank(easy[None], 0.9) == 1
     assert smallest_rank(jnp.stack([easy, hard]), 0.9) == smallest_rank(hard[None], 0.9) > 1
 
@@ -44,7 +45,7 @@ def test_a_method_decides_its_rank_by_the_kernel(method, groups):
     spec = fj.ConvSpec(
         kernel_size=(3, 3), in_features=6, out_features=8, feature_group_count=groups
     )
-    kernel = jax.random.normal(jax.random.key(2), spec.kernel_shape)
+    kernel = draw(*spec.kernel_shape, seed=2)
     by_energy = method(rank=fj.Energy(0.8))
     rank = by_energy.for_layer(spec, kernel[None]).rank
 
@@ -65,7 +66,7 @@ def test_full_rank_reproduces_the_kernel_with_as_few_terms_as_can_be(method):
     full = method(rank="full").for_layer(spec)
     assert full.rank == {fj.Falcon: 4, fj.DepthwiseSeparable: 5}[method]
     assert method(rank="full").cost(spec, (8, 8, 4)) == full.cost(spec, (8, 8, 4))
-    kernel = jax.random.normal(jax.random.key(3), spec.kernel_shape)
+    kernel = draw(*spec.kernel_shape, seed=3)
     params = fj.fit(kernel, method(rank="full"))
     assert fj.relative_error(kernel, full.kernel(params, spec)) < 1e-5
 

@@ -5,6 +5,7 @@ import pytest
 from jax.test_util import check_grads
 
 from falcon_jax.solvers import best_low_rank, leading_terms
+from tests.nn.weights import draw
 
 
 def side_by_side(a, *, rank):
@@ -45,8 +46,8 @@ def spectrum(values, batch=8, q=40, seed=0):
     ("factor", "shape", "rank"),
     [
         (factor, shape, rank)
-        # A few terms: compiling grows with them.
-        if factor is best_low_rank or shape[1:] != (9, 64)
+        # A few terms and rows: compiling grows with them.
+        if factor is best_low_rank or shape[1:] not in ((9, 64), (27, 27))
         else pytest.param(factor, shape, rank, marks=pytest.mark.slow)
         for factor in FACTORS
         for shape in [(64, 9, 3), (32, 9, 64), (16, 25, 40), (4, 27, 27)]
@@ -55,7 +56,7 @@ def spectrum(values, batch=8, q=40, seed=0):
     ],
 )
 def test_error_is_the_optimum_of_eckart_and_young(factor, shape, rank):
-    a = jax.random.normal(jax.random.key(0), shape)
+    a = draw(*shape)
     rounding = 1e-5 * float(np.linalg.norm(a))
     optimum = svd_error(a, rank)
     assert our_error(factor, a, rank) == pytest.approx(optimum, rel=1e-5, abs=rounding)
@@ -81,9 +82,9 @@ def test_difficult_spectra(factor, values):
 
 @pytest.mark.parametrize("scale", [1e-20, 1e-9, 1.0, 1e20])
 def test_any_scale_and_balanced_factors(factor, scale):
-    a = jax.random.normal(jax.random.key(1), (5, 9, 12)) * scale
+    a = draw(5, 9, 12, seed=1) * scale
     left, right = factor(a, rank=4)
-    assert bool(jnp.isfinite(left).all() & jnp.isfinite(right).all())
+    assert np.isfinite(left).all() and np.isfinite(right).all()
     scaled = np.asarray(a, np.float64) / scale
     error = our_error(factor, a, 4) / scale
     assert error == pytest.approx(svd_error(scaled, 4), rel=1e-5)
@@ -94,7 +95,7 @@ def test_any_scale_and_balanced_factors(factor, scale):
 
 
 def test_zero_matrices_and_terms_beyond_the_rank_are_zero(factor):
-    a = jnp.concatenate([jnp.zeros((1, 9, 4)), jax.random.normal(jax.random.key(0), (1, 9, 4))])
+    a = jnp.concatenate([jnp.zeros((1, 9, 4)), draw(1, 9, 4)])
     left, right = factor(a, rank=9)
     assert left.shape == (2, 9, 9)
     assert right.shape == (2, 9, 4)
@@ -106,37 +107,40 @@ def test_zero_matrices_and_terms_beyond_the_rank_are_zero(factor):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_is_factored_in_float32(factor, dtype):
-    a = jax.random.normal(jax.random.key(0), (4, 9, 16)).astype(dtype)
-    left, right = factor(a, rank=9)
+    a = draw(4, 4, 16, dtype=dtype)
+    left, right = factor(a, rank=4)
     assert left.dtype == right.dtype == dtype
-    product = left.astype(jnp.float32) @ right.astype(jnp.float32)
-    assert float(jnp.abs(product - a.astype(jnp.float32)).max()) < 10 * jnp.finfo(dtype).eps
+    left, right, a = (np.asarray(values, np.float32) for values in (left, right, a))
+    assert np.abs(left @ right - a).max() < 10 * jnp.finfo(dtype).eps
 
 
 def test_gradients_numerically(factor):
-    a = jax.random.normal(jax.random.key(2), (3, 4, 6))
+    a = draw(3, 4, 6, seed=2)
 
+    @jax.jit
     def loss(a):
         left, right = factor(jnp.asarray(a), rank=2)
         return jnp.sin(left @ right).sum()
 
     check_grads(loss, (a,), order=1, modes=["fwd", "rev"], atol=3e-2, rtol=3e-2)
-    gradient = jax.grad(loss)(jnp.zeros((1, 4, 6)))
-    assert bool(jnp.isfinite(gradient).all())
+    gradient = jax.grad(loss)(jnp.zeros_like(a))
+    assert np.isfinite(gradient).all()
 
 
 def test_works_under_jit_and_vmap(factor):
-    a = jax.random.normal(jax.random.key(3), (2, 5, 9, 12))
+    a = draw(2, 5, 9, 12, seed=3)
     mapped = jax.jit(jax.vmap(lambda a: factor(a, rank=3)))(a)
     for i in range(2):
         left, right = factor(a[i], rank=3)
-        np.testing.assert_allclose(mapped[0][i] @ mapped[1][i], left @ right, atol=1e-5)
+        np.testing.assert_allclose(
+            np.asarray(mapped[0][i]) @ mapped[1][i], np.asarray(left) @ right, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize(
     "factor", [best_low_rank, pytest.param(side_by_side, marks=pytest.mark.slow)]
 )
 def test_many_fits_in_one_program_do_not_stall(factor):
-    stacks = [jax.random.normal(jax.random.key(i), (32, 9, 16)) for i in range(16)]
+    stacks = [draw(32, 9, 16, seed=i) for i in range(16)]
     fits = jax.jit(lambda stacks: [factor(a, rank=2)[0] for a in stacks])(stacks)
-    assert all(bool(jnp.isfinite(left).all()) for left in fits)
+    assert all(np.isfinite(left).all() for left in fits)

@@ -51,8 +51,8 @@ def test_the_loss_is_that_of_labels_and_answers(weight):
     ("parallel", "batchnorm"),
     [
         ("jit", "synchronised"),
-        ("pmap", "synchronised"),
         ("pmap", "per_replica"),
+        pytest.param("pmap", "synchronised", marks=pytest.mark.slow),
         pytest.param("jit", "per_replica", marks=pytest.mark.slow),
     ],
 )
