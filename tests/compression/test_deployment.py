@@ -102,6 +102,7 @@ def test_a_chunk_of_nothing_is_refused():
         fj.deploy(Mean(), chunk=0)
 
 
+@pytest.mark.usefixtures("without_hook")
 def test_an_unknown_precision_is_refused():
     with pytest.raises(ValueError, match="'float32' or 'bfloat16'; got float16"):
         fj.deploy(Mean(), precision="float16")
