@@ -208,7 +208,7 @@ class Siblings(nnx.Module):
         self.fast(x, use_running_average=False)
         nnx.vmap(lambda norm, x: norm(x), in_axes=(1, None))(self.stacked, x)
         nnx.vmap(lambda norm, x: norm(x), in_axes=(None, 1), axis_name="rows")(self.mapped, x)
-        self.masked(x, mask=jnp.arange(3) < jnp.arange(x.shape[1])[:, None, None])
+        self.masked(x, mask=jnp.arange(3)[None, None] < jnp.arange(x.shape[1])[:, None, None])
         return x
 
 
