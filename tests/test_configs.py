@@ -158,6 +158,7 @@ def test_vgg_loses_every_convolution_but_keeps_the_first_under_dpconv(name, shap
         assert replaced(experiment, variant) == every - kept, variant.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in PAPER if n.startswith("resnet34")])
 def test_resnet_keeps_its_stem_and_shortcuts(name, shapes, replaced):
     experiment = check_config(load(name))

@@ -14,14 +14,14 @@ import falcon_jax
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-SEARCHED = ("target", "tutorial")  # whole searches, which have tests of their own
+LONG = ("nnx", "speed", "target", "tutorial")  # of what has tests of its own
 PAGES = sorted(DOCS.glob("*.md"))
 README = (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(p, marks=pytest.mark.slow) if p.stem in SEARCHED else p for p in PAGES],
+    [pytest.param(p, marks=pytest.mark.slow) if p.stem in LONG else p for p in PAGES],
     ids=lambda page: getattr(page, "name", None),
 )
 def test_examples_of_the_page(page):

@@ -260,6 +260,7 @@ def test_fewer_points_do_nearly_as_well_and_a_key_decides_which():
     assert error(points=10) < 1.3 * everywhere
 
 
+@pytest.mark.slow
 def test_points_on_which_nothing_hangs_are_rarely_chosen():
     class Half(Plain):
         def __call__(self, x):

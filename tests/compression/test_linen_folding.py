@@ -48,7 +48,7 @@ def test_init_makes_the_folded_variables(name):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "setup" else n for n in NETWORKS]
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n != "compact" else n for n in NETWORKS]
 )
 def test_folded_then_compressed_then_stored(name, tmp_path):
     module, variables, folded, new = fold(name)

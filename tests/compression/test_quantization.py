@@ -258,7 +258,7 @@ def test_packed_codes_are_bits_one_after_the_other(bits):
         packed.values((4, 5), bits)
 
 
-@pytest.mark.parametrize("bits", [8, 5])
+@pytest.mark.parametrize("bits", [pytest.param(8, marks=pytest.mark.slow), 5])
 def test_saved_models_hold_the_codes(tmp_path, bits):
     model = Small(nnx.Rngs(0), m=32, n=32)
     plan = fj.make_plan(model, [fj.Rule(method=fj.FilterSummary())], images(1))

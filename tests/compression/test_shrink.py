@@ -66,6 +66,7 @@ def test_the_compressed_model_is_saved_with_the_plan(shrunk, tmp_path):
     np.testing.assert_array_equal(again(x), small(x))
 
 
+@pytest.mark.slow
 def test_statistics_are_kept_only_where_they_help():
     model = Small(nnx.Rngs(0), m=8, n=8)
     randomised(model)

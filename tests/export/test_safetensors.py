@@ -42,7 +42,7 @@ def test_linen(tmp_path):
     np.testing.assert_array_equal(fj.export.load_safetensors(file, other)(x), bound(x))
 
 
-@pytest.mark.parametrize("bits", [8, 3])
+@pytest.mark.parametrize("bits", [pytest.param(8, marks=pytest.mark.slow), 3])
 def test_codes_are_as_small_as_the_report_says(tmp_path, bits):
     model = fj.models.vgg8_cifar(width=0.5, rngs=nnx.Rngs(0))
     small, report = fj.quantize_weights(model, bits=bits)

@@ -100,7 +100,7 @@ def test_a_layer_of_falcon_is_one_kernel(block, rank):
 @pytest.mark.parametrize(
     "method",
     [
-        fj.DepthwiseSeparable(rank=2),
+        pytest.param(fj.DepthwiseSeparable(rank=2), marks=pytest.mark.slow),
         pytest.param(fj.Decoupled(terms=2), marks=pytest.mark.slow),
         fj.Tucker(rank=3),
         pytest.param(fj.SpatialDecomposition(rank=3), marks=pytest.mark.slow),

@@ -124,8 +124,13 @@ def test_a_step_is_what_it_says(name):
         )
 
 
+QUICK = ("product of one row", "3x3, many channels", "7x7, strides", "rank 3", "rank 2, strides")
+
+
 @pytest.mark.usefixtures("tiles")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES]
+)
 def test_rounded_numbers_are_multiplied_exactly(name):
     kernel, shape = CASES[name]
     kernel = dataclasses.replace(kernel, bfloat16=True)

@@ -241,21 +241,6 @@ def test_export_of_compressed_networks(name, sizes):
 
 
 @pytest.mark.parametrize(("framework", "method"), IN_BOTH, ids=str)
-def test_strict_promotion_and_no_transfer(method, framework):
-    x = drawn(2, 9, 8, 6)
-    for dtype in (None, jnp.bfloat16):
-        params, function = compressed(framework, method, dtype)
-        loss = jax.jit(jax.value_and_grad(lambda p, x, f=function: (f(p, x) ** 2).sum()))
-        expected = loss(params, x)
-        jax.clear_caches()  # it is traced anew, constants and all
-        with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-            with jax.transfer_guard("disallow"):
-                found = loss(params, x)
-            assert_near(found, expected)
-            assert function(params, x).dtype == (dtype or jnp.float32)
-
-
-@pytest.mark.parametrize(("framework", "method"), IN_BOTH, ids=str)
 def test_no_transfer_outside_of_jit(method, framework):
     """Nor in what eager transformations call: constants belong to the layer's program."""
     x = drawn(2, 9, 8, 6)
@@ -367,3 +352,18 @@ def test_taylor_mode_in_parameters_and_of_gradients(method, size):
 
         check_jet(lambda *leaves: function(jax.tree.unflatten(form, leaves), x), *leaves)
         check_jet(gradient, x, *leaves, order=2)
+
+
+@pytest.mark.parametrize(("framework", "method"), IN_BOTH, ids=str)
+def test_strict_promotion_and_no_transfer(method, framework):
+    x = drawn(2, 9, 8, 6)
+    for dtype in (None, jnp.bfloat16):
+        params, function = compressed(framework, method, dtype)
+        loss = jax.jit(jax.value_and_grad(lambda p, x, f=function: (f(p, x) ** 2).sum()))
+        expected = loss(params, x)
+        jax.clear_caches()  # it is traced anew, constants and all; for that, the last of these tests
+        with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+            with jax.transfer_guard("disallow"):
+                found = loss(params, x)
+            assert_near(found, expected)
+            assert function(params, x).dtype == (dtype or jnp.float32)

@@ -272,6 +272,7 @@ def test_a_rule_that_matches_nothing_is_told(finished, tmp_path):
         run(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_fitted_to_training_batches_a_variant_has_the_same_size(finished, tmp_path):
     start = str(finished[0])
     config = small(compression__start=start, finetune__epochs=0, **CALIBRATED)
