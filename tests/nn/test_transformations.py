@@ -361,7 +361,7 @@ def test_strict_promotion_and_no_transfer(method, framework):
         params, function = compressed(framework, method, dtype)
         loss = jax.jit(jax.value_and_grad(lambda p, x, f=function: (f(p, x) ** 2).sum()))
         expected = loss(params, x)
-        jax.clear_caches()  # it is traced anew, constants and all; for that, the last of these tests
+        jax.clear_caches()  # all is traced anew; in later tests, too, so this is the last
         with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
             with jax.transfer_guard("disallow"):
                 found = loss(params, x)
