@@ -701,6 +701,28 @@ void PackPixels(const Shape& s, const float* x, int64_t first, int64_t count, fl
   }
 }
 
+// Where each of some output pixels finds its input, tap after tap; `zeros` where it is outside.
+void PointAtPixels(const Shape& s, const float* x, int64_t first, int64_t count,
+                   const float* zeros, std::vector<const float*>& to) {
+  to.reserve(count * s.rows * s.cols);
+  int64_t w = first % s.out_width, rest = first / s.out_width;
+  int64_t h = rest % s.out_height, image = rest / s.out_height;
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t j = 0; j < s.rows; ++j) {
+      const int64_t row = h * s.stride_h - s.top + j * s.dilation_h;
+      const bool above = row >= 0 && row < s.height;
+      const float* from = x + (image * s.height + row) * s.width * s.in;
+      int64_t col = w * s.stride_w - s.left;
+      for (int64_t q = 0; q < s.cols; ++q, col += s.dilation_w)
+        to.push_back(above && col >= 0 && col < s.width ? from + col * s.in : zeros);
+    }
+    if (++w == s.out_width) {
+      w = 0;
+      if (++h == s.out_height) h = 0, ++image;
+    }
+  }
+}
+
 // A standard convolution, or a pointwise one: rows of the product are output pixels, segments taps.
 ffi::Error Convolution(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer weights, F32 bias, F32 residual,
                        ffi::Span<const int64_t> taps, ffi::Span<const int64_t> geometry,
@@ -736,18 +758,13 @@ ffi::Error Convolution(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer weights, F32 
   RunTasks(pool, threads, blocks * groups, [=](int64_t task) {
     const int64_t group = task / blocks, first = task % blocks * block;
     const int64_t count = std::min(block, pixels - first);
-    auto point = [&](int segment, int64_t i) -> const float* {
-      const int64_t pixel = first + i;
-      if (plain) return px + pixel * s.in;
-      const int64_t w = pixel % s.out_width, rest = pixel / s.out_width;
-      const int64_t h = rest % s.out_height, image = rest / s.out_height;
-      const int64_t row = h * s.stride_h - s.top + segment / s.cols * s.dilation_h;
-      const int64_t col = w * s.stride_w - s.left + segment % s.cols * s.dilation_w;
-      if (row < 0 || row >= s.height || col < 0 || col >= s.width) return zeros->data();
-      return px + ((image * s.height + row) * s.width + col) * s.in;
+    const bool few = segments > 1 && s.in < kFewChannels;
+    std::vector<const float*> points;
+    if (!plain && !few) PointAtPixels(s, px, first, count, zeros->data(), points);
+    auto point = [&](int segment, int64_t i) {
+      return plain ? px + (first + i) * s.in : points[i * segments + segment];
     };
     const auto tiles = given.rounded ? std::make_unique<Tiles>() : nullptr;
-    const bool few = segments > 1 && s.in < kFewChannels;
     const int64_t packed_floats = few ? count * depth + kLanes : 0;
     const int64_t rounded_floats = given.rounded ? (count + 32) * TiledStride(depth) / 2 : 0;
     float* packed = Scratch(packed_floats + rounded_floats);

@@ -33,7 +33,7 @@ from falcon_jax.ops.depthwise import depthwise_conv
 from falcon_jax.ops.separable import pointwise_conv
 
 # Input channels that take the time of a depthwise step of nine taps: by vectors, and by tiles.
-_DEPTHWISE, _DEPTHWISE_TILED = 16, 192
+_DEPTHWISE, _DEPTHWISE_TILED = 16, 96
 _MUCH = 2**18  # mult-adds of a product that takes longer than calling a kernel
 _FEW = 8  # entries of an axis that an interpolation takes together
 
