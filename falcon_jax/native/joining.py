@@ -163,6 +163,16 @@ class _Runner:
         self.resampled: dict[Value, Resampled] = {}
         self.parts: dict[Value, tuple[Value, ...]] = {}  # side by side, not put together yet
 
+    def pointwise(self, m: int, n: int) -> Step:
+        """Return the step of a product with a matrix (m, n)."""
+        return Step(
+            kind="standard",
+            kernel_size=(1, 1),
+            in_features=m,
+            out_features=n,
+            bfloat16=self.bfloat16,
+        )
+
     def consumer_of(self, value: Value) -> str:
         """Return the name of the operation that uses a value, if there is only one."""
         used = [o.primitive.name for o in self.program.operations if value in o.inputs]
@@ -235,13 +245,7 @@ class _Runner:
         """Return the step of the last of arrays side by side, and the products of the others."""
         assert joined.weights is not None
         step, (m, k, n) = joined.step, joined.weights.shape
-        product = Step(
-            kind="standard",
-            kernel_size=(1, 1),
-            in_features=m,
-            out_features=k * n,
-            bfloat16=step.bfloat16,
-        )
+        product = self.pointwise(m, k * n)
         last = _last_of_parts(
             self,
             Joined(
@@ -381,13 +385,7 @@ def _product(runner: _Runner, operation: Operation) -> bool:
         return False
     array = np.asarray(matrix.constant)
     array = array if tuple(of_matrix) == (0,) else array.T
-    step = Step(
-        kind="standard",
-        kernel_size=(1, 1),
-        in_features=x.shape[-1],
-        out_features=array.shape[1],
-        bfloat16=runner.bfloat16,
-    )
+    step = runner.pointwise(*array.shape)
     rows = math.prod(x.shape[:-1])
     runner.waiting[y] = Joined(
         x=x, step=step, weights=array[:, None], shape=y.shape, small=(1, 1, rows, x.shape[-1])
