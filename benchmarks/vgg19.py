@@ -10,7 +10,7 @@ from flax import nnx
 from jax import lax
 
 import falcon_jax as fj
-from falcon_jax.frameworks.nnx import named_modules
+from falcon_jax.frameworks.nnx_tree import named_modules
 from falcon_jax.models.vgg import VGG19_STAGES
 
 CLASSES = 10

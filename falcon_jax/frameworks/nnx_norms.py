@@ -10,17 +10,13 @@ from flax import nnx
 from jaxtyping import Array
 
 from falcon_jax.frameworks.layers import Inputs, Layer
-from falcon_jax.frameworks.nnx import (
-    ModuleCall,
-    arrays,
-    find_layers,
+from falcon_jax.frameworks.nnx import ModuleCall, arrays, find_layers, jaxpr_through, with_arrays
+from falcon_jax.frameworks.nnx_tree import (
     held_variables,
     in_evaluation,
-    jaxpr_through,
     map_modules,
     named_modules,
     named_variables,
-    with_arrays,
 )
 from falcon_jax.frameworks.norms import (
     POINTS,

@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Shaped
 
-from falcon_jax.frameworks.nnx import map_modules
+from falcon_jax.frameworks.nnx_tree import map_modules
 from falcon_jax.wording import reason, shown
 
 AXIS = "data"

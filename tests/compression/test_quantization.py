@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import falcon_jax as fj
-from falcon_jax.frameworks.nnx import named_variables
+from falcon_jax.frameworks.nnx_tree import named_variables
 from falcon_jax.models import model_shapes
 from tests.compression.networks import Nested, Scanned, Small, forward, images, randomised
 from tests.models.test_resnet_cifar import PUBLISHED, statistics

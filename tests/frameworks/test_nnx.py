@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import AxisType, PartitionSpec
 
 import falcon_jax as fj
-from falcon_jax.frameworks.nnx import clone
+from falcon_jax.frameworks.nnx_tree import clone
 from falcon_jax.storage import open_compressed
 from tests.compression.networks import images
 
