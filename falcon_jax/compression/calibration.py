@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from falcon_jax.compression.observation import (
-    POINTS,
     Unit,
     mean_after,
     observed,
@@ -27,9 +27,8 @@ from falcon_jax.compression.progress import shown
 from falcon_jax.frameworks.interface import M
 from falcon_jax.frameworks.program import Network
 from falcon_jax.methods.base import Params
-from falcon_jax.ops.geometry import ConvSpec
 from falcon_jax.solvers.intervals import Points, fit_to_intervals, moments_of
-from falcon_jax.solvers.moments import best_bias
+from falcon_jax.solvers.moments import best_bias, by_group
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +59,7 @@ def calibrate(
     plan: Plan,
     batches: Iterable[Any],
     *,
-    points: int = POINTS,
+    points: int | None = None,
     relu_aware: bool = True,
     by_sensitivity: bool = True,
     key: PRNGKeyArray | None = None,
@@ -90,8 +89,9 @@ def calibrate(
         plan: what was done.
         batches: inputs of both models, arrays, tuples or `Inputs`, of a few hundred examples in
             all; they can be of unequal size.
-        points: of every example's answer, at most so many are looked at, at random; fewer where
-            the patches of all would be larger than 512 MB.
+        points: of every example's answer, at most so many are looked at, at random; 120 if not
+            given, more where the examples are few: five for each weight of an output channel.
+            Fewer where the patches of all would be larger than 512 MB.
         relu_aware: whether answers that make no difference are left free.
         by_sensitivity: whether points are looked at in proportion to how much the outputs change
             with them, which one gradient of the original model for each batch tells.
@@ -122,7 +122,7 @@ def calibrate(
     >>> errors[0].after < errors[0].before
     True
     """
-    if points < 1:
+    if points is not None and points < 1:
         raise ValueError(f"points is at least 1; got {points}.")
     original, small = Network.of(model), Network.of(compressed)
     paths = [row.path for row in plan.replaced]
@@ -184,7 +184,7 @@ def _fitted(
     method, spec = row.method, row.spec
     assert method is not None
     patches, wanted, lower, upper = data
-    free = bool(jnp.any(lower != upper))
+    free = not np.array_equal(lower, upper)
     names = [name for name in small.params(row.path) if name != "bias"]
     stack = None if unit.index is None else place_in_stack(original, row, unit.index)
     kernel = part(original.params(row.path)["kernel"], stack)
@@ -197,8 +197,8 @@ def _fitted(
     build = functools.partial(method.kernel, spec=spec)
 
     def errors(params: Params, bias: Any) -> tuple[float, float]:
-        weights = _flat(build(params), spec)
-        offset = jnp.zeros(spec.out_features) if bias is None else jnp.asarray(bias, jnp.float32)
+        weights = by_group(build(params), spec.feature_group_count)
+        offset = np.zeros(spec.out_features) if bias is None else np.asarray(bias)
         return _distances(patches, weights, offset, wanted, lower, upper)
 
     before, _ = errors(old, old_bias)
@@ -219,7 +219,8 @@ def _fitted(
     if spec.use_bias:
         put(small.values, small.name(row.path, "bias"), jnp.asarray(bias), stack)
     elif mean is not None:
-        put(small.values, mean, small.values[mean] - jnp.asarray(bias, jnp.float32), None)
+        moved = np.asarray(small.values[mean], np.float32) - np.asarray(bias, np.float32)
+        put(small.values, mean, jnp.asarray(moved), None)
     return ResponseError(
         path=row.path,
         row=unit.index,
@@ -230,16 +231,10 @@ def _fitted(
     )
 
 
-def _flat(kernel: Array, spec: ConvSpec) -> Float[Array, "groups inputs outputs"]:
-    groups = spec.feature_group_count
-    flat = kernel.astype(jnp.float32).reshape(-1, groups, spec.out_features // groups)
-    return flat.swapaxes(0, 1)
-
-
 def _distances(
-    patches: Array, weights: Array, bias: Array, wanted: Array, lower: Array, upper: Array
+    patches: Array, weights: np.ndarray, bias: np.ndarray, wanted: Array, lower: Array, upper: Array
 ) -> tuple[float, float]:
-    total, spread, free = _squares(patches, weights, bias, wanted, lower, upper)
+    total, spread, free = _squares(patches, weights, bias.astype(np.float32), wanted, lower, upper)
     scale = float(spread) or 1.0
     return math.sqrt(float(total) / scale), math.sqrt(float(free) / scale)
 

@@ -23,7 +23,8 @@ from falcon_jax.frameworks.program import Network, Program, Site
 from falcon_jax.ops.geometry import ConvSpec
 from falcon_jax.solvers.patches import patches_at, points_at
 
-POINTS = 120  # of every example's answer
+_POINTS = 120  # of every example's answer, where these are enough
+_EQUATIONS = 5  # points for each weight of an output channel that are enough
 _UNIFORM = 0.05  # share of points that are chosen whatever hangs on them
 _NUMBERS = 1 << 27  # floats of one layer's patches: 512 MB
 _HELD = 1 << 29  # bytes of activations that are kept between two layers, for each network
@@ -32,6 +33,11 @@ _HELD = 1 << 29  # bytes of activations that are kept between two layers, for ea
 Call = tuple[int, int | None]  # a site, and which of its mapped calls
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("gain", "offset"),
+    meta_fields=("rectified", "mean", "window", "padding", "pooled"),
+)
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Following:
     """What comes after a call of a layer.
@@ -55,6 +61,11 @@ class Following:
     window: tuple[int, ...] | None = None
     padding: tuple[int, ...] | None = None
     pooled: Any = None
+
+    @property
+    def alone(self) -> "Following":
+        """Return it without what belongs to one program, so that programs are alike."""
+        return dataclasses.replace(self, mean=None, pooled=None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -277,18 +288,30 @@ def mean_after(unit: Unit, runs: Sequence[Run]) -> str | None:
 def observed(
     unit: Unit,
     runs: Sequence[Run],
-    points: int,
+    points: int | None,
     key: PRNGKeyArray,
     relu_aware: bool,
     by_sensitivity: bool,
 ) -> tuple[Array, Array, Array, Array]:
-    """Return patches, answers, and the least and the largest good answers, at random points."""
+    """Return patches, answers, and the least and the largest good answers, at random points.
+
+    Args:
+        unit: the layer.
+        runs: of both models.
+        points: of every example's answer, at most; enough for the layer's weights if None.
+        key: to draw them with.
+        relu_aware: whether answers that make no difference are left free.
+        by_sensitivity: whether points that matter more are drawn more often.
+    """
     spec = unit.row.spec
     examples = sum(
         len(run.batches) * math.prod(_batch_of(run.original.sites[site], spec))
         for run in runs
         for site, _ in unit.calls
     )
+    weights = spec.taps * spec.group_in_features
+    if points is None:
+        points = max(_POINTS, math.ceil(_EQUATIONS * weights / max(1, examples)))
     points = max(1, min(points, _NUMBERS // max(1, examples * spec.taps * spec.in_features)))
     found: list[tuple[Array, ...]] = []
     for run in runs:
@@ -299,22 +322,31 @@ def observed(
                 looked_at = _looked_at(run, batch, site, place, *options)
                 # Batches computed at the same time would be in memory together.
                 found.append(jax.block_until_ready(looked_at))
-    patches = jnp.concatenate([part[0] for part in found], axis=1)
-    rest = [jnp.concatenate([part[i] for part in found]) for i in (1, 2, 3)]
-    for name, array in (("gets", patches), ("should answer", rest[0])):
-        if not bool(jnp.isfinite(array).all()):
+    patches, wanted, lower, upper, finite = _together(found)
+    for name, is_finite in zip(("gets", "should answer"), finite, strict=True):
+        if not is_finite:
             raise ValueError(
                 f"what {unit.row.path!r} {name} is not finite; the weights are damaged, or the "
                 "inputs are not those of the model."
             )
-    count, channels = len(rest[0]), max(spec.group_in_features, spec.out_features)
+    count, channels = len(wanted), max(spec.group_in_features, spec.out_features)
     if count < channels:
         raise ValueError(
             f"the batches give {count} points of {unit.row.path!r}, fewer than its {channels} "
-            f"channels; its kernel wants {spec.taps * spec.group_in_features} or more. Give more "
+            f"channels; its kernel wants {weights} or more. Give more "
             "examples, or a larger points."
         )
-    return patches, rest[0], rest[1], rest[2]
+    return patches, wanted, lower, upper
+
+
+@jax.jit
+def _together(
+    found: Sequence[tuple[Array, ...]],
+) -> tuple[Array, Array, Array, Array, list[Array]]:
+    """Return the points of all calls, and whether patches and answers are finite."""
+    patches = jnp.concatenate([part[0] for part in found], axis=1)
+    wanted, lower, upper = (jnp.concatenate([part[i] for part in found]) for i in (1, 2, 3))
+    return patches, wanted, lower, upper, [jnp.isfinite(a).all() for a in (patches, wanted)]
 
 
 def _batch_of(site: Site, spec: ConvSpec) -> tuple[int, ...]:
@@ -344,47 +376,55 @@ def _looked_at(
         if inputs.ndim > 1:
             inputs = inputs.reshape(-1, inputs.shape[-1])[place]
     axes = len(spec.kernel_size) + 1
-    y = answers.reshape(-1, *site.output_shape[-axes:])
-    x = inputs.reshape(-1, *other.input_shape[-axes:])
+    free = relu_aware and after.rectified and now.rectified
+    return _sampled(
+        inputs,
+        answers,
+        run.felt(batch, site) if by_sensitivity else None,
+        (after.alone, now.alone, pooled[0] if pooled else None) if free else None,
+        key,
+        shapes=(other.input_shape[-axes:], site.output_shape[-axes:]),
+        spec=spec,
+        points=points,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("shapes", "spec", "points"))
+def _sampled(
+    inputs: Array,
+    answers: Array,
+    felt: Array | None,
+    following: tuple[Following, Following, Array | None] | None,
+    key: PRNGKeyArray,
+    *,
+    shapes: tuple[tuple[int, ...], tuple[int, ...]],
+    spec: ConvSpec,
+    points: int,
+) -> tuple[Array, Array, Array, Array]:
+    """Return patches, answers and good answers at points of every example that are drawn."""
+    x, y = (a.reshape(-1, *shape) for a, shape in zip((inputs, answers), shapes, strict=True))
     spatial = y.shape[1:-1]
     total = math.prod(spatial)
     # The largest of log-weights with Gumbel noise are a draw without replacement.
     scores = jax.random.gumbel(key, (y.shape[0], total))
-    felt = run.felt(batch, site) if by_sensitivity else None
     if felt is not None:
         scores = scores + _log_weights(felt.reshape(y.shape[0], total))
     chosen = lax.top_k(scores, min(points, total))[1]
-    patches, y = _sampled(x, y, chosen, spec=spec)
+    patches = patches_at(x, spec, chosen).astype(jnp.float32)
+    y = points_at(y, chosen).astype(jnp.float32)
     lower = upper = y
-    if relu_aware and after.rectified and now.rectified:
-        lower, upper = _good(y, after, now, chosen, spatial, pooled[0] if pooled else None)
+    if following is not None:
+        after, now, pooled = following
+        pooled = None if pooled is None else pooled.astype(jnp.float32)
+        lower, upper = intervals(y, after, now, chosen, spatial, pooled)
     n = spec.out_features
     return patches, y.reshape(-1, n), lower.reshape(-1, n), upper.reshape(-1, n)
-
-
-@functools.partial(jax.jit, static_argnames="spec")
-def _sampled(x: Array, y: Array, chosen: Array, *, spec: ConvSpec) -> tuple[Array, Array]:
-    patches = patches_at(x, spec, chosen).astype(jnp.float32)
-    return patches, points_at(y, chosen).astype(jnp.float32)
 
 
 def _log_weights(felt: Float[Array, "b points"]) -> Float[Array, "b points"]:
     mean = felt.mean(1, keepdims=True)
     share = jnp.where(mean > 0, felt / jnp.where(mean > 0, mean, 1), 1)
     return jnp.log((1 - _UNIFORM) * share + _UNIFORM)
-
-
-def _good(
-    y: Array,
-    after: Following,
-    now: Following,
-    chosen: Int[Array, "b points"],
-    spatial: tuple[int, ...],
-    pooled: Array | None,
-) -> tuple[Array, Array]:
-    if pooled is not None:
-        pooled = pooled.astype(jnp.float32)
-    return intervals(y, after, now, chosen, spatial, pooled)
 
 
 def place_in_stack(network: Network, row: PlanRow, index: int) -> tuple[int, ...]:

@@ -15,7 +15,6 @@ from falcon_jax.compression.batchnorm import reestimate_batchnorm
 from falcon_jax.compression.calibration import ResponseError, calibrate
 from falcon_jax.compression.compress import compress
 from falcon_jax.compression.deployment import deploy
-from falcon_jax.compression.observation import POINTS
 from falcon_jax.compression.outputs import OutputLoss, outputs_of
 from falcon_jax.compression.plan import Plan, PlanRow, Rule
 from falcon_jax.compression.profile import median_ms
@@ -160,7 +159,7 @@ def search(
     rules: Sequence[Rule] = (),
     sample: Any | None = None,
     effects: Sensitivity | None = None,
-    points: int = POINTS,
+    points: int | None = None,
     examples: int = EXAMPLES,
     key: PRNGKeyArray | None = None,
     progress: bool = False,
@@ -182,7 +181,7 @@ def search(
         sample: example input that costs are counted for, and latency is measured on; the first
             batch if not given, but a target of latency needs it.
         effects: as `sensitivity` returned them; measured if not given.
-        points: of every example's answer, at most so many are looked at.
+        points: of every example's answer, at most so many are looked at, as in `calibrate`.
         examples: that outputs are compared on.
         key: for the points; ``jax.random.key(0)`` if not given.
         progress: whether to show a progress bar on standard error.

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from falcon_jax.compression.observation import (
-    POINTS,
     Run,
     Unit,
     mean_after,
@@ -129,7 +128,7 @@ def sensitivity(
     candidates: Sequence[Method] | None = None,
     rules: Sequence[Rule] = (),
     sample: Any | None = None,
-    points: int = POINTS,
+    points: int | None = None,
     examples: int = EXAMPLES,
     key: PRNGKeyArray | None = None,
     progress: bool = False,
@@ -147,7 +146,7 @@ def sensitivity(
         rules: of what is decided already: a layer that a rule matches stays, or has the rule's
             method as its only candidate.
         sample: example input that mult-adds are counted for; the first batch if not given.
-        points: of every example's answer, at most so many are looked at.
+        points: of every example's answer, at most so many are looked at, as in `calibrate`.
         examples: that outputs are compared on: the first batches that have so many.
         key: for the points; ``jax.random.key(0)`` if not given.
         progress: whether to show a progress bar on standard error.
@@ -172,7 +171,7 @@ def sensitivity(
     """
     batches = [Inputs.of(batch) for batch in batches]
     for name, number in (("points", points), ("examples", examples)):
-        if number < 1:
+        if number is not None and number < 1:
             raise ValueError(f"{name} is at least 1; got {number}.")
     if not batches:
         raise ValueError("at least one batch of inputs is needed; got none.")

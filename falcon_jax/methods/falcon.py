@@ -113,14 +113,12 @@ class Falcon(RankMethod):
         if start is None:
             found = [falcon_best(problem, k) for problem in quadratics(moments, kernel)]
             pointwise, depthwise = (np.concatenate(part, -1) for part in zip(*found, strict=True))
+            depthwise = depthwise.reshape(*spec.kernel_size, k, -1)
         else:
-            pointwise = jnp.asarray(start["pointwise"], jnp.float32)
-            depthwise = jnp.asarray(start["depthwise"], jnp.float32).reshape(spec.taps, k, -1)
-            pointwise, depthwise = falcon_sweep(moments, kernel, pointwise, depthwise)
-        return {
-            "pointwise": jnp.asarray(pointwise),
-            "depthwise": jnp.asarray(depthwise).reshape(*spec.kernel_size, k, -1),
-        }
+            pointwise, depthwise = falcon_sweep(
+                moments, kernel, start["pointwise"], start["depthwise"]
+            )
+        return {"pointwise": jnp.asarray(pointwise), "depthwise": jnp.asarray(depthwise)}
 
     def kernel(self, params: Params, spec: ConvSpec) -> Float[Array, "*kernel_shape"]:
         """Return the equivalent standard kernel (Theorem 1)."""

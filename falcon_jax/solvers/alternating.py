@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +14,14 @@ from falcon_jax.solvers.low_rank import best_terms
 from falcon_jax.solvers.moments import RIDGE, Moments, Quadratic, partial_traces, root, solve
 
 MOST_SWEEPS = 30
-TOLERANCE = 1e-3  # of the error that a sweep takes away
+TOLERANCE = 3e-3  # of the error that a sweep takes away
 SMALL = 128  # weights of a channel up to which random starts are tried, too
 STARTS = 8
 CHANNEL_STARTS = 40  # of FALCON, where every output channel takes the best
 MANY_SWEEPS = 200  # of each of several starts
 SMALL_TOLERANCE = 1e-4
-_STEPS = 16  # of conjugate gradients
-_CHUNK = 1 << 24  # numbers of a batch of normal matrices: 64 MB
+_STEPS, _SMALL_STEPS = 2, 16  # of conjugate gradients for a term
+_CHUNK = 1 << 26  # numbers on the way to the normal matrices of some channels: 256 MB
 
 
 def falcon_closed(
@@ -65,37 +64,40 @@ def falcon_best(
     return pointwise, depthwise
 
 
+@functools.partial(jax.jit, static_argnames="ridge")
 def falcon_sweep(
     moments: Moments,
     kernel: Float[Array, "*kernel_size m n"],
     pointwise: Float[Array, "m k n"],
-    depthwise: Float[Array, "taps k n"],
+    depthwise: Float[Array, "*kernel_size k n"],
     *,
     ridge: float = RIDGE,
-) -> tuple[Float[Array, "m k n"], Float[Array, "taps k n"]]:
+) -> tuple[Float[Array, "m k n"], Float[Array, "*kernel_size k n"]]:
     """Return better factors for moments, after one sweep in float32; groups side by side."""
-    taps = depthwise.shape[0]
-    groups = moments.second.shape[0]
-    found = []
-    for index in range(groups):
-        n = kernel.shape[-1] // groups
-        part = slice(index * n, (index + 1) * n)
-        second, cross = moments.second[index], moments.cross[index]
-        target = kernel[..., part].reshape(cross.shape)
-        metric, linear = _pulled(second, cross, target, ridge)
-        linear = linear.reshape(taps, -1, n)
-        found.append(_sweep(metric, linear, pointwise[..., part], depthwise[..., part]))
-    return (
-        jnp.concatenate([p for p, _ in found], axis=-1),
-        jnp.concatenate([d for _, d in found], axis=-1),
-    )
+    groups, inputs = moments.input_mean.shape
+    m, k = pointwise.shape[:2]
+    taps = inputs // m
+
+    def apart(factors: Array, rows: int) -> Array:
+        return jnp.moveaxis(factors.astype(jnp.float32).reshape(rows, k, groups, -1), 2, 0)
+
+    def swept(row: tuple[Array, ...]) -> tuple[Array, Array]:
+        second, cross, target, pointwise, depthwise = row
+        mean = jnp.trace(second) / inputs
+        lam = jnp.where(mean > 0, ridge * mean, 1.0)
+        linear = (cross + lam * target).reshape(taps, m, -1)
+        metric = second + lam * jnp.eye(inputs)
+        return _sweep(metric, linear, pointwise, depthwise, steps=_steps(inputs))
+
+    targets = kernel.astype(jnp.float32).reshape(inputs, groups, -1).swapaxes(0, 1)
+    rows = moments.second, moments.cross, targets, apart(pointwise, m), apart(depthwise, taps)
+    found = lax.map(swept, rows)
+    p, d = (jnp.moveaxis(a, 0, 2) for a in found)
+    return p.reshape(pointwise.shape), d.reshape(depthwise.shape)
 
 
-@functools.partial(jax.jit, static_argnames="ridge")
-def _pulled(second: Array, cross: Array, target: Array, ridge: float) -> tuple[Array, Array]:
-    mean = jnp.trace(second) / second.shape[0]
-    lam = jnp.where(mean > 0, ridge * mean, 1.0)
-    return second + lam * jnp.eye(second.shape[0]), cross + lam * target.astype(jnp.float32)
+def _steps(inputs: int) -> int:
+    return _SMALL_STEPS if inputs <= SMALL else _STEPS
 
 
 def falcon_als(
@@ -113,7 +115,7 @@ def falcon_als(
     best = jnp.asarray(pointwise, jnp.float32), jnp.asarray(depthwise, jnp.float32)
     errors = [problem(_weights(*best))]
     for _ in range(sweeps):
-        found = _sweep(metric, linear, *best)
+        found = _sweep(metric, linear, *best, steps=_steps(t * m))
         error = problem(_weights(*found))
         # Rounding can make a step larger where there is nothing left to win.
         if not error < errors[-1]:
@@ -125,42 +127,46 @@ def falcon_als(
     return np.asarray(best[0], np.float64), np.asarray(best[1], np.float64), errors
 
 
-@jax.jit
-def _sweep(metric: Array, linear: Array, pointwise: Array, depthwise: Array) -> tuple[Array, Array]:
-    """Return the best pointwise factors, term after term, then the best depthwise ones."""
+@functools.partial(jax.jit, static_argnames="steps")
+def _sweep(
+    metric: Array, linear: Array, pointwise: Array, depthwise: Array, *, steps: int
+) -> tuple[Array, Array]:
+    """Return better pointwise factors, term after term, then the best depthwise ones.
+
+    Args:
+        metric: A, ``(taps m, taps m)``.
+        linear: b, ``(taps, m, n)``.
+        pointwise: factors ``(m, k, n)``.
+        depthwise: factors ``(taps, k, n)``.
+        steps: of conjugate gradients for each term.
+    """
     t, m, n = linear.shape
     k = pointwise.shape[1]
-    blocks = metric.reshape(t, m, t, m).transpose(0, 2, 1, 3).reshape(t * t, m * m)
     rest = linear - _applied(metric, pointwise, depthwise)
     # The normal matrices are near to multiples of one.
     inverse = jnp.linalg.inv(jnp.einsum("tmtk->mk", metric.reshape(t, m, t, m)))
     for r in range(k):
-        p, d = pointwise[:, r], depthwise[:, r]
-        # The gradient: what the term leaves, and the step that takes it to 0.
-        gradient = jnp.einsum("tn,tmn->nm", d, rest)
-        pairs = (d[:, None] * d[None]).reshape(t * t, n).T
+        change, moved = _descended(metric, depthwise[:, r], rest, inverse, steps)
+        pointwise = pointwise.at[:, r].add(change)
+        rest = rest - moved
+    size = max(1, _CHUNK // (k * t * m * t))  # channels at a time
+    parts = [
+        _best_depthwise(metric, rest[..., i : i + size], pointwise[..., i : i + size])
+        for i in range(0, n, size)
+    ]
+    return balanced(pointwise, depthwise + jnp.concatenate(parts, axis=-1))
 
-        def step(row: tuple[Array, Array], blocks: Array = blocks) -> Array:
-            pairs, gradient = row
-            matrix = _product("bp,pq->bq", pairs, blocks).reshape(-1, m, m)
-            return _descended(matrix, gradient, inverse)
 
-        change = _mapped(step, (pairs, gradient), m * m).T
-        pointwise = pointwise.at[:, r].set(p + change)
-        if r < k - 1:
-            rest = rest - _applied(metric, change[:, None], d[:, None])
-    rest = linear - _applied(metric, pointwise, depthwise)
-    tall = metric.reshape(t * m * t, m)
-
-    def widths(row: tuple[Array, Array]) -> Array:
-        p, rest = row  # (b, m, k), (b, t, m)
-        half = _product("am,bmk->abk", tall, p).reshape(t, m, t, *p.shape[::2])
-        matrix = _product("bmr,tmubs->brtsu", p, half).reshape(-1, k * t, k * t)
-        return _solved(matrix, _product("bmr,btm->brt", p, rest).reshape(-1, k * t))
-
-    rows = pointwise.transpose(2, 0, 1), rest.transpose(2, 0, 1)
-    change = _mapped(widths, rows, t * m * t * k).reshape(n, k, t).transpose(2, 1, 0)
-    return balanced(pointwise, depthwise + change)
+def _best_depthwise(metric: Array, rest: Array, pointwise: Array) -> Array:
+    """Return by how much the depthwise factors change that are best for pointwise ones."""
+    t, _, n = rest.shape
+    m, k, _ = pointwise.shape
+    by_channel = pointwise.transpose(2, 0, 1)
+    half = _product("am,bmk->abk", metric.reshape(t * m * t, m), by_channel)
+    half = half.reshape(t, m, t, n, k)
+    matrix = _product("bmr,tmubs->brtsu", by_channel, half).reshape(n, k * t, k * t)
+    right = _product("bmr,tmb->brt", by_channel, rest).reshape(n, k * t)
+    return _solved(matrix, right).reshape(n, k, t).transpose(2, 1, 0)
 
 
 _product = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
@@ -172,39 +178,36 @@ def _applied(metric: Array, pointwise: Array, depthwise: Array) -> Array:
     return _product("ij,jn->in", metric, weights).reshape(t, m, n)
 
 
-def _mapped(step: Callable[[Any], Array], rows: Any, numbers: int) -> Array:
-    """Return a function's results for all rows, as many at a time as memory allows."""
-    count = rows[0].shape[0]
-    size = max(1, min(count, _CHUNK // numbers))
-    return lax.map(lambda row: step(jax.tree.map(lambda a: a[None], row))[0], rows, batch_size=size)
-
-
 def _descended(
-    matrices: Float[Array, "b p p"], right: Float[Array, "b p"], inverse: Float[Array, "p p"]
-) -> Float[Array, "b p"]:
-    """Return near to the solutions of symmetric systems, by preconditioned conjugate gradients.
+    metric: Float[Array, "i i"],
+    depthwise: Float[Array, "taps n"],
+    rest: Float[Array, "taps m n"],
+    inverse: Float[Array, "m m"],
+    steps: int,
+) -> tuple[Float[Array, "m n"], Float[Array, "taps m n"]]:
+    """Return a change of one term's pointwise factors, and what the metric makes of it.
 
-    Every step takes from the error, as an exact solution would: a batch of factorisations takes
-    many times longer.
+    By conjugate gradients for every output channel: each step takes from the error, as an exact
+    solution would, and costs one product with the metric; the normal matrices are never made.
     """
 
-    def dot(a: Array, b: Array) -> Array:
-        return jnp.sum(a * b, axis=1, keepdims=True)
-
     def step(_: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
-        x, rest, direction, energy = state
-        image = jnp.sum(matrices * direction[:, None], axis=2)
-        curvature = dot(direction, image)
-        length = jnp.where(curvature > 0, energy / jnp.where(curvature > 0, curvature, 1), 0)
-        x, rest = x + length * direction, rest - length * image
-        z = rest @ inverse
-        following = dot(rest, z)
+        x, left, direction, energy, moved = state
+        image = _applied(metric, direction[:, None], depthwise[:, None])
+        back = jnp.sum(depthwise[:, None] * image, axis=0)
+        curvature = jnp.sum(direction * back, axis=0)
+        length = jnp.where(curvature > 0, energy / jnp.where(curvature > 0, curvature, 1), 0)[None]
+        x, left, moved = x + length * direction, left - length * back, moved + length[None] * image
+        z = _product("ij,jn->in", inverse, left)
+        following = jnp.sum(left * z, axis=0)
         turn = jnp.where(energy > 0, following / jnp.where(energy > 0, energy, 1), 0)
-        return x, rest, z + turn * direction, following
+        return x, left, z + turn[None] * direction, following, moved
 
-    z = right @ inverse
-    start = jnp.zeros_like(right), right, z, dot(right, z)
-    return lax.fori_loop(0, _STEPS, step, start)[0]
+    gradient = jnp.sum(depthwise[:, None] * rest, axis=0)
+    z = _product("ij,jn->in", inverse, gradient)
+    start = jnp.zeros_like(z), gradient, z, jnp.sum(gradient * z, axis=0), jnp.zeros_like(rest)
+    x, _, _, _, moved = lax.fori_loop(0, steps, step, start)
+    return x, moved
 
 
 def _solved(matrices: Float[Array, "b p p"], right: Float[Array, "b p"]) -> Float[Array, "b p"]:

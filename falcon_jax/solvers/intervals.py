@@ -17,11 +17,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from falcon_jax.solvers.moments import Moments, best_bias
+from falcon_jax.solvers.moments import Moments, best_bias, by_group
 
 P = TypeVar("P")
 MOST_STEPS = 16
 TOLERANCE = 1e-3  # of the error that a step takes away
+_AT_ONCE = 4096  # points
 
 _product = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
@@ -49,16 +50,31 @@ def moments_of(
     patches: Float[Array, "groups points inputs"], answers: Float[Array, "points n"]
 ) -> Moments:
     """Return the moments of patches and answers."""
-    groups, count, _ = patches.shape
+    groups, count, inputs = patches.shape
     y = answers.reshape(count, groups, -1).swapaxes(0, 1)
     x_mean, y_mean = patches.mean(1), y.mean(1)
-    x_rest, y_rest = patches - x_mean[:, None], y - y_mean[:, None]
+    y_rest = y - y_mean[:, None]
+
+    def added(sums: tuple[Array, Array], start: Array | int, size: int) -> tuple[Array, Array]:
+        x, part = (lax.dynamic_slice_in_dim(a, start, size, axis=1) for a in (patches, y_rest))
+        x = x - x_mean[:, None]
+        products = _product("gsi,gsj->gij", x, x), _product("gsi,gsn->gin", x, part)
+        return sums[0] + products[0], sums[1] + products[1]
+
+    # A centred copy of all patches would be as large as these.
+    whole, rest = divmod(count, _AT_ONCE)
+    sums = jnp.zeros((groups, inputs, inputs)), jnp.zeros((groups, inputs, y.shape[-1]))
+    if whole:
+        sums = lax.fori_loop(
+            0, whole, lambda index, sums: added(sums, index * _AT_ONCE, _AT_ONCE), sums
+        )
+    second, cross = added(sums, whole * _AT_ONCE, rest) if rest else sums
     return Moments(
         count=jnp.asarray(float(count)),
         input_mean=x_mean,
         target_mean=y_mean,
-        second=_product("gsi,gsj->gij", x_rest, x_rest) / count,
-        cross=_product("gsi,gsn->gin", x_rest, y_rest) / count,
+        second=second / count,
+        cross=cross / count,
         variance=(y_rest * y_rest).mean(1),
     )
 
@@ -140,13 +156,13 @@ def fit_to_intervals(
         Beck, Teboulle: A Fast Iterative Shrinkage-Thresholding Algorithm, 2009; O'Donoghue, Candes:
         Adaptive Restart for Accelerated Gradient Schemes, 2015.
     """
-    groups, inputs = moments.input_mean.shape
+    groups = len(moments.input_mean)
 
     def looked_at(params: P, moments: Moments) -> "_Fit[P]":
         weights = kernel(params)
         bias = best_bias(moments, weights) if use_bias else np.zeros(weights.shape[-1])
-        flat = jnp.asarray(weights, jnp.float32).reshape(inputs, groups, -1).swapaxes(0, 1)
-        answers, error = _answers(points, flat, jnp.asarray(bias, jnp.float32))
+        flat = by_group(weights, groups)
+        answers, error = _answers(points, flat, np.asarray(bias, np.float32))
         return _Fit(params, bias, flat, answers, float(error))
 
     best = before = looked_at(params, moments)
@@ -156,7 +172,7 @@ def fit_to_intervals(
         new = _nearest(
             points,
             moments,
-            jnp.asarray((pace - 1) / faster, jnp.float32),
+            np.float32((pace - 1) / faster),
             (best.weights, before.weights),
             (best.answers, before.answers),
             centred=use_bias,
@@ -178,6 +194,6 @@ def fit_to_intervals(
 class _Fit(Generic[P]):
     params: P
     bias: np.ndarray
-    weights: Array
+    weights: np.ndarray
     answers: Array
     error: float

@@ -136,9 +136,11 @@ def quadratics(
     groups, inputs = moments.input_mean.shape
     taps = inputs // kernel.shape[-2]
     targets = np.asarray(kernel, np.float64).reshape(inputs, groups, -1).swapaxes(0, 1)
+    # As NumPy's: JAX compiles what takes a part.
+    seconds, crosses, variances = map(np.asarray, (moments.second, moments.cross, moments.variance))
     found = []
     for index, target in enumerate(targets):
-        second = np.array(moments.second[index], np.float64)
+        second = np.array(seconds[index], np.float64)
         mean = np.trace(second) / inputs
         # Without any input, the kernel itself is best.
         lam = ridge * mean if mean > 0 else 1.0
@@ -149,8 +151,8 @@ def quadratics(
             Quadratic(
                 taps=taps,
                 metric=second,
-                linear=np.asarray(moments.cross[index], np.float64) + lam * target,
-                constant=float(np.sum(np.asarray(moments.variance[index], np.float64)))
+                linear=np.asarray(crosses[index], np.float64) + lam * target,
+                constant=float(np.sum(variances[index], dtype=np.float64))
                 + lam * float(np.sum(target**2)),
             )
         )
@@ -174,6 +176,14 @@ def best_bias(
     weights = np.asarray(kernel, np.float64).reshape(inputs, groups, -1)
     means = np.einsum("ign,gi->gn", weights, np.asarray(moments.input_mean, np.float64))
     return (np.asarray(moments.target_mean, np.float64) - means).reshape(-1)
+
+
+def by_group(
+    kernel: Float[Array, "*kernel_size m n"] | Float[np.ndarray, "*kernel_size m n"], groups: int
+) -> Float[np.ndarray, "groups inputs outputs"]:
+    """Return a kernel's weights group by group, in float32."""
+    flat = np.asarray(kernel, np.float32).reshape(-1, groups, kernel.shape[-1] // groups)
+    return flat.swapaxes(0, 1)
 
 
 def explained(moments: Moments, kernel: Float[Array, "*kernel_size m n"]) -> float:
