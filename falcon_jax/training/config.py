@@ -152,6 +152,8 @@ class CompressionConfig:
         target: one field of `falcon_jax.Target`, such as ``{"mult_adds": 0.15}``, for one more
             variant, ``searched``: ``search`` finds its plan on the calibration batches, obeying
             the rules. Empty for none.
+        candidates: what the search chooses from, each a method's name or a group like a variant's;
+            empty for `falcon_jax.search`'s own.
     """
 
     start: str = checked(
@@ -168,11 +170,14 @@ class CompressionConfig:
     variants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     only: str = ""
     target: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    candidates: tuple[Any, ...] = ()
 
     def __post_init__(self):
         check_fields(self)
         with below("rules: "):
             rules_from(self.rules)
+        if self.candidates and not self.target:
+            raise ValueError("candidates are what a search chooses from; give its target, too")
         if self.target and not self.calibration_batches:
             raise ValueError("target needs calibration_batches of 1 or more to search on, but is 0")
         _ = self.chosen
@@ -186,6 +191,7 @@ class CompressionConfig:
             rules=self.rules,
             only=self.only,
             target=self.target,
+            candidates=self.candidates,
         )
 
 

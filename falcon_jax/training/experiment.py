@@ -431,6 +431,7 @@ def _plan(workspace: Workspace, variant: Variant, source: nnx.Module) -> Plan:
         source,
         list(workspace.inputs(config.finetune, config.compression.calibration_batches)),
         target=variant.target,
+        candidates=variant.candidates or None,
         rules=variant.rules,
         sample=jax.numpy.zeros(sample.shape, sample.dtype),
     )

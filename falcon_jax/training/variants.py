@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from falcon_jax.compression.plan import Rule
@@ -32,6 +32,7 @@ class Variant:
         unit_options: the unit's name and options, as in the config; None for the standard.
         kind: the method's or the unit's name, or ``search``.
         target: what a plan is searched for; None where methods are given.
+        candidates: what the search chooses from; empty for its own.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Variant:
     unit_options: Mapping[str, Any] | None = None
     kind: str
     target: Target | None = None
+    candidates: tuple[Method, ...] = ()
 
     @property
     def rank(self) -> int | str | None:
@@ -59,6 +61,7 @@ def chosen_variants(
     rules: Any,
     only: str,
     target: Mapping[str, Any] | None = None,
+    candidates: Sequence[Any] = (),
 ) -> tuple[Variant, ...]:
     """Return the variants to be made, those that others compress first.
 
@@ -68,6 +71,7 @@ def chosen_variants(
         rules: likewise; see `rules_from`.
         only: names, with commas between them, to choose some; empty for all.
         target: of one more variant, `SEARCHED`; empty for none.
+        candidates: of its search, each a method's name or a group with a method.
 
     Raises:
         ValueError: with the dotted name of what is wrong, from ``variants`` or ``only`` on.
@@ -76,7 +80,7 @@ def chosen_variants(
     for name, variant in every.items():
         _check_base(name, variant, every)
     if target:
-        every[SEARCHED] = _searched(target, rules, every)
+        every[SEARCHED] = _searched(target, candidates, rules, every)
     chosen = [name.strip() for name in only.split(",") if name.strip()]
     for name in chosen:
         if name not in every:
@@ -87,9 +91,18 @@ def chosen_variants(
     return tuple(variant for variant in ordered if variant.name in kept)
 
 
-def _searched(target: Mapping[str, Any], rules: Any, others: Mapping[str, Variant]) -> Variant:
+def _searched(
+    target: Mapping[str, Any],
+    candidates: Sequence[Any],
+    rules: Any,
+    others: Mapping[str, Variant],
+) -> Variant:
     if SEARCHED in others:
         raise ValueError(f"variants.{SEARCHED}: target makes a variant of this name; rename it")
+    try:
+        methods = tuple(_method_of(given) for given in candidates)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"candidates: {error}") from None
     try:
         return Variant(
             name=SEARCHED,
@@ -98,6 +111,7 @@ def _searched(target: Mapping[str, Any], rules: Any, others: Mapping[str, Varian
             solver="exact",
             kind="search",
             target=Target(**target),
+            candidates=methods,
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"target: {error}") from None
@@ -192,9 +206,19 @@ def _rule(pair: Any) -> Rule:
     if not good or not isinstance(pair[1], (str, Mapping, type(None))):
         raise ValueError(f"a rule is a pair of a path and a method, such as {_PAIR}; got {pair!r}")
     path, method = pair
-    if isinstance(method, str):
-        return Rule(path=path, method=get_method(method))
-    return Rule(path=path, method=None if method is None else _method(method))
+    return Rule(path=path, method=None if method is None else _method_of(method))
+
+
+def _method_of(given: Any) -> Method:
+    """Return the method that a name, or a group with settings, stands for."""
+    if isinstance(given, str):
+        return get_method(given)
+    if not isinstance(given, Mapping):
+        raise ValueError(
+            "a method is a name, or a group such as {'method': 'falcon', 'rank': 2}; got "
+            f"{given!r}"
+        )
+    return _method(given)
 
 
 def _method(options: Mapping[str, Any]) -> Method:

@@ -1,4 +1,3 @@
-import importlib
 import itertools
 import json
 import shutil
@@ -318,13 +317,6 @@ def test_models_are_exported_as_the_config_says(tmp_path):
         check_config(small(export=("onx",)))
 
 
-@pytest.fixture
-def _one_candidate(monkeypatch):
-    module = importlib.import_module("falcon_jax.compression.sensitivity")
-    monkeypatch.setattr(module, "CANDIDATES", (Falcon(rank=1),))
-
-
-@pytest.mark.usefixtures("_one_candidate")
 def test_a_plan_is_searched_for_a_target_and_kept_over_an_interruption(
     tmp_path, finished, monkeypatch
 ):
@@ -335,6 +327,7 @@ def test_a_plan_is_searched_for_a_target_and_kept_over_an_interruption(
     )
     config.compression.variants = {}
     config.compression.target = {"mult_adds": 0.6}
+    config.compression.candidates = ("falcon",)
     config.compression.rules = ((r".*/0/0/conv", None),)
 
     def stop(*_):
@@ -351,6 +344,7 @@ def test_a_plan_is_searched_for_a_target_and_kept_over_an_interruption(
     assert searched["mult_adds"] <= 0.6 * standard["mult_adds"]
     plan = Plan.load(tmp_path / "searched/plan.json")
     assert plan.rows[0].method is None and plan.replaced
+    assert {row.method for row in plan.replaced} == {Falcon(rank=1)}
     stored = load_stored(tmp_path / "searched/model")
     assert stored.plan.rows == plan.rows
 
@@ -364,6 +358,12 @@ def test_a_plan_is_searched_for_a_target_and_kept_over_an_interruption(
         ),
         ({"compression__target": {"size": 0.5}} | CALIBRATED, r"compression\.target: "),
         ({"compression__target": {"params": 0.5}}, "target needs calibration_batches"),
+        ({"compression__candidates": ("falcon",)}, "candidates .* give its target"),
+        (
+            {"compression__target": {"params": 0.5}, "compression__candidates": ("pdp",)}
+            | CALIBRATED,
+            r"compression\.candidates: .*'pdp'",
+        ),
         ({"train__distillation__weight": 0.5}, "the standard model has no teacher"),
         ({"finetune__distillation__weight": 2.0}, r"finetune\.distillation\.weight must be in"),
         (
