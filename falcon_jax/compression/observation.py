@@ -111,7 +111,7 @@ class Run:
 
     def add(self, inputs: Inputs) -> None:
         """Add a batch, before anything is computed of it."""
-        arrays = inputs.arrays
+        arrays = [jnp.asarray(array) for array in inputs.arrays]
         self.batches.append(_Batch(arrays, self.original.start(arrays), self.small.start(arrays)))
 
     def advance(self, units: Sequence[Unit], *, to_outputs: bool = False) -> None:
@@ -121,34 +121,36 @@ class Run:
             units: that are still to be looked at.
             to_outputs: whether the original's outputs are, too.
         """
-        sites = [site for unit in units for site, _ in unit.calls]
-        outputs = [self.original.sites[site].output for site in sites]
-        outputs += [
-            after.pooled for site in sites if (after := self.following(site)[0]).pooled is not None
-        ]
-        outputs += self.original.outputs if to_outputs else ()
-        inputs = [self.small.sites[site].input for site in sites]
-        if self.small is self.original:
-            outputs, inputs = outputs + inputs, []
         first = units[0].calls[0][0]
-        for name, program, wanted in (
-            ("original", self.original, outputs),
-            ("small", self.small, inputs),
-        ):
-            needed = program.frontier(program.sites[first].start, wanted)
-            held = 0
-            for batch in self.batches:
+        far, near = (self._wanted(part, to_outputs) for part in (units, units[:1]))
+        for name, program in (("original", self.original), ("small", self.small)):
+            start = program.sites[first].start
+            most, least = (program.frontier(start, wanted[name]) for wanted in (far, near))
+            for batch, needed in zip(
+                self.batches, _held(len(self.batches), most, least), strict=True
+            ):
                 state = getattr(batch, name)
-                size = sum(v.aval.size * v.aval.dtype.itemsize for v in needed)
-                if held + size > _HELD:
-                    continue
-                held += size
-                values = jax.block_until_ready(program.compute(needed, state))
-                setattr(batch, name, dict(zip(needed, values, strict=True)))
+                values = jax.block_until_ready(program.compute(needed, state)) if needed else ()
+                inputs = {v: state[v] for v in program.inputs}
+                setattr(batch, name, inputs | dict(zip(needed, values, strict=True)))
+            if self.small is self.original:
+                break
         if self.small is self.original:
             for batch in self.batches:
                 batch.small = batch.original
         _return_freed_memory()
+
+    def _wanted(self, units: Sequence[Unit], to_outputs: bool) -> dict[str, list[Any]]:
+        """Return what of both programs units look at."""
+        sites = [site for unit in units for site, _ in unit.calls]
+        answers = [self.original.sites[site].output for site in sites]
+        pooled = [self.following(site)[0].pooled for site in sites]
+        answers += [variable for variable in pooled if variable is not None]
+        answers += self.original.outputs if to_outputs else ()
+        inputs = [self.small.sites[site].input for site in sites]
+        if self.small is self.original:
+            answers += inputs
+        return {"original": answers, "small": inputs}
 
     def felt(self, batch: _Batch, site: Site) -> Array | None:
         """Return how much hangs on each point of a layer's answer; None if it cannot be told."""
@@ -172,6 +174,22 @@ class Run:
             pair = self.original.sites[site], self.small.sites[site]
             self.after[site] = following(self.original, pair[0]), following(self.small, pair[1])
         return self.after[site]
+
+
+def _held(count: int, most: Sequence[Any], least: Sequence[Any]) -> list[Sequence[Any]]:
+    """Return which variables are held of each batch, within the limit.
+
+    Args:
+        count: of batches.
+        most: what all layers to come need.
+        least: what the next one needs; for another one, the rest is computed again.
+    """
+    whole, part = (sum(v.aval.size * v.aval.dtype.itemsize for v in each) for each in (most, least))
+    if count * whole <= _HELD:
+        return [most] * count
+    number = max(0, _HELD - count * part) // max(1, whole - part)
+    others = min(count - number, (_HELD - number * whole) // max(1, part))
+    return [most] * number + [least] * others + [()] * (count - number - others)
 
 
 def _return_freed_memory() -> None:

@@ -74,10 +74,10 @@ class Program:
         self.values = values
         self.eqns: list[Any] = list(flat.jaxpr.eqns)
         self._names = dict(zip(flat.jaxpr.invars, names, strict=False))
-        self._data = list(flat.jaxpr.invars[len(names) :])
+        self.inputs = tuple(flat.jaxpr.invars[len(names) :])
         self._constants = dict(zip(flat.jaxpr.constvars, flat.consts, strict=True))
         self._maker = {v: i for i, eqn in enumerate(self.eqns) for v in eqn.outvars}
-        self._dynamic = set(self._data)
+        self._dynamic = set(self.inputs)
         for eqn in self.eqns:
             if any(v in self._dynamic for v in _variables(eqn.invars)):
                 self._dynamic.update(eqn.outvars)
@@ -90,7 +90,7 @@ class Program:
 
     def start(self, arrays: Sequence[Any]) -> dict[Any, Array]:
         """Return the state before the first equation, of a batch of inputs."""
-        return {v: jnp.asarray(a) for v, a in zip(self._data, arrays, strict=True)}
+        return {v: jnp.asarray(a) for v, a in zip(self.inputs, arrays, strict=True)}
 
     def depends_on_data(self, variable: Any) -> bool:
         """Return whether a variable is more than parameters and constants."""
@@ -193,7 +193,7 @@ class Program:
             key: for r.
         """
         if self._gradient is None:
-            known = tuple(self._data)
+            known = self.inputs
             answers = [site.answer for site in self.sites]
             outputs = [v for v in self.outputs if jnp.issubdtype(v.aval.dtype, jnp.floating)]
             run = self._function(tuple(outputs), known, tuple(answers))
@@ -234,7 +234,7 @@ class Program:
         Args:
             wanted: what it returns.
         """
-        return self._function(tuple(wanted), tuple(self._data))
+        return self._function(tuple(wanted), self.inputs)
 
     def _function(
         self, wanted: tuple[Any, ...], known: tuple[Any, ...], changed: tuple[Any, ...] = ()

@@ -261,6 +261,37 @@ def test_fewer_points_do_nearly_as_well_and_a_key_decides_which():
 
 
 @pytest.mark.slow
+class Across(Plain):
+    """What the first layer answers is wanted again at the end."""
+
+    def __call__(self, x):
+        first = jax.nn.relu(self.first(x))
+        return self.third(first + jax.nn.relu(self.second(first)))
+
+
+def test_what_is_not_held_is_computed_again(monkeypatch):
+    model, small, plan = compressed(fj.Falcon(), Across(nnx.Rngs(0)), stays=())
+    data = batches(4)
+    expected = arrays(calibrate(model, small, plan, data))
+    array = 16 * 8 * 8 * 8 * 4  # bytes of one batch between two layers
+    for limit in (0, 3 * array, 5 * array):  # nothing, three of four batches, one for two layers
+        monkeypatch.setattr("falcon_jax.compression.observation._HELD", limit)
+        found = arrays(calibrate(model, small, plan, data))
+        for name, value in expected.items():
+            np.testing.assert_allclose(found[name], value, atol=2e-4, err_msg=name)
+
+
+def test_points_are_enough_for_the_weights_where_examples_are_few():
+    model, small, plan = compressed(fj.Falcon())
+    found = {}
+    for count in (2, 4):
+        errors = []
+        fj.calibrate(model, small, plan, [np.float32(images(count, 16))], report=errors.append)
+        found[count] = [error.points for error in errors]
+    # The 72 weights of an output channel want 5 points each; of every example, 120 in any case.
+    assert found == {2: [5 * 72, 5 * 72], 4: [4 * 120, 4 * 120]}
+
+
 def test_points_on_which_nothing_hangs_are_rarely_chosen():
     class Half(Plain):
         def __call__(self, x):
