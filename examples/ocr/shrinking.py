@@ -63,7 +63,7 @@ _MIXED = (
 )
 _STAYS = fj.Rule(path="features/conv0", method=None)
 FULL = {
-    "detector": Settings(rules=(_FIRST, _ONCE), examples=48, calibrated=24, distill=250),
+    "detector": Settings(rules=(_FIRST, _ONCE), examples=48, calibrated=24, distill=100),
     "recognizer": Settings(
         rules=(_STAYS,), examples=200, target=fj.Target(mult_adds=0.31), distill=150
     ),
