@@ -25,19 +25,28 @@ import jaxtyping
 import pytest
 
 
+def pytest_configure(config):
+    """Check, in the quick suite, calls of what is annotated with shapes; in others, all calls.
+
+    Checking everything takes a fifth of the time, and pyright knows of types without shapes.
+    """
+    if config.option.markexpr == "not slow":  # the hook of jaxtyping's plugin decorates by this
+        jaxtyping.jaxtyped = lambda *, typechecker: functools.partial(
+            _checked_if_shaped, check=_jaxtyped(typechecker=typechecker)
+        )
+
+
+_jaxtyped = jaxtyping.jaxtyped
+
+
+def _checked_if_shaped(function, check):
+    annotations = getattr(function, "__annotations__", {}).values()
+    return check(function) if any(map(_has_shapes, annotations)) else function
+
+
 def _has_shapes(annotation):
     own = isinstance(annotation, type) and issubclass(annotation, jaxtyping.AbstractArray)
     return own or any(map(_has_shapes, typing.get_args(annotation)))
-
-
-def _checked(function, *, typechecker, check=jaxtyping.jaxtyped):
-    """Check calls of what is annotated with shapes; of the rest, pyright knows enough."""
-    shapes = any(map(_has_shapes, getattr(function, "__annotations__", {}).values()))
-    return check(function, typechecker=typechecker) if shapes else function
-
-
-# What the hook of jaxtyping's plugin decorates by. Checking everything took a fifth of the time.
-jaxtyping.jaxtyped = lambda *, typechecker: functools.partial(_checked, typechecker=typechecker)
 
 
 def pytest_collection_finish():

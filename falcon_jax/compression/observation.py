@@ -84,7 +84,7 @@ class Run:
             to_outputs: whether the original's outputs are, too.
         """
         first = units[0].calls[0][0]
-        far, near = (self._wanted(part, to_outputs) for part in (units, units[:1]))
+        far, near = (self._wanted(some, to_outputs) for some in (units, units[:1]))
         for name, program in (("original", self.original), ("small", self.small)):
             start = program.sites[first].start
             most, least = (program.frontier(start, wanted[name]) for wanted in (far, near))
@@ -146,12 +146,12 @@ def _held(count: int, most: Sequence[Any], least: Sequence[Any]) -> list[Sequenc
         most: what all layers to come need.
         least: what the next one needs; for another one, the rest is computed again.
     """
-    whole, part = (sum(v.aval.size * v.aval.dtype.itemsize for v in each) for each in (most, least))
-    if count * whole <= _HELD:
+    far, near = (sum(v.aval.size * v.aval.dtype.itemsize for v in each) for each in (most, least))
+    if count * far <= _HELD:
         return [most] * count
-    number = max(0, _HELD - count * part) // max(1, whole - part)
-    others = min(count - number, (_HELD - number * whole) // max(1, part))
-    return [most] * number + [least] * others + [()] * (count - number - others)
+    whole = max(0, _HELD - count * near) // max(1, far - near)
+    rest = min(count - whole, (_HELD - whole * far) // max(1, near))
+    return [most] * whole + [least] * rest + [()] * (count - whole - rest)
 
 
 def _return_freed_memory() -> None:
@@ -365,12 +365,11 @@ def _looked_at(
         if inputs.ndim > 1:
             inputs = inputs.reshape(-1, inputs.shape[-1])[place]
     axes = len(spec.kernel_size) + 1
-    free = relu_aware and after.rectified and now.rectified
     return _sampled(
         inputs,
         answers,
         run.felt(batch, site) if by_sensitivity else None,
-        (after.alone, now.alone, pooled[0] if pooled else None) if free else None,
+        (after.alone, now.alone, pooled[0] if pooled else None) if relu_aware else None,
         key,
         shapes=(other.input_shape[-axes:], site.output_shape[-axes:]),
         spec=spec,

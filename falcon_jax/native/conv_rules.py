@@ -244,30 +244,34 @@ def divide(runner: Runner, operation: Operation) -> bool:
 def _scaled(
     runner: Runner, operation: Operation, x: Value, other: Value, *, divided: bool = False
 ) -> bool:
-    (y,) = operation.outputs
-    joined = runner.taken(x)
-    if joined is None or joined.is_finished or joined.residual is not None or x.shape != y.shape:
+    known = _with_row(runner, operation, x, other)
+    if known is None:
         return False
-    row = runner.per_channel(other, joined.step.out_features)
-    if row is None:
-        return False
-    runner.waiting[y] = joined.scaled(1 / row if divided else row)
+    joined, row = known
+    runner.waiting[operation.outputs[0]] = joined.scaled(1 / row if divided else row)
     return True
 
 
 def subtract(runner: Runner, operation: Operation) -> bool:
     """Take a bias to a convolution."""
-    x, other = operation.inputs
-    (y,) = operation.outputs
-    joined = runner.taken(x)
-    if joined is None or joined.is_finished or joined.residual is not None or x.shape != y.shape:
+    known = _with_row(runner, operation, *operation.inputs)
+    if known is None:
         return False
-    row = runner.per_channel(other, joined.step.out_features)
-    if row is None:
-        return False
+    joined, row = known
     bias = -row if joined.bias is None else joined.bias - row
-    runner.waiting[y] = dataclasses.replace(joined, bias=bias)
+    runner.waiting[operation.outputs[0]] = dataclasses.replace(joined, bias=bias)
     return True
+
+
+def _with_row(
+    runner: Runner, operation: Operation, x: Value, other: Value
+) -> tuple[Joined, np.ndarray] | None:
+    """Return a convolution without a residual, and a constant per channel, if the two are these."""
+    joined = runner.taken(x)
+    if joined is None or joined.is_finished or joined.residual is not None:
+        return None
+    row = runner.per_channel(other, joined.step.out_features)
+    return None if row is None or x.shape != operation.outputs[0].shape else (joined, row)
 
 
 def maximum(runner: Runner, operation: Operation) -> bool:

@@ -146,7 +146,7 @@ def _sweep(
     # The normal matrices are near to multiples of one.
     inverse = jnp.linalg.inv(jnp.einsum("tmtk->mk", metric.reshape(t, m, t, m)))
     for r in range(k):
-        change, moved = _descended(metric, depthwise[:, r], rest, inverse, steps)
+        change, moved = _better_pointwise(metric, depthwise[:, r], rest, inverse, steps)
         pointwise = pointwise.at[:, r].add(change)
         rest = rest - moved
     size = max(1, _CHUNK // (k * t * m * t))  # channels at a time
@@ -178,7 +178,7 @@ def _applied(metric: Array, pointwise: Array, depthwise: Array) -> Array:
     return _product("ij,jn->in", metric, weights).reshape(t, m, n)
 
 
-def _descended(
+def _better_pointwise(
     metric: Float[Array, "i i"],
     depthwise: Float[Array, "taps n"],
     rest: Float[Array, "taps m n"],
