@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, PRNGKeyArray
 
 from falcon_jax.compression.observation import (
@@ -27,7 +26,7 @@ from falcon_jax.compression.progress import shown
 from falcon_jax.frameworks.interface import M
 from falcon_jax.frameworks.program import Network
 from falcon_jax.methods.base import Params
-from falcon_jax.solvers.intervals import Points, fit_to_intervals, moments_of
+from falcon_jax.solvers.intervals import Points, answers_of, fit_to_intervals, moments_of
 from falcon_jax.solvers.moments import best_bias, by_group
 
 
@@ -243,8 +242,7 @@ def _distances(
 def _squares(
     patches: Array, weights: Array, bias: Array, wanted: Array, lower: Array, upper: Array
 ) -> tuple[Array, Array, Array]:
-    answers = jnp.einsum("gsi,gin->sgn", patches, weights, precision=lax.Precision.HIGHEST)
-    answers = answers.reshape(wanted.shape) + bias[None]
+    answers = answers_of(patches, weights) + bias[None]
     return (
         jnp.sum((answers - wanted) ** 2),
         jnp.sum((wanted - wanted.mean(0)[None]) ** 2),
