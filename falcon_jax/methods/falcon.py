@@ -27,7 +27,7 @@ from falcon_jax.ops.choice import falcon_form, is_canonical
 from falcon_jax.ops.convolution import conv
 from falcon_jax.ops.geometry import ConvSpec
 from falcon_jax.ops.separable import pointwise_then_depthwise
-from falcon_jax.solvers.alternating import falcon_best, falcon_sweep
+from falcon_jax.solvers.alternating import falcon_best, falcon_sweeps
 from falcon_jax.solvers.low_rank import best_terms
 from falcon_jax.solvers.moments import Moments, quadratics
 
@@ -115,7 +115,7 @@ class Falcon(RankMethod):
             pointwise, depthwise = (np.concatenate(part, -1) for part in zip(*found, strict=True))
             depthwise = depthwise.reshape(*spec.kernel_size, k, -1)
         else:
-            pointwise, depthwise = falcon_sweep(
+            pointwise, depthwise = falcon_sweeps(
                 moments, kernel, start["pointwise"], start["depthwise"]
             )
         return {"pointwise": jnp.asarray(pointwise), "depthwise": jnp.asarray(depthwise)}

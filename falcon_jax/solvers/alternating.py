@@ -65,7 +65,7 @@ def falcon_best(
 
 
 @functools.partial(jax.jit, static_argnames="ridge")
-def falcon_sweep(
+def falcon_sweeps(
     moments: Moments,
     kernel: Float[Array, "*kernel_size m n"],
     pointwise: Float[Array, "m k n"],
@@ -73,7 +73,7 @@ def falcon_sweep(
     *,
     ridge: float = RIDGE,
 ) -> tuple[Float[Array, "m k n"], Float[Array, "*kernel_size k n"]]:
-    """Return better factors for moments, after one sweep in float32; groups side by side."""
+    """Return better factors for moments, after two sweeps in float32; groups side by side."""
     groups, inputs = moments.input_mean.shape
     m, k = pointwise.shape[:2]
     taps = inputs // m
@@ -87,7 +87,10 @@ def falcon_sweep(
         lam = jnp.where(mean > 0, ridge * mean, 1.0)
         linear = (cross + lam * target).reshape(taps, m, -1)
         metric = second + lam * jnp.eye(inputs)
-        return _sweep(metric, linear, pointwise, depthwise, steps=_steps(inputs))
+        factors = pointwise, depthwise
+        for _ in range(2):
+            factors = _sweep(metric, linear, *factors, steps=_steps(inputs))
+        return factors
 
     targets = kernel.astype(jnp.float32).reshape(inputs, groups, -1).swapaxes(0, 1)
     rows = moments.second, moments.cross, targets, apart(pointwise, m), apart(depthwise, taps)

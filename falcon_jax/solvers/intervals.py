@@ -7,7 +7,6 @@ by fits to the nearest good answers, in turn.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -20,8 +19,10 @@ from jaxtyping import Array, Float
 from falcon_jax.solvers.moments import Moments, best_bias, by_group
 
 P = TypeVar("P")
-MOST_STEPS = 16
+MOST_STEPS, FEW_STEPS = 24, 12
+MUCH = 1 << 34  # mult-adds of the points with the weights from which few steps are made
 TOLERANCE = 1e-3  # of the error that a step takes away
+_FARTHEST = 20.0  # in units of the last change
 _AT_ONCE = 4096  # points
 
 _product = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
@@ -102,24 +103,25 @@ def _answers(
 def _nearest(
     points: Points,
     moments: Moments,
-    ahead: Float[Array, ""],
     weights: tuple[Array, Array],
     answers: tuple[Array, Array],
     *,
     centred: bool,
 ) -> Moments:
-    """Return moments of the good answers nearest to those of weights, or of ones ahead of them.
+    """Return moments of the good answers nearest to those of weights, or of better ones near them.
 
     Args:
         points: what answers are good.
         moments: of the points, with any answers.
-        ahead: how far ahead, in the direction from the weights before.
-        weights: the weights, and those before.
+        weights: the weights, and those before; each output channel goes on in that direction as
+            far as its error falls.
         answers: of both.
         centred: whether there is a bias.
     """
     groups, count, _ = points.patches.shape
-    weight, answer = (now + ahead * (now - before) for now, before in (weights, answers))
+    ahead = _ahead(points, *answers)
+    answer = answers[0] + ahead * (answers[0] - answers[1])
+    weight = weights[0] + ahead.reshape(groups, 1, -1) * (weights[0] - weights[1])
     step = jnp.clip(answer, points.lower, points.upper) - answer
     y = (answer + step).reshape(count, groups, -1).swapaxes(0, 1)
     mean = y.mean(1) if centred else jnp.zeros_like(moments.target_mean)
@@ -135,6 +137,29 @@ def _nearest(
     )
 
 
+def _ahead(
+    points: Points, answers: Float[Array, "points n"], before: Float[Array, "points n"]
+) -> Float[Array, " n"]:
+    """Return how far each channel goes on, in units of its last change, by Newton's method."""
+    change = answers - before
+    squares = jnp.sum(change * change, axis=0)
+
+    def away(ahead: Array) -> Array:
+        y = answers + ahead * change
+        return jnp.clip(y, points.lower, points.upper) - y
+
+    def newton(_: Array, ahead: Array) -> Array:
+        rest = away(ahead)
+        curvature = jnp.sum(jnp.where(rest != 0, change * change, 0), axis=0) + 1e-3 * squares
+        slope = jnp.sum(change * rest, axis=0)
+        step = jnp.where(curvature > 0, slope / jnp.where(curvature > 0, curvature, 1), 0)
+        return jnp.clip(ahead + step, 0, _FARTHEST)
+
+    found = lax.fori_loop(0, 3, newton, jnp.zeros_like(squares))
+    better = jnp.sum(away(found) ** 2, axis=0) < jnp.sum(away(jnp.zeros_like(found)) ** 2, axis=0)
+    return jnp.where(better, found, 0)
+
+
 def fit_to_intervals(
     points: Points,
     moments: Moments,
@@ -143,13 +168,13 @@ def fit_to_intervals(
     fit: Callable[[Moments, P], P],
     kernel: Callable[[P], Float[Array, "*kernel_size m n"]],
     use_bias: bool,
-    steps: int = MOST_STEPS,
+    steps: int | None = None,
     tolerance: float = TOLERANCE,
 ) -> tuple[P, Float[np.ndarray, " n"], list[float]]:
     """Return parameters and bias whose answers are nearer to good ones, and errors step by step.
 
-    A fit to the nearest good answers lowers the error; steps start ahead of the last weights, as in
-    Nesterov's method, and from them again where the error rose.
+    A fit to the nearest good answers lowers the error; steps start ahead of the last weights, each
+    output channel as far as is best for it, and from them again where the error rose.
 
     Args:
         points: to fit to.
@@ -158,14 +183,17 @@ def fit_to_intervals(
         fit: returns parameters for moments, starting from others.
         kernel: of parameters.
         use_bias: whether the answers have a bias, the best for every kernel.
-        steps: at most.
+        steps: at most; 24 if not given, or 12 where the points times the weights are much.
         tolerance: a step that takes away less of the error is the last.
 
     Reference:
-        Beck, Teboulle: A Fast Iterative Shrinkage-Thresholding Algorithm, 2009; O'Donoghue, Candes:
-        Adaptive Restart for Accelerated Gradient Schemes, 2015.
+        Narkiss, Zibulevsky: Sequential Subspace Optimization Method for Large-Scale Unconstrained
+        Problems, 2005, with the last change alone.
     """
-    groups = len(moments.input_mean)
+    groups, count, inputs = points.patches.shape
+    if steps is None:
+        much = count * inputs * points.lower.shape[1] >= MUCH * groups
+        steps = FEW_STEPS if much else MOST_STEPS
 
     def looked_at(params: P, moments: Moments) -> "_Fit[P]":
         weights = kernel(params)
@@ -175,27 +203,25 @@ def fit_to_intervals(
         return _Fit(params, bias, flat, answers, float(error))
 
     best = before = looked_at(params, moments)
-    errors, pace = [best.error], 1.0
+    errors = [best.error]
     for _ in range(steps):
-        faster = (1 + math.sqrt(1 + 4 * pace * pace)) / 2
         new = _nearest(
             points,
             moments,
-            np.float32((pace - 1) / faster),
             (best.weights, before.weights),
             (best.answers, before.answers),
             centred=use_bias,
         )
         found = looked_at(fit(new, best.params), new)
         if found.error < best.error:
-            before, best, pace = best, found, faster
+            before, best = best, found
             errors.append(best.error)
             if errors[-2] - errors[-1] <= tolerance * errors[-2]:
                 break
         elif before is best:
             break
         else:
-            before, pace = best, 1.0
+            before = best
     return best.params, best.bias, errors
 
 
