@@ -6,7 +6,7 @@ import functools
 import math
 import sys
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,8 @@ from falcon_jax.compression.following import Following, following, intervals
 from falcon_jax.compression.plan import PlanRow
 from falcon_jax.frameworks.layers import Inputs
 from falcon_jax.frameworks.program import Network, Program, Site
+from falcon_jax.native.joining import with_native_steps
+from falcon_jax.native.library import load as kernels_are_loaded
 from falcon_jax.ops.geometry import ConvSpec
 from falcon_jax.solvers.patches import patches_at, points_at
 
@@ -26,7 +28,7 @@ _POINTS = 120  # of every example's answer, where these are enough
 _EQUATIONS = 5  # points for each weight of an output channel that are enough
 _UNIFORM = 0.05  # share of points that are chosen whatever hangs on them
 _NUMBERS = 1 << 27  # floats of one layer's patches: 512 MB
-_HELD = 1 << 29  # bytes of activations that are kept between two layers, for each network
+_HELD = 3 << 27  # bytes of activations that are kept between two layers, for each network
 
 
 Call = tuple[int, int | None]  # a site, and which of its mapped calls
@@ -62,6 +64,28 @@ class _Batch:
     felt: Mapping[Any, Array] | None = None
 
 
+class _Computation:
+    """Variables of a program, batch after batch, by native kernels where they are built.
+
+    Weights are constants of what is compiled: it goes when they change.
+    """
+
+    def __init__(self, program: Program):
+        self._program = program
+        self._native = jax.default_backend() == "cpu" and kernels_are_loaded()
+        self._compiled: dict[Any, Callable[..., list[Array]]] = {}
+
+    def __call__(self, wanted: Sequence[Any], state: Mapping[Any, Array]) -> list[Array]:
+        if not self._native:
+            return self._program.compute(wanted, state)
+        key = tuple(wanted), tuple(state)
+        if key not in self._compiled:
+            function = self._program.function(*key)
+            steps = with_native_steps(lambda *arrays: function(arrays))
+            self._compiled[key] = jax.jit(steps)
+        return self._compiled[key](*state.values())
+
+
 class Run:
     """Both models' programs for inputs of one shape, and how far they were carried out."""
 
@@ -88,11 +112,12 @@ class Run:
         for name, program in (("original", self.original), ("small", self.small)):
             start = program.sites[first].start
             most, least = (program.frontier(start, wanted[name]) for wanted in (far, near))
+            carried = _Computation(program)
             for batch, needed in zip(
                 self.batches, _held(len(self.batches), most, least), strict=True
             ):
                 state = getattr(batch, name)
-                values = jax.block_until_ready(program.compute(needed, state)) if needed else ()
+                values = jax.block_until_ready(carried(needed, state)) if needed else ()
                 inputs = {v: state[v] for v in program.inputs}
                 setattr(batch, name, inputs | dict(zip(needed, values, strict=True)))
             if self.small is self.original:
@@ -302,16 +327,29 @@ def observed(
     if points is None:
         points = max(_POINTS, math.ceil(_EQUATIONS * weights / max(1, examples)))
     points = max(1, min(points, _NUMBERS // max(1, examples * spec.taps * spec.in_features)))
+    count = sum(
+        min(points, math.prod(site.output_shape[-1 - len(spec.kernel_size) : -1]))
+        * math.prod(_batch_of(site, spec))
+        for run in runs
+        for site in (run.original.sites[index] for index, _ in unit.calls)
+        for _ in run.batches
+    )
+    groups = spec.feature_group_count
+    patches = jnp.zeros((groups, count, spec.taps * spec.group_in_features))
     found: list[tuple[Array, ...]] = []
+    at = 0
     for run in runs:
+        carried = _Computation(run.original), _Computation(run.small)
         for batch in run.batches:
             for site, place in unit.calls:
                 pick = jax.random.fold_in(key, len(found))
                 options = spec, points, pick, relu_aware, by_sensitivity
-                looked_at = _looked_at(run, batch, site, place, *options)
+                seen, *answers = _looked_at(run, carried, batch, site, place, *options)
                 # Batches computed at the same time would be in memory together.
-                found.append(jax.block_until_ready(looked_at))
-    patches, wanted, lower, upper, finite = _together(found)
+                patches = jax.block_until_ready(_with_part(patches, seen, at))
+                found.append(tuple(answers))
+                at += seen.shape[1]
+    wanted, lower, upper, finite = _together(patches, found)
     for name, is_finite in zip(("gets", "should answer"), finite, strict=True):
         if not is_finite:
             raise ValueError(
@@ -328,14 +366,19 @@ def observed(
     return patches, wanted, lower, upper
 
 
+@functools.partial(jax.jit, donate_argnums=0)
+def _with_part(whole: Array, part: Array, at: int) -> Array:
+    """Return all patches with some of them put in; in place, as they are most of the memory."""
+    return lax.dynamic_update_slice_in_dim(whole, part, at, axis=1)
+
+
 @jax.jit
 def _together(
-    found: Sequence[tuple[Array, ...]],
-) -> tuple[Array, Array, Array, Array, list[Array]]:
-    """Return the points of all calls, and whether patches and answers are finite."""
-    patches = jnp.concatenate([part[0] for part in found], axis=1)
-    wanted, lower, upper = (jnp.concatenate([part[i] for part in found]) for i in (1, 2, 3))
-    return patches, wanted, lower, upper, [jnp.isfinite(a).all() for a in (patches, wanted)]
+    patches: Array, found: Sequence[tuple[Array, ...]]
+) -> tuple[Array, Array, Array, list[Array]]:
+    """Return the answers of all calls, and whether patches and answers are finite."""
+    wanted, lower, upper = (jnp.concatenate(parts) for parts in zip(*found, strict=True))
+    return wanted, lower, upper, [jnp.isfinite(a).all() for a in (patches, wanted)]
 
 
 def _batch_of(site: Site, spec: ConvSpec) -> tuple[int, ...]:
@@ -346,6 +389,7 @@ def _batch_of(site: Site, spec: ConvSpec) -> tuple[int, ...]:
 
 def _looked_at(
     run: Run,
+    carried: tuple[_Computation, _Computation],
     batch: _Batch,
     index: int,
     place: int | None,
@@ -358,8 +402,8 @@ def _looked_at(
     site, other = run.original.sites[index], run.small.sites[index]
     after, now = run.following(index)
     wanted = [site.output] if after.pooled is None else [site.output, after.pooled]
-    answers, *pooled = run.original.compute(wanted, batch.original)
-    (inputs,) = run.small.compute([other.input], batch.small)
+    answers, *pooled = carried[0](wanted, batch.original)
+    (inputs,) = carried[1]([other.input], batch.small)
     if place is not None:
         answers = answers.reshape(-1, answers.shape[-1])[place]
         if inputs.ndim > 1:

@@ -21,7 +21,7 @@ CHANNEL_STARTS = 40  # of FALCON, where every output channel takes the best
 MANY_SWEEPS = 200  # of each of several starts
 SMALL_TOLERANCE = 1e-4
 _STEPS, _SMALL_STEPS = 2, 16  # of conjugate gradients for a term
-_CHUNK = 1 << 26  # numbers on the way to the normal matrices of some channels: 256 MB
+_CHUNK = 1 << 25  # numbers on the way to the normal matrices of some channels: 128 MB
 
 
 def falcon_closed(

@@ -120,7 +120,7 @@ def _nearest(
     """
     groups, count, _ = points.patches.shape
     ahead = _ahead(points, *answers)
-    answer = answers[0] + ahead * (answers[0] - answers[1])
+    answer = answers[0] + ahead[None] * (answers[0] - answers[1])
     weight = weights[0] + ahead.reshape(groups, 1, -1) * (weights[0] - weights[1])
     step = jnp.clip(answer, points.lower, points.upper) - answer
     y = (answer + step).reshape(count, groups, -1).swapaxes(0, 1)
@@ -145,7 +145,7 @@ def _ahead(
     squares = jnp.sum(change * change, axis=0)
 
     def away(ahead: Array) -> Array:
-        y = answers + ahead * change
+        y = answers + ahead[None] * change
         return jnp.clip(y, points.lower, points.upper) - y
 
     def newton(_: Array, ahead: Array) -> Array:
