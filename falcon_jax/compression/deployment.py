@@ -17,13 +17,15 @@ from falcon_jax.native.library import multiplies_bfloat16
 from falcon_jax.wording import shown
 
 Precision = Literal["float32", "bfloat16"]
+_MOST_EXAMPLES = 32  # that go through together
+_LARGEST = 1 << 25  # bytes of an array between layers that costs no page faults in every call
 
 
 def deploy(
     model: Model,
     sample: Any | None = None,
     *,
-    chunk: int | None = 32,
+    chunk: int | Literal["auto"] | None = "auto",
     native: bool | None = None,
     precision: Precision = "float32",
 ) -> Callable[..., Any]:
@@ -31,8 +33,8 @@ def deploy(
 
     BatchNorms are folded into the convolutions before them, kernels that are built in every call
     are built once, weights are constants of the compiled function, and batches of more than
-    ``chunk`` examples go through in chunks, so that activations stay in the cache and no large
-    buffers are asked of the system in every call. The function is pure; ``jax.export`` takes it.
+    ``chunk`` examples go through in chunks, so that no large buffers are asked of the system in
+    every call. The function is pure; ``jax.export`` takes it.
     A Linen module that draws random numbers draws the same in every call, unless the sample has
     keys, ``falcon_jax.Inputs(x, rngs={"noise": key})``: they are arguments like all other arrays.
 
@@ -42,7 +44,8 @@ def deploy(
         sample: what it is called with, arrays or shapes. Without, BatchNorms are not folded. A
             Linen module in evaluation mode, such as ``falcon_jax.Inputs(x, train=False)``;
             constants stay as they are in the sample.
-        chunk: examples that go through together; None for all. A model whose examples depend on
+        chunk: examples that go through together; None for all, ``"auto"`` for up to 32 whose
+            largest activations have 32 MB. A model whose examples depend on
             each other must not be cut; one that draws random numbers or writes variables, or that
             has an output without batch axis, is not.
         native: whether convolutions are carried out by the kernels of `falcon_jax.native`, each
@@ -65,8 +68,10 @@ def deploy(
     >>> deploy(layer, jnp.ones((1, 8, 8, 3)))(jnp.ones((2, 8, 8, 3))).shape
     (2, 8, 8, 4)
     """
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk is a number of examples, at least 1, or None; got {chunk}.")
+    if not (chunk in (None, "auto") or (isinstance(chunk, int) and chunk >= 1)):
+        raise ValueError(
+            f"chunk is a number of examples, at least 1, 'auto' or None; got {shown(chunk)}."
+        )
     if precision not in get_args(Precision):
         raise ValueError(f"precision is 'float32' or 'bfloat16'; got {shown(precision)}.")
     inputs = None if sample is None else Inputs.of(sample).shapes
@@ -95,7 +100,9 @@ def deploy(
     return jax.jit(forward if chunk is None else _in_chunks(forward, chunk, written))
 
 
-def _in_chunks(forward: Callable[..., Any], chunk: int, written: list[bool]) -> Callable[..., Any]:
+def _in_chunks(
+    forward: Callable[..., Any], size: int | Literal["auto"], written: list[bool]
+) -> Callable[..., Any]:
     """Return the function that carries large batches out chunk by chunk, the rest at the end.
 
     A model that draws random numbers, or writes variables, sees the batch as a whole.
@@ -103,11 +110,15 @@ def _in_chunks(forward: Callable[..., Any], chunk: int, written: list[bool]) -> 
 
     def chunked(*arrays: Any) -> Any:
         batch = arrays[0].shape[0] if arrays and jnp.ndim(arrays[0]) else 0
-        if not isinstance(batch, int) or batch <= chunk:  # a batch of any size in jax.export
+        least = 1 if size == "auto" else size
+        if not isinstance(batch, int) or batch <= least:  # a batch of any size in jax.export
             return forward(*arrays)
         if not _has_batch_axis(arrays, batch):
             return forward(*arrays)
         jaxpr, outputs = jax.make_jaxpr(forward, return_shape=True)(*arrays)
+        chunk = _fitting(jaxpr.jaxpr, batch) if size == "auto" else size
+        if chunk >= batch:
+            return forward(*arrays)
         if not _has_batch_axis(jax.tree.leaves(outputs), batch):
             return forward(*arrays)
         if written[0] or _is_random(jaxpr.jaxpr):
@@ -122,6 +133,27 @@ def _in_chunks(forward: Callable[..., Any], chunk: int, written: list[bool]) -> 
         return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), y, rest)
 
     return chunked
+
+
+def _fitting(jaxpr: Any, batch: int) -> int:
+    """Return how many examples go through together: a divisor of the batch, if one is near."""
+    each = max(1, _largest(jaxpr, batch) // batch)
+    most = max(1, min(_MOST_EXAMPLES, _LARGEST // each))
+    divisors = (n for n in range(min(most, batch), 0, -1) if batch % n == 0)
+    even = next(divisors)
+    return even if 2 * even > most else most
+
+
+def _largest(jaxpr: Any, batch: int) -> int:
+    """Return the bytes of the largest array with a batch axis that is computed."""
+    found = 0
+    for eqn in jaxpr.eqns:
+        for y in eqn.outvars:
+            if getattr(y.aval, "shape", ())[:1] == (batch,):
+                found = max(found, math.prod(y.aval.shape) * jnp.dtype(y.aval.dtype).itemsize)
+        for inner in inner_jaxprs(tuple(eqn.params.values())):
+            found = max(found, _largest(inner, batch))
+    return found
 
 
 def _is_random(jaxpr: Any) -> bool:

@@ -98,8 +98,18 @@ def test_linen_modules_come_bound():
 
 
 def test_a_chunk_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="at least 1, or None; got 0"):
-        fj.deploy(Mean(), chunk=0)
+    for size in (0, "all", 1.5):
+        with pytest.raises(ValueError, match=f"at least 1, 'auto' or None; got .?{size}"):
+            fj.deploy(Mean(), chunk=size)
+
+
+@pytest.mark.parametrize(("size", "batch", "chunk"), [(8, 40, 20), (256, 16, 8), (256, 15, 8)])
+def test_so_many_examples_go_through_together_as_have_32_mb(size, batch, chunk):
+    layer = nnx.Conv(3, 16, (3, 3), rngs=nnx.Rngs(0))  # 4 MB an example at 256x256
+    x = draw(batch, size, size, 3)
+    function = fj.deploy(layer, x, native=False)
+    np.testing.assert_allclose(function(x), layer(x), rtol=1e-4, atol=1e-4)
+    assert f"{chunk},{size},{size},16" in str(jax.make_jaxpr(function)(x))
 
 
 @pytest.mark.usefixtures("without_hook")
