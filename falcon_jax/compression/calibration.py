@@ -78,8 +78,8 @@ def calibrate(
     where it made 0 of the original's; and where a pooling then takes the largest of windows that do
     not overlap, any answer below the largest is as good for the others (``relu_aware``).
 
-    One layer's points and the activations between two layers are in memory, up to 512 MB and 768 MB;
-    what is beyond is computed again, layer by layer.
+    One layer's points and the activations between two layers are in memory, up to 512 MB and
+    768 MB; what is beyond is computed again, layer by layer.
 
     Args:
         model: the model that was compressed; a Linen module bound to its variables.

@@ -6,7 +6,15 @@ import functools
 import math
 import sys
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from typing import Any
 
 import jax
@@ -367,7 +375,7 @@ def observed(
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _with_part(whole: Array, part: Array, at: int) -> Array:
+def _with_part(whole: Array, part: Array, at: Array | int) -> Array:
     """Return all patches with some of them put in; in place, as they are most of the memory."""
     return lax.dynamic_update_slice_in_dim(whole, part, at, axis=1)
 

@@ -102,7 +102,9 @@ def test_a_chunk_of_nothing_is_refused():
         fj.deploy(Mean(), chunk=0)
 
 
-@pytest.mark.parametrize(("size", "batch", "chunk"), [(8, 40, 20), (256, 16, 8), (256, 15, 5), (256, 11, 8)])
+@pytest.mark.parametrize(
+    ("size", "batch", "chunk"), [(8, 40, 20), (256, 16, 8), (256, 15, 5), (256, 11, 8)]
+)
 def test_so_many_examples_go_through_together_as_have_32_mb(size, batch, chunk):
     layer = nnx.Conv(3, 16, (3, 3), rngs=nnx.Rngs(0))  # 4 MB an example at 256x256
     x = draw(batch, size, size, 3)
