@@ -20,7 +20,7 @@ def words_read():
     original = next(row for row in table["rows"] if row["method"] == "standard")
     figure, axes = plt.subplots(figsize=(7.2, 3.4))
     for fit, color, label in (("data", RED, "calibrated"), ("kernel", BLUE, "fitted to kernels")):
-        rows = [row for row in table["rows"] if row["fit"] == fit]
+        rows = [row for row in table["rows"] if row["fit"] == fit and row["images"] in (0, 200)]
         share = [100 * row["mult_adds"] / original["mult_adds"] for row in rows]
         for field, line in (("accuracy", "o-"), ("held_out", "o--")):
             axes.plot(share, [100 * row[field] for row in rows], line, color=color, ms=5)
