@@ -15,7 +15,7 @@ from falcon_jax.frameworks.layers import Inputs, Layer
 from falcon_jax.frameworks.tracing import Call
 from falcon_jax.methods.base import Method, flatten_batch
 from falcon_jax.native.joining import with_native_steps
-from falcon_jax.native.library import load as kernels_are_loaded
+from falcon_jax.native.library import serve as kernels_serve
 from falcon_jax.ops.convolution import conv
 from falcon_jax.ops.geometry import ConvSpec
 
@@ -139,7 +139,7 @@ def _run(
         y, gradients = jax.vjp(function, weights, x)
         return y, gradients(y)
 
-    if not backward and jax.default_backend() == "cpu" and kernels_are_loaded():
+    if not backward and kernels_serve():
         weights, x = args  # as `deploy` has it: weights are constants
         deployed = jax.jit(with_native_steps(functools.partial(function, weights)))
         return lambda: jax.block_until_ready(deployed(x))

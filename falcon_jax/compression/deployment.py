@@ -14,6 +14,7 @@ from falcon_jax.frameworks.tracing import inner_jaxprs
 from falcon_jax.native.joining import with_native_steps
 from falcon_jax.native.library import load as kernels_are_loaded
 from falcon_jax.native.library import multiplies_bfloat16
+from falcon_jax.native.library import serve as kernels_serve
 from falcon_jax.wording import shown
 
 Precision = Literal["float32", "bfloat16"]
@@ -94,7 +95,7 @@ def deploy(
             "the native kernels are not built on this machine: run `python -m falcon_jax build`, "
             "which needs a C++ compiler, or leave native=True out."
         )
-    if native is not False and jax.default_backend() == "cpu" and kernels_are_loaded():
+    if native is not False and kernels_serve():
         rounded = precision == "bfloat16" and multiplies_bfloat16()
         forward = with_native_steps(forward, bfloat16=rounded)
     return jax.jit(forward if chunk is None else _in_chunks(forward, chunk, written))

@@ -28,7 +28,7 @@ from falcon_jax.compression.plan import PlanRow
 from falcon_jax.frameworks.layers import Inputs
 from falcon_jax.frameworks.program import Network, Program, Site
 from falcon_jax.native.joining import with_native_steps
-from falcon_jax.native.library import load as kernels_are_loaded
+from falcon_jax.native.library import serve as kernels_serve
 from falcon_jax.ops.geometry import ConvSpec
 from falcon_jax.solvers.patches import patches_at, points_at
 
@@ -80,7 +80,7 @@ class _Computation:
 
     def __init__(self, program: Program):
         self._program = program
-        self._native = jax.default_backend() == "cpu" and kernels_are_loaded()
+        self._native = kernels_serve()
         self._compiled: dict[Any, Callable[..., list[Array]]] = {}
 
     def __call__(self, wanted: Sequence[Any], state: Mapping[Any, Array]) -> list[Array]:
@@ -326,22 +326,25 @@ def observed(
         by_sensitivity: whether points that matter more are drawn more often.
     """
     spec = unit.row.spec
-    examples = sum(
-        len(run.batches) * math.prod(_batch_of(run.original.sites[site], spec))
+    axes = len(spec.kernel_size)
+    calls = [
+        (len(run.batches) * math.prod(_batch_of(site, spec)), site.output_shape[-1 - axes : -1])
         for run in runs
-        for site, _ in unit.calls
-    )
+        for site in (run.original.sites[index] for index, _ in unit.calls)
+    ]
+    examples = sum(times for times, _ in calls)
     weights = spec.taps * spec.group_in_features
     if points is None:
         points = max(_POINTS, math.ceil(_EQUATIONS * weights / max(1, examples)))
     points = max(1, min(points, _NUMBERS // max(1, examples * spec.taps * spec.in_features)))
-    count = sum(
-        min(points, math.prod(site.output_shape[-1 - len(spec.kernel_size) : -1]))
-        * math.prod(_batch_of(site, spec))
-        for run in runs
-        for site in (run.original.sites[index] for index, _ in unit.calls)
-        for _ in run.batches
-    )
+    count = sum(times * min(points, math.prod(spatial)) for times, spatial in calls)
+    channels = max(spec.group_in_features, spec.out_features)
+    if count < channels:
+        raise ValueError(
+            f"the batches give {count} points of {unit.row.path!r}, fewer than its {channels} "
+            f"channels; its kernel wants {weights} or more. Give more "
+            "examples, or a larger points."
+        )
     groups = spec.feature_group_count
     patches = jnp.zeros((groups, count, spec.taps * spec.group_in_features))
     found: list[tuple[Array, ...]] = []
@@ -364,13 +367,6 @@ def observed(
                 f"what {unit.row.path!r} {name} is not finite; the weights are damaged, or the "
                 "inputs are not those of the model."
             )
-    count, channels = len(wanted), max(spec.group_in_features, spec.out_features)
-    if count < channels:
-        raise ValueError(
-            f"the batches give {count} points of {unit.row.path!r}, fewer than its {channels} "
-            f"channels; its kernel wants {weights} or more. Give more "
-            "examples, or a larger points."
-        )
     return patches, wanted, lower, upper
 
 

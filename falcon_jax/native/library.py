@@ -86,6 +86,11 @@ def load() -> bool:
     return True
 
 
+def serve() -> bool:
+    """Return whether arrays are computed on a CPU for which the kernels are built."""
+    return jax.default_backend() == "cpu" and load()
+
+
 def multiplies_bfloat16() -> bool:
     """Return whether the kernels are built and this processor multiplies bfloat16 by tiles."""
     return load() and _register(_digest())

@@ -87,10 +87,11 @@ def falcon_sweeps(
         lam = jnp.where(mean > 0, ridge * mean, 1.0)
         linear = (cross + lam * target).reshape(taps, m, -1)
         metric = second + lam * jnp.eye(inputs)
-        factors = pointwise, depthwise
-        for _ in range(2):
-            factors = _sweep(metric, linear, *factors, steps=_steps(inputs))
-        return factors
+
+        def sweep(_: Array | int, factors: tuple[Array, Array]) -> tuple[Array, Array]:
+            return _sweep(metric, linear, *factors, steps=_steps(inputs))
+
+        return lax.fori_loop(0, 2, sweep, (pointwise, depthwise))
 
     targets = kernel.astype(jnp.float32).reshape(inputs, groups, -1).swapaxes(0, 1)
     rows = moments.second, moments.cross, targets, apart(pointwise, m), apart(depthwise, taps)

@@ -37,7 +37,7 @@ def test_what_layers_are_fitted_to_is_what_plain_jax_computes(monkeypatch):
     )
     by_kernels = fj.calibrate(model, small, plan, batches)
     assert passes
-    monkeypatch.setattr(observation, "kernels_are_loaded", lambda: False)
+    monkeypatch.setattr(observation, "kernels_serve", lambda: False)
     plain = fj.calibrate(model, small, plan, batches)
     for found, wanted in zip(*map(jax.tree.leaves, (by_kernels, plain)), strict=True):
         np.testing.assert_allclose(found, wanted, rtol=1e-2, atol=1e-3)
