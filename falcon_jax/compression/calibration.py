@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
+from falcon_jax.compression.answers import answers_at_points, observed
 from falcon_jax.compression.observation import (
     Unit,
     mean_after,
-    observed,
     part,
     place_in_stack,
     put,
@@ -78,8 +78,9 @@ def calibrate(
     where it made 0 of the original's; and where a pooling then takes the largest of windows that do
     not overlap, any answer below the largest is as good for the others (``relu_aware``).
 
-    One layer's points and the activations between two layers are in memory, up to 512 MB and
-    768 MB; what is beyond is computed again, layer by layer.
+    One layer's points, the original's answers for the layers that come next and the compressed
+    model's activations between two layers are in memory, up to 512, 384 and 384 MB; what is beyond
+    is computed again.
 
     Args:
         model: the model that was compressed; a Linen module bound to its variables.
@@ -135,15 +136,17 @@ def calibrate(
     steps = shown(
         units, "calibrate", progress=progress, name=lambda unit: unit.row.path or "(model)"
     )
-    for index, unit in enumerate(steps):
+    answers = answers_at_points(
+        units, runs, points, key, relu_aware=relu_aware, by_sensitivity=by_sensitivity
+    )
+    for index, (unit, seen) in enumerate(zip(steps, answers, strict=True)):
         for run in runs:
             run.advance(units[index:])
-        pick = jax.random.fold_in(key, index)
         # What a layer gets in later calls changes with it.
         rounds = range(2 if len(unit.calls) > 1 else 1)
         errors = []
         for _ in rounds:
-            data = observed(unit, runs, points, pick, relu_aware, by_sensitivity)
+            data = observed(unit, runs, seen, relu_aware=relu_aware)
             errors.append(_fitted(unit, data, original, small, mean_after(unit, runs)))
         if report is not None:
             report(dataclasses.replace(errors[-1], before=errors[0].before))

@@ -219,8 +219,8 @@ class _Losses:
                 "the two models' floating-point outputs are not alike; give the original, and the "
                 "model that it was compressed to."
             )
-        told = teacher.pure([*outputs[0], *(a for a, _ in answers)])
-        says = student.pure([*outputs[1], *(b for _, b in answers)])
+        told = teacher.pure([*outputs[0], *(a for a, _ in answers)], teacher.inputs)
+        says = student.pure([*outputs[1], *(b for _, b in answers)], student.inputs)
         count = len(outputs[0])
 
         def loss_of(

@@ -155,9 +155,8 @@ def intervals(
     answers: Float[Array, "b points n"],
     after: Following,
     now: Following,
-    chosen: Int[Array, "b points"],
-    spatial: tuple[int, ...],
-    pooled: Float[Array, "b *windows n"] | None,
+    largest: Float[Array, "b points n"] | None,
+    inside: Bool[Array, "b points"] | None,
 ) -> tuple[Float[Array, "b points n"], Float[Array, "b points n"]]:
     """Return the least and the largest answers after which a model says the same.
 
@@ -165,18 +164,15 @@ def intervals(
         answers: of the original layer, at some points.
         after: what the original does with them.
         now: what the compressed model does with them.
-        chosen: the points, in row-major order.
-        spatial: sizes of the answers' spatial axes.
-        pooled: the largest of every window; None without pooling.
+        largest: of the windows around the points, as `largest_around` says; None without pooling.
+        inside: whether the points are in a window.
     """
     if not (after.rectified and now.rectified):
         return answers, answers
     exact = answers
     seen = answers * after.gain[None, None] + after.offset[None, None]
-    if after.window is None or pooled is None:
-        best, inside = jnp.maximum(seen, 0), jnp.ones(chosen.shape, bool)
-    else:
-        best, inside = _largest(chosen, spatial, after, pooled)
+    best = jnp.maximum(seen, 0) if largest is None else largest
+    inside = jnp.ones(answers.shape[:2], bool) if inside is None else inside
     # Of two computations of the same number, one may be larger by rounding.
     wins = (seen > 0) & (seen >= best * (1 - 1e-5))
     upper = jnp.where(inside[..., None], jnp.where(wins, seen, best), jnp.inf)
@@ -195,13 +191,20 @@ def intervals(
     return jnp.where(alone, exact, low), jnp.where(alone, exact, high)
 
 
-def _largest(
+def largest_around(
     chosen: Int[Array, "b points"],
     spatial: tuple[int, ...],
     after: Following,
     pooled: Float[Array, "b *windows n"],
 ) -> tuple[Float[Array, "b points n"], Bool[Array, "b points"]]:
-    """Return the largest answer of every point's window, and whether it is in one."""
+    """Return the largest answer of every point's window, and whether it is in one.
+
+    Args:
+        chosen: the points, in row-major order.
+        spatial: sizes of the answers' spatial axes.
+        after: what the original does with its answers, a pooling at the end.
+        pooled: the largest of every window.
+    """
     assert after.window is not None and after.padding is not None
     sizes = pooled.shape[1:-1]
     at = jnp.zeros_like(chosen)

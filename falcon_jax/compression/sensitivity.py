@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
+from falcon_jax.compression.answers import answers_at_points, observed
 from falcon_jax.compression.observation import (
     Run,
     Unit,
     mean_after,
-    observed,
     part,
     place_in_stack,
     put,
@@ -191,13 +191,13 @@ def sensitivity(
     key = jax.random.key(0) if key is None else key
     found: dict[str, list[list[tuple[float, float]]]] = {}
     steps = shown(units, "sensitivity", progress=progress, name=lambda unit: unit.name)
-    for index, unit in enumerate(steps):
+    answers = answers_at_points(units, runs, points, key, relu_aware=False, by_sensitivity=True)
+    for index, (unit, seen) in enumerate(zip(steps, answers, strict=True)):
         for run in runs:
             run.advance(units[index:], to_outputs=True)
-        pick = jax.random.fold_in(key, index)
         methods = [row.method for _, row in rows[unit.row.path] if row.method is not None]
-        answers = observed(unit, runs, points, pick, relu_aware=False, by_sensitivity=True)[:2]
-        changes = _changes(unit, methods, answers, network, mean_after(unit, runs))
+        data = observed(unit, runs, seen, relu_aware=False)[:2]
+        changes = _changes(unit, methods, data, network, mean_after(unit, runs))
         effects = [(error, loss_of(_outputs(compared, values))) for error, values in changes]
         found.setdefault(unit.row.path, []).append(effects)
     return Sensitivity(
@@ -284,8 +284,8 @@ def _outputs(
 ) -> Iterator[list[Array]]:
     """Yield the model's outputs with other values of its variables, from where it was carried."""
     for run, index in compared:
-        program = run.original
-        yield program.compute(floating_outputs(program), run.batches[index].original, values)
+        program = run.small
+        yield program.compute(floating_outputs(program), run.batches[index].state, values)
 
 
 def _changes(

@@ -6,6 +6,7 @@ name and the program that they take part in.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ from falcon_jax.frameworks.tracing import (
 from falcon_jax.nn.method_conv import MethodConv
 
 Known = Mapping[Any, Array]
+Pure = Callable[[Mapping[str, Array], Sequence[Array]], list[Array]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,8 +86,6 @@ class Program:
         self.outputs = tuple(_variables(flat.jaxpr.outvars))
         self.sites = tuple(_sites(self.eqns))
         self.hidden = tuple(dict.fromkeys(_hidden(self.eqns)))
-        self._gradient: Any = None
-        self._gradient_names: list[str] = []
         self._compiled: dict[Any, Any] = {}
 
     def start(self, arrays: Sequence[Any]) -> dict[Any, Array]:
@@ -164,7 +164,7 @@ class Program:
         if key not in self._compiled:
             self._compiled[key] = jax.jit(self._function(tuple(wanted), known))
         values = self.values if values is None else values
-        named = {n: values[n] for n in self._compiled_names(wanted, known)}
+        named = {n: values[n] for n in self._needed_names(wanted, known)}
         return self._compiled[key](named, [state[v] for v in known])
 
     def _reach(self, wanted: Iterable[Any], state: Iterable[Any]) -> set[Any]:
@@ -178,63 +178,54 @@ class Program:
                 stack += _variables(self.eqns[self._maker[variable]].invars)
         return seen
 
-    def _compiled_names(self, wanted: Iterable[Any], known: Iterable[Any]) -> list[str]:
+    def _needed_names(self, wanted: Iterable[Any], known: Iterable[Any]) -> list[str]:
         reach = self._reach(wanted, known)
         return sorted(name for v, name in self._names.items() if v in reach)
 
-    def sensitivity(self, arrays: Sequence[Any], key: PRNGKeyArray) -> dict[Any, Array]:
-        """Return by how much outputs change with the answers of layers, point by point.
+    def sensitivity(self, key: PRNGKeyArray) -> Pure:
+        """Return a function that says how much outputs change with answers of layers.
 
-        ``||d (r . outputs) / d y||^2`` over the channels of an answer y, r drawn at random: a
-        layer's error is felt at the output by as much, to first order.
+        ``||d (r . outputs) / d y||^2`` over the channels of an answer y, point by point, r drawn
+        at random: a layer's error is felt at the output by as much, to first order. Of every
+        call of a layer in turn.
 
         Args:
-            arrays: of a batch of inputs.
             key: for r.
         """
-        if self._gradient is None:
-            known = self.inputs
-            answers = [site.answer for site in self.sites]
-            outputs = [v for v in self.outputs if jnp.issubdtype(v.aval.dtype, jnp.floating)]
-            run = self._function(tuple(outputs), known, tuple(answers))
+        answers = tuple(site.answer for site in self.sites)
+        outputs = [v for v in self.outputs if jnp.issubdtype(v.aval.dtype, jnp.floating)]
+        run = self._function(tuple(outputs), self.inputs, answers)
 
-            @jax.jit
-            def squares(named: Any, arrays: Any, key: PRNGKeyArray) -> list[Array]:
-                added = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in answers]
+        def squares(named: Mapping[str, Array], arrays: Sequence[Array]) -> list[Array]:
+            def felt(added: list[Array]) -> Array:
+                total = jnp.zeros(())
+                for index, value in enumerate(run(named, arrays, added)):
+                    drawn = jax.random.normal(jax.random.fold_in(key, index), value.shape)
+                    total += jnp.sum(drawn * value.astype(jnp.float32))
+                return total
 
-                def felt(added: list[Array]) -> Array:
-                    total = jnp.zeros(())
-                    for index, value in enumerate(run(named, arrays, added)):
-                        drawn = jax.random.normal(jax.random.fold_in(key, index), value.shape)
-                        total += jnp.sum(drawn * value.astype(jnp.float32))
-                    return total
+            zeros = [jnp.zeros(v.aval.shape, v.aval.dtype) for v in answers]
+            gradients = jax.grad(felt)(zeros)
+            return [jnp.sum(jnp.square(g.astype(jnp.float32)), -1) for g in gradients]
 
-                return [
-                    jnp.sum(jnp.square(g.astype(jnp.float32)), -1) for g in jax.grad(felt)(added)
-                ]
-
-            self._gradient = squares
-            self._gradient_names = self._compiled_names(outputs, known)
-        named = {name: self.values[name] for name in self._gradient_names}
-        found = self._gradient(named, [jnp.asarray(a) for a in arrays], key)
-        return {site.answer: g for site, g in zip(self.sites, found, strict=True)}
+        return squares
 
     def function(self, wanted: Sequence[Any], known: Sequence[Any]) -> Any:
         """Return a function of known arrays (a list) that gives the wanted ones."""
-        names = self._compiled_names(wanted, known)
-        named = {name: self.values[name] for name in names}
-        inner = self._function(tuple(wanted), tuple(known))
-        return lambda arrays: inner(named, arrays)
+        return functools.partial(self.pure(wanted, known), self.variables(wanted, known))
 
-    def pure(
-        self, wanted: Sequence[Any]
-    ) -> Callable[[Mapping[str, Array], Sequence[Array]], list[Array]]:
-        """Return a function of the model's variables by name, and of the arrays of its inputs.
+    def pure(self, wanted: Sequence[Any], known: Sequence[Any]) -> Pure:
+        """Return a function of the model's variables by name, and of known arrays.
 
         Args:
             wanted: what it returns.
+            known: what it is given.
         """
-        return self._function(tuple(wanted), self.inputs)
+        return self._function(tuple(wanted), tuple(known))
+
+    def variables(self, wanted: Iterable[Any], known: Iterable[Any]) -> dict[str, Array]:
+        """Return the model's variables, by name, that are needed for it."""
+        return {name: self.values[name] for name in self._needed_names(wanted, known)}
 
     def _function(
         self, wanted: tuple[Any, ...], known: tuple[Any, ...], changed: tuple[Any, ...] = ()

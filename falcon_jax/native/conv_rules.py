@@ -63,19 +63,20 @@ def _as_step(runner: Runner, operation: Operation) -> Joined | None:
         or kernel.constant is None
         or tuple(layout.lhs_spec) != last
         or tuple(layout.out_spec) != last
-        or tuple(layout.rhs_spec) != (axes + 1, axes, *range(axes))
         or params["batch_group_count"] != 1
         or max(params["lhs_dilation"]) > 1
         or min(min(pair) for pair in params["padding"]) < 0
         or 0 in (*x.shape, *kernel.shape, *y.shape)
         or groups not in (1, x.shape[-1])
-        or (groups > 1 and kernel.shape[-1] != groups)
+        or (groups > 1 and y.shape[-1] != groups)
     ):
         return None
-    array = np.asarray(kernel.constant)
-    m, n = x.shape[-1], kernel.shape[-1]
+    # Of a gradient's convolution, inputs and outputs have changed places.
+    outputs, inputs, *places = layout.rhs_spec
+    array = np.asarray(kernel.constant).transpose(*places, inputs, outputs)
+    m, n = x.shape[-1], array.shape[-1]
     front = (1,) * (2 - axes)
-    size: Any = (*front, *kernel.shape[:axes])
+    size: Any = (*front, *array.shape[:axes])
     depthwise = groups > 1
     step = Step(
         kind="depthwise" if depthwise else "standard",

@@ -352,6 +352,9 @@ struct Plan {
 constexpr int64_t kRingFloats = 160 * 1024;  // 640 kB a task
 constexpr int64_t kStepPoints = 96;
 constexpr int64_t kFewChannels = 16;
+constexpr int64_t kPutTogether = 48 * 1024;  // floats that a task puts together
+constexpr int64_t kSeenFloats = 256 * 1024;  // of the input, by a task: half of a cache of 2 MB
+constexpr int64_t kMostRows = 480;
 constexpr double kTilesFaster = 12;  // products by tiles than by vectors
 
 Plan MakePlan(const Shape& s, int64_t threads, bool tiles) {
@@ -667,61 +670,64 @@ ffi::Error PointwiseDepthwise(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer weight
   return ffi::Error::Success();
 }
 
-// What each of some output pixels sees of the input, one after the other.
-void PackPixels(const Shape& s, const float* x, int64_t first, int64_t count, float* to) {
-  int64_t w = first % s.out_width, rest = first / s.out_width;
-  int64_t h = rest % s.out_height, image = rest / s.out_height;
-  const int64_t run = s.cols * s.in, wide = (run + kLanes - 1) / kLanes * kLanes;
-  const float* stop = x + s.batch * s.height * s.width * s.in;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t col = w * s.stride_w - s.left;
-    const bool whole = s.dilation_w == 1 && col >= 0 && col + s.cols <= s.width;
-    for (int64_t j = 0; j < s.rows; ++j, to += run) {
-      const int64_t row = h * s.stride_h - s.top + j * s.dilation_h;
-      if (row < 0 || row >= s.height) {
-        std::fill(to, to + run, 0.0f);
-        continue;
-      }
-      const float* from = x + ((image * s.height + row) * s.width + col) * s.in;
-      if (whole && from + wide <= stop) {  // what is too much is written over by the next row
-        for (int64_t m = 0; m < run; m += kLanes) Store(to + m, Load(from + m));
-        continue;
-      }
-      for (int64_t q = 0; q < s.cols; ++q)
-        for (int64_t m = 0; m < s.in; ++m) {
-          const int64_t at = q * s.dilation_w;
-          const bool inside = col + at >= 0 && col + at < s.width;
-          to[q * s.in + m] = inside ? from[at * s.in + m] : 0.0f;
-        }
-    }
-    if (++w == s.out_width) {
-      w = 0;
-      if (++h == s.out_height) h = 0, ++image;
-    }
-  }
-}
+// Where output pixels find their input, segment after segment: a segment is a tap, or a row of taps
+// whose input lies together; at the edges such a row is put together, with zeros.
+struct Pointers {
+  const Shape& s;
+  const float* x;
+  const float* zeros;  // as many as a segment has
+  bool by_rows;
 
-// Where each of some output pixels finds its input, tap after tap; `zeros` where it is outside.
-void PointAtPixels(const Shape& s, const float* x, int64_t first, int64_t count,
-                   const float* zeros, std::vector<const float*>& to) {
-  to.reserve(count * s.rows * s.cols);
-  int64_t w = first % s.out_width, rest = first / s.out_width;
-  int64_t h = rest % s.out_height, image = rest / s.out_height;
-  for (int64_t i = 0; i < count; ++i) {
-    for (int64_t j = 0; j < s.rows; ++j) {
-      const int64_t row = h * s.stride_h - s.top + j * s.dilation_h;
-      const bool above = row >= 0 && row < s.height;
-      const float* from = x + (image * s.height + row) * s.width * s.in;
-      int64_t col = w * s.stride_w - s.left;
-      for (int64_t q = 0; q < s.cols; ++q, col += s.dilation_w)
-        to.push_back(above && col >= 0 && col < s.width ? from + col * s.in : zeros);
-    }
-    if (++w == s.out_width) {
-      w = 0;
-      if (++h == s.out_height) h = 0, ++image;
+  int Segments() const { return static_cast<int>(by_rows ? s.rows : s.rows * s.cols); }
+  int64_t Depth() const { return by_rows ? s.cols * s.in : s.in; }
+
+  // Output columns whose rows of taps are put together.
+  static int64_t Edges(const Shape& s) {
+    if (s.dilation_w > 1) return s.out_width;
+    const int64_t before = std::min(CeilDiv(s.left, s.stride_w), s.out_width);
+    const int64_t fitting = s.width - s.cols + s.left;  // the last column's start
+    const int64_t whole = fitting < 0 ? 0 : std::min(fitting / s.stride_w + 1, s.out_width);
+    return before + s.out_width - std::max(whole, before);
+  }
+  // Floats that are put together for so many pixels, at most.
+  int64_t Edged(int64_t count) const {
+    const int64_t rows = CeilDiv(count, s.out_width) + 1;
+    return by_rows ? std::min(count, rows * Edges(s)) * s.rows * Depth() : 0;
+  }
+
+  void Find(int64_t first, int64_t count, float* edged, std::vector<const float*>& to) const {
+    to.resize(count * Segments());
+    const float** next = to.data();
+    std::vector<const float*> lines(s.rows);  // of the input, or null outside
+    for (int64_t i = first; i < first + count;) {
+      const int64_t line = i / s.out_width, image = line / s.out_height;
+      const int64_t h = line % s.out_height * s.stride_h - s.top;
+      for (int64_t j = 0; j < s.rows; ++j) {
+        const int64_t row = h + j * s.dilation_h;
+        const bool inside = row >= 0 && row < s.height;
+        lines[j] = inside ? x + (image * s.height + row) * s.width * s.in : nullptr;
+      }
+      const int64_t end = std::min(first + count, (line + 1) * s.out_width);
+      int64_t col = i % s.out_width * s.stride_w - s.left;
+      for (; i < end; ++i, col += s.stride_w) {
+        const bool whole = s.dilation_w == 1 && col >= 0 && col + s.cols <= s.width;
+        for (const float* from : lines) {
+          if (by_rows && (whole || !from)) {
+            *next++ = from ? from + col * s.in : zeros;
+            continue;
+          }
+          if (by_rows) *next++ = edged;
+          for (int64_t q = 0; q < s.cols; ++q) {
+            const int64_t at = col + q * s.dilation_w;
+            const float* tap = from && at >= 0 && at < s.width ? from + at * s.in : zeros;
+            if (by_rows) edged = std::copy(tap, tap + s.in, edged);
+            else *next++ = tap;
+          }
+        }
+      }
     }
   }
-}
+};
 
 // A standard convolution, or a pointwise one: rows of the product are output pixels, segments taps.
 ffi::Error Convolution(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer weights, F32 bias, F32 residual,
@@ -741,38 +747,46 @@ ffi::Error Convolution(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer weights, F32 
   // Waiting for other threads takes longer than little work.
   const double cycles = double(pixels) * depth * s.out / (given.rounded ? 256 : 32);
   const int64_t threads = cycles < 2e4 ? 1 : Threads(pool);
-  // Rows of a task: enough to use a panel again, and few enough that input rows stay in the cache.
-  const int64_t tile = given.rounded ? 32 : 24, entries = given.rounded ? 96 * 1024 : 48 * 1024;
-  const int64_t fitting = entries / std::max<int64_t>(depth, 1) / tile * tile;
-  const int64_t block = std::min<int64_t>(std::max(tile, fitting), 480);
-  int64_t blocks = CeilDiv(pixels, block);
+  // Rows of a task: enough to use a panel again, and few enough that what they see of the input
+  // stays in the cache. Where that is put together first, it is as large as the product's side.
+  const bool few = s.rows * s.cols > 1 && s.in < kFewChannels;
+  const bool by_rows = few || (s.cols > 1 && 4 * Pointers::Edges(s) <= s.out_width);
+  const int64_t tile = given.rounded ? 32 : 24;
+  int64_t fitting = 2 * kPutTogether / std::max<int64_t>(depth, 1);
+  if (!few && !given.rounded) {
+    const int64_t halo = (s.rows - 1) * s.dilation_h + 1 - s.stride_h;
+    const int64_t seen = kSeenFloats / std::max<int64_t>(s.width * s.in, 1);
+    fitting = (seen - std::max<int64_t>(halo, 0)) / s.stride_h * s.out_width;
+  }
+  const int64_t most = std::min<int64_t>(std::max(tile, fitting / tile * tile), kMostRows);
+  int64_t blocks = CeilDiv(pixels, most);
+  if (blocks > 1) blocks = CeilDiv(blocks, threads) * threads;
+  const int64_t block = CeilDiv(CeilDiv(pixels, blocks), tile) * tile;
+  blocks = CeilDiv(pixels, block);
   int64_t groups = 1;
   while (groups < panels && blocks * groups < 2 * threads) ++groups;
   const int64_t each = CeilDiv(panels, groups);
   groups = CeilDiv(panels, each);
-  const auto zeros = std::make_shared<std::vector<float>>(s.in, 0.0f);
+  const auto zeros = std::make_shared<std::vector<float>>(s.cols * s.in, 0.0f);
   const float* px = x.typed_data();
-  const int segments = static_cast<int>(s.rows * s.cols);
   const bool plain = s.rows == 1 && s.cols == 1 && s.stride_h == 1 && s.stride_w == 1 &&
                      s.top == 0 && s.left == 0;
   RunTasks(pool, threads, blocks * groups, [=](int64_t task) {
     const int64_t group = task / blocks, first = task % blocks * block;
     const int64_t count = std::min(block, pixels - first);
-    const bool few = segments > 1 && s.in < kFewChannels;
+    const Pointers pointers{s, px, zeros->data(), by_rows};
+    const int segments = pointers.Segments();
+    const int64_t edged_floats = pointers.Edged(count);
+    const int64_t rounded_floats = given.rounded ? (count + 32) * TiledStride(depth) / 2 : 0;
+    float* edged = Scratch(edged_floats + rounded_floats);
+    auto* rounded = reinterpret_cast<uint16_t*>(edged + edged_floats);
     std::vector<const float*> points;
-    if (!plain && !few) PointAtPixels(s, px, first, count, zeros->data(), points);
+    if (!plain) pointers.Find(first, count, edged, points);
     auto point = [&](int segment, int64_t i) {
       return plain ? px + (first + i) * s.in : points[i * segments + segment];
     };
     const auto tiles = given.rounded ? std::make_unique<Tiles>() : nullptr;
-    const int64_t packed_floats = few ? count * depth + kLanes : 0;
-    const int64_t rounded_floats = given.rounded ? (count + 32) * TiledStride(depth) / 2 : 0;
-    float* packed = Scratch(packed_floats + rounded_floats);
-    auto* rounded = reinterpret_cast<uint16_t*>(packed + packed_floats);
-    auto row = [&](int, int64_t i) { return packed + i * depth; };
-    if (few) PackPixels(s, px, first, count, packed);  // the product's loop is then long
-    if (given.rounded && few) RoundRows(count, 1, depth, row, rounded);
-    if (given.rounded && !few) RoundRows(count, segments, s.in, point, rounded);
+    if (given.rounded) RoundRows(count, segments, pointers.Depth(), point, rounded);
     for (int64_t p = group * each; p < std::min(panels, (group + 1) * each); ++p) {
       const int width = PanelWidth(s, p);
       auto sink = [&](int64_t i, int c, int vecs, const float* values) {
@@ -782,10 +796,8 @@ ffi::Error Convolution(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer weights, F32 
       const int64_t at = p * kPanel * (given.rounded ? TiledDepth(depth) : depth);
       if (given.rounded)
         TiledPanelProduct(width, count, depth, rounded, given.rounded + at, sink);
-      else if (few)
-        PanelProduct(width, count, 1, depth, given.whole + at, row, sink);
       else
-        PanelProduct(width, count, segments, s.in, given.whole + at, point, sink);
+        PanelProduct(width, count, segments, pointers.Depth(), given.whole + at, point, sink);
     }
   });
   return ffi::Error::Success();

@@ -279,9 +279,12 @@ class Runner:
             return None
         else:
             row = np.asarray(value.constant)
-            if row.size != 1 and (row.size, row.shape[-1]) != (channels, channels):
+            if row.size != 1 and row.shape[-1] != channels:
                 return None
-            row = row.reshape(-1)
+            rows = row.reshape(-1, row.shape[-1] if row.ndim else 1)
+            if (rows != rows[:1]).any():
+                return None
+            row = rows[0]
         return np.broadcast_to(row, (channels,)).astype(np.float32)
 
 
