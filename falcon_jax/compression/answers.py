@@ -29,7 +29,7 @@ _POINTS = 120  # of every example's answer, where these are enough
 _EQUATIONS = 5  # points for each weight of an output channel that are enough
 _UNIFORM = 0.05  # share of points that are chosen whatever hangs on them
 _NUMBERS = 1 << 27  # floats of one layer's patches: 512 MB
-_AT_ONCE = 3 << 27  # bytes of the answers of the layers that are looked at in one pass: 384 MB
+_AT_ONCE = 5 << 27  # bytes of the answers of the layers that are looked at in one pass: 640 MB
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,10 @@ def answers_at_points(
     counts = [_points_of(unit, runs, points) for unit in units]
     picks = [jax.random.fold_in(key, index) for index in range(len(units))]
     drawn = [_drawn(run, units, counts, picks, by_sensitivity) for run in runs]
-    sizes = [_bytes_of(unit, runs, count) for unit, count in zip(units, counts, strict=True)]
+    sizes = [
+        _bytes_of(unit, runs, count, relu_aware=relu_aware)
+        for unit, count in zip(units, counts, strict=True)
+    ]
     start = 0
     while start < len(units):
         stop = start + 1
@@ -121,14 +124,16 @@ def _points_of(unit: Unit, runs: Sequence[Run], points: int | None) -> int:
     return points
 
 
-def _bytes_of(unit: Unit, runs: Sequence[Run], points: int) -> int:
-    """Return how large the answers of a layer are at most, with the windows' largest."""
-    examples = sum(
-        len(run.batches) * examples_of(run.original.sites[index], unit.row.spec)
-        for run in runs
-        for index, _ in unit.calls
+def _bytes_of(unit: Unit, runs: Sequence[Run], points: int, *, relu_aware: bool) -> int:
+    """Return how large the answers of a layer are, with the windows' largest."""
+    calls = [(run, index) for run in runs for index, _ in unit.calls]
+    arrays = sum(
+        len(run.batches)
+        * examples_of(run.original.sites[index], unit.row.spec)
+        * (2 if relu_aware and run.following(index)[0].pooled is not None else 1)
+        for run, index in calls
     )
-    return 2 * 4 * examples * points * unit.row.spec.out_features
+    return 4 * arrays * points * unit.row.spec.out_features
 
 
 Choices = list[list[list[Int[Array, "b points"]]]]  # of every batch, layer and call

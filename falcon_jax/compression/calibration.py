@@ -79,7 +79,7 @@ def calibrate(
     not overlap, any answer below the largest is as good for the others (``relu_aware``).
 
     One layer's points, the original's answers for the layers that come next and the compressed
-    model's activations between two layers are in memory, up to 512, 384 and 384 MB; what is beyond
+    model's activations between two layers are in memory, up to 512, 640 and 384 MB; what is beyond
     is computed again.
 
     Args:

@@ -31,6 +31,7 @@ namespace ffi = xla::ffi;
 namespace {
 
 constexpr int kLanes = 16;
+constexpr int64_t kFirstCache = 10 * 1024;  // floats: most of one of 48 kB
 constexpr int kPanel = 64;  // columns of packed weights that lie together
 typedef float Vec __attribute__((vector_size(64), aligned(4), may_alias));
 
@@ -63,8 +64,9 @@ inline Vec Relu(Vec v) {
 }
 
 // out[i][16 v ...] = sum over segments s and k of rows[s * MR + i][k] * b[s * depth + k][16 v ...]
-// A function of its own, so that the sums stay in registers whatever is done with them.
-template <int MR, int NV>
+// A function of its own, so that the sums stay in registers whatever is done with them. A panel that
+// is larger than the first cache is asked for ahead of its use.
+template <int MR, int NV, bool kAhead>
 __attribute__((noinline)) void Multiply(const float* const* rows, int segments, int64_t depth,
                                         const float* b, int64_t stride, float* out) {
   Vec acc[MR][NV];
@@ -79,7 +81,10 @@ __attribute__((noinline)) void Multiply(const float* const* rows, int segments, 
     for (int64_t k = 0; k < depth; ++k) {
       Vec column[NV];
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) column[v] = Load(b + kLanes * v);
+      for (int v = 0; v < NV; ++v) {
+        column[v] = Load(b + kLanes * v);
+        if constexpr (kAhead) __builtin_prefetch(b + 8 * stride + kLanes * v);
+      }
 #pragma GCC unroll 16
       for (int i = 0; i < MR; ++i) {
         const float x = a[i][k];
@@ -152,6 +157,7 @@ inline void Product(int64_t count, int segments, int64_t depth, const float* b, 
   constexpr int MR = TileRows(NV);
   std::vector<const float*> rows(static_cast<size_t>(segments) * MR);
   alignas(64) float tile[MR * NV * kLanes];
+  const bool ahead = segments * depth * NV * kLanes > kFirstCache;
   int64_t i = 0;
   auto some = [&](auto size) {
     constexpr int R = decltype(size)::value;
@@ -159,7 +165,8 @@ inline void Product(int64_t count, int segments, int64_t depth, const float* b, 
       for (; i + R <= count; i += R) {
         for (int s = 0; s < segments; ++s)
           for (int r = 0; r < R; ++r) rows[s * R + r] = point(s, i + r);
-        Multiply<R, NV>(rows.data(), segments, depth, b, stride, tile);
+        auto* multiply = ahead ? Multiply<R, NV, true> : Multiply<R, NV, false>;
+        multiply(rows.data(), segments, depth, b, stride, tile);
         for (int r = 0; r < R; ++r) sink(i + r, tile + r * NV * kLanes);
       }
     }
