@@ -157,11 +157,13 @@ def _any(method: fj.Method) -> bool:
     return True
 
 
-def by_mult_adds(run: Run, distill: int) -> Iterator[dict[str, Any]]:
+def by_mult_adds(
+    run: Run, distill: int, ranks: Sequence[int], ratios: Sequence[float]
+) -> Iterator[dict[str, Any]]:
     """Yield a row for every rank, and for what is searched with as many mult-adds."""
     yield run.row("standard", None, run.model)
     targets = {}
-    for rank in RANKS:
+    for rank in ranks:
         rules = [run.stays, fj.Rule(method=fj.Falcon(rank=rank))]
         plan = fj.make_plan(run.model, rules, run.sample)
         targets[f"as FALCON {rank}"] = plan.after.mult_adds
@@ -169,7 +171,7 @@ def by_mult_adds(run: Run, distill: int) -> Iterator[dict[str, Any]]:
         yield row
         if distill and rank == 1:
             yield run.distilled(f"FALCON {rank}", plan, small, distill)
-    for ratio in EXTRA_RATIOS:
+    for ratio in ratios:
         targets[f"{ratio:g}x"] = run.fixed + int(run.before / ratio)
     for label, mult_adds in targets.items():
         for kind, only in (("FALCON's ranks", _is_falcon), ("all", _any)):
@@ -185,10 +187,10 @@ def by_mult_adds(run: Run, distill: int) -> Iterator[dict[str, Any]]:
                 yield run.distilled(name, plan, small, distill)
 
 
-def by_latency(run: Run) -> Iterator[dict[str, Any]]:
+def by_latency(run: Run, ranks: Sequence[int]) -> Iterator[dict[str, Any]]:
     """Yield a row for every rank, and for what is searched to be as fast, or for a share."""
     yield run.row("standard", None, run.model)
-    for rank in RANKS:
+    for rank in ranks:
         rules = [run.stays, fj.Rule(method=fj.Falcon(rank=rank))]
         plan = fj.make_plan(run.model, rules, run.sample)
         _, row = run.calibrated(f"FALCON {rank}", plan)
@@ -215,6 +217,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--tests", type=int, help="images of each score")
     parser.add_argument("--distill", type=int, default=0, help="steps, of the smallest")
     parser.add_argument("--latency", action="store_true")
+    parser.add_argument("--ranks", type=int, nargs="+", default=RANKS, help="everywhere")
+    parser.add_argument("--ratios", type=float, nargs="*", default=EXTRA_RATIOS, help="searched")
     options = parser.parse_args(arguments[1:])
     study = STUDIES[options.network]
     command = " ".join(["python -m benchmarks.searched", *arguments[1:]])
@@ -227,7 +231,11 @@ def main(arguments: Sequence[str]) -> int:
         plan = run.searched(fj.Target(mult_adds=0.99), _any)
         (out / "front.png").write_bytes(plot_front(plan.front))
     rows = []
-    for row in by_latency(run) if options.latency else by_mult_adds(run, options.distill):
+    if options.latency:
+        found = by_latency(run, options.ranks)
+    else:
+        found = by_mult_adds(run, options.distill, options.ranks, options.ratios)
+    for row in found:
         rows.append(row)
         print(format_table(rows[-1:], COLUMNS), flush=True)
         (out / "table.txt").write_text(format_table(rows, COLUMNS) + "\n")

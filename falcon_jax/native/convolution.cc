@@ -63,17 +63,27 @@ inline Vec Relu(Vec v) {
   return v < zero ? zero : v;  // NaN stays
 }
 
-// out[i][16 v ...] = sum over segments s and k of rows[s * MR + i][k] * b[s * depth + k][16 v ...]
+// Where the sums of a product's rows go: `spacing` floats from one 16 columns to the next.
+struct Target {
+  int64_t spacing;
+  const float* bias;  // what the sums start from, or null
+  bool relu;
+};
+
+// to[i][spacing v ...] = sum over segments s and k of rows[s * MR + i][k] * b[s * depth + k][16 v ...]
 // A function of its own, so that the sums stay in registers whatever is done with them. A panel that
 // is larger than the first cache is asked for ahead of its use.
 template <int MR, int NV, bool kAhead>
 __attribute__((noinline)) void Multiply(const float* const* rows, int segments, int64_t depth,
-                                        const float* b, int64_t stride, float* out) {
+                                        const float* b, int64_t stride, float* const* to,
+                                        const Target& target) {
   Vec acc[MR][NV];
-#pragma GCC unroll 16
-  for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) acc[i][v] = Vec{};
+  for (int v = 0; v < NV; ++v) {
+    const Vec start = target.bias ? Load(target.bias + kLanes * v) : Vec{};
+#pragma GCC unroll 16
+    for (int i = 0; i < MR; ++i) acc[i][v] = start;
+  }
   for (int s = 0; s < segments; ++s) {
     const float* a[MR];
 #pragma GCC unroll 16
@@ -97,7 +107,8 @@ __attribute__((noinline)) void Multiply(const float* const* rows, int segments, 
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) Store(out + (i * NV + v) * kLanes, acc[i][v]);
+    for (int v = 0; v < NV; ++v)
+      Store(to[i] + v * target.spacing, target.relu ? Relu(acc[i][v]) : acc[i][v]);
 }
 
 struct Shape {
@@ -150,13 +161,16 @@ struct PooledEpilogue {
 };
 
 // Rows [0, count) of a product with NV * 16 columns. `point(s, i)` gives where the depth entries
-// of row i for segment s stand; `sink(i, vectors)` takes the NV results of a row.
-template <int NV, class Point, class Sink>
+// of row i for segment s stand. The sums go to `place(i)` if the target has a spacing; if it is 0,
+// `sink(i, vectors)` takes the NV results of a row.
+template <int NV, class Point, class Place, class Sink>
 inline void Product(int64_t count, int segments, int64_t depth, const float* b, int64_t stride,
-                    Point&& point, Sink&& sink) {
+                    const Target& target, Point&& point, Place&& place, Sink&& sink) {
   constexpr int MR = TileRows(NV);
   std::vector<const float*> rows(static_cast<size_t>(segments) * MR);
   alignas(64) float tile[MR * NV * kLanes];
+  const bool direct = target.spacing > 0;
+  const Target used = direct ? target : Target{kLanes, nullptr, false};
   const bool ahead = segments * depth * NV * kLanes > kFirstCache;
   int64_t i = 0;
   auto some = [&](auto size) {
@@ -166,8 +180,10 @@ inline void Product(int64_t count, int segments, int64_t depth, const float* b, 
         for (int s = 0; s < segments; ++s)
           for (int r = 0; r < R; ++r) rows[s * R + r] = point(s, i + r);
         auto* multiply = ahead ? Multiply<R, NV, true> : Multiply<R, NV, false>;
-        multiply(rows.data(), segments, depth, b, stride, tile);
-        for (int r = 0; r < R; ++r) sink(i + r, tile + r * NV * kLanes);
+        float* to[R];
+        for (int r = 0; r < R; ++r) to[r] = direct ? place(i + r) : tile + r * NV * kLanes;
+        multiply(rows.data(), segments, depth, b, stride, to, used);
+        for (int r = 0; r < R && !direct; ++r) sink(i + r, to[r]);
       }
     }
   };
@@ -178,16 +194,19 @@ inline void Product(int64_t count, int segments, int64_t depth, const float* b, 
   some(std::integral_constant<int, 1>{});
 }
 
-// The same for a panel of some width; `sink(i, column, vectors, values)`.
-template <class Point, class Sink>
+// The same for a panel of some width: `place(i, column, vectors)`, `sink(i, column, vectors, values)`.
+template <class Point, class Place, class Sink>
 inline void PanelProduct(int width, int64_t count, int segments, int64_t depth, const float* b,
-                         Point&& point, Sink&& sink) {
+                         const Target& target, Point&& point, Place&& place, Sink&& sink) {
   int done = 0;
   auto part = [&](auto vecs) {
     constexpr int NV = decltype(vecs)::value;
     for (; width - done >= NV * kLanes; done += NV * kLanes)
-      Product<NV>(count, segments, depth, b + done, width, point,
-                  [&](int64_t i, const float* values) { sink(i, done, NV, values); });
+      Product<NV>(
+          count, segments, depth, b + done, width,
+          {target.spacing, target.bias ? target.bias + done : nullptr, target.relu}, point,
+          [&](int64_t i) { return place(i, done, NV); },
+          [&](int64_t i, const float* values) { sink(i, done, NV, values); });
   };
   if constexpr (kMaxVecs == 4) {
     part(std::integral_constant<int, 4>{});
@@ -350,6 +369,13 @@ void AskForHugePages(const float* y, int64_t floats) {
 #endif
 }
 
+// Whether two output rows are computed together, which then share what they see: where there are
+// several terms; with one, memory takes longer, and is read and written best in order.
+inline bool TwoLines(const Shape& s) {
+  return s.terms > 1 && s.rows == 3 && s.cols == 3 && s.stride_h == 1 && s.stride_w == 1 && s.dilation_h == 1 &&
+         s.dilation_w == 1;
+}
+
 struct Plan {
   int64_t panels;  // a task's, of the output channels
   int64_t chunks;  // that the rows are cut into
@@ -368,6 +394,7 @@ Plan MakePlan(const Shape& s, int64_t threads, bool tiles) {
   const int64_t panels = CeilDiv(s.out, kPanel);
   const int64_t padded = s.padded_width();
   const int64_t halo = (s.rows - 1) * s.dilation_h + 1 - s.stride_h;
+  const int64_t lines = TwoLines(s) ? 2 : 1;
   Plan best{1, 1, 1};
   double least = 1e300;
   for (int64_t g = panels; g >= 1; g = g == 1 ? 0 : CeilDiv(g, 2)) {
@@ -375,7 +402,7 @@ Plan MakePlan(const Shape& s, int64_t threads, bool tiles) {
       const int64_t rows = CeilDiv(s.out_height, chunks);
       const int64_t in_rows = rows * s.stride_h + std::max<int64_t>(halo, 0);
       const int64_t step =
-          std::min<int64_t>(rows, std::max<int64_t>(1, CeilDiv(kStepPoints, s.stride_h * s.width)));
+          std::min<int64_t>(rows, CeilDiv(kStepPoints, lines * s.stride_h * s.width) * lines);
       const int64_t columns = std::min(g * kPanel, s.padded_out());
       const int64_t ring =
           s.terms * ((step - 1) * s.stride_h + (s.rows - 1) * s.dilation_h + 1) * padded * columns;
@@ -398,12 +425,14 @@ Plan MakePlan(const Shape& s, int64_t threads, bool tiles) {
   return best;
 }
 
-// Depthwise step of one output row from ring rows z[term][tap row], columns [0, columns). Such a row
-// has 16 channels of all its points, then the next 16.
-template <int KH, int KW, int STRIDE, class Out>
-inline void DepthwiseRow(const Shape& s, const float* const* z, int64_t columns, int64_t channel0,
-                         const float* depthwise, int64_t pixel0, const Out& epilogue) {
+// Depthwise step of LINES output rows, one below the other, from ring rows z[term][input row],
+// columns [0, columns). Such a row has 16 channels of all its points, then the next 16.
+template <int LINES, int KH, int KW, int STRIDE, class Out>
+inline void DepthwiseRows(const Shape& s, const float* const* z, int64_t columns, int64_t channel0,
+                          const float* depthwise, int64_t pixel0, const Out& epilogue) {
+  static_assert(LINES == 1 || KH > 0);
   const int rows = KH ? KH : static_cast<int>(s.rows), cols = KW ? KW : static_cast<int>(s.cols);
+  const int above = rows + LINES - 1;  // input rows
   const int64_t stride = STRIDE ? STRIDE : s.stride_w;
   const int64_t dilation = KW ? 1 : s.dilation_w;
   const int64_t padded_out = s.padded_out(), padded = s.padded_width();
@@ -413,63 +442,73 @@ inline void DepthwiseRow(const Shape& s, const float* const* z, int64_t columns,
   for (int64_t block = 0; block < s.out_width; block += kBlock)
   for (int64_t c = 0; c < columns; c += kLanes) {
     const float* weights = depthwise + channel0 + c;
+    auto tap = [&](int r, int i, int j) {
+      return Load(weights + ((int64_t(i) * cols + j) * terms + r) * padded_out);
+    };
     const int64_t end = std::min(block + kBlock, s.out_width);
     int64_t w = block;
     for (; w + kAtOnce <= end; w += kAtOnce) {
-      Vec acc[kAtOnce] = {};
+      Vec acc[LINES][kAtOnce] = {};
       for (int r = 0; r < terms; ++r) {
-#pragma GCC unroll 3
-        for (int i = 0; i < rows; ++i) {
-          const float* row = z[r * rows + i] + c * padded + w * stride * kLanes;
-          const float* taps = weights + (int64_t(i) * cols * terms + r) * padded_out;
+#pragma GCC unroll 4
+        for (int i = 0; i < above; ++i) {
+          const float* row = z[r * above + i] + c * padded + w * stride * kLanes;
           if constexpr (KW > 0 && STRIDE > 0) {
             constexpr int kPoints = (kAtOnce - 1) * (STRIDE ? STRIDE : 1) + (KW ? KW : 1);
             Vec points[kPoints];
 #pragma GCC unroll 16
             for (int p = 0; p < kPoints; ++p) points[p] = Load(row + p * kLanes);
+#pragma GCC unroll 2
+            for (int line = 0; line < LINES; ++line) {
+              if (i < line || i - line >= KH) continue;
 #pragma GCC unroll 8
-            for (int j = 0; j < KW; ++j) {
-              const Vec tap = Load(taps + int64_t(j) * terms * padded_out);
+              for (int j = 0; j < KW; ++j) {
+                const Vec weight = tap(r, i - line, j);
 #pragma GCC unroll 4
-              for (int q = 0; q < kAtOnce; ++q) acc[q] += points[q * STRIDE + j] * tap;
+                for (int q = 0; q < kAtOnce; ++q) acc[line][q] += points[q * STRIDE + j] * weight;
+              }
             }
           } else {
             for (int j = 0; j < cols; ++j) {
-              const Vec tap = Load(taps + int64_t(j) * terms * padded_out);
+              const Vec weight = tap(r, i, j);
 #pragma GCC unroll 4
               for (int q = 0; q < kAtOnce; ++q)
-                acc[q] += Load(row + (q * stride + j * dilation) * kLanes) * tap;
+                acc[0][q] += Load(row + (q * stride + j * dilation) * kLanes) * weight;
             }
           }
         }
       }
+#pragma GCC unroll 2
+      for (int line = 0; line < LINES; ++line)
 #pragma GCC unroll 4
-      for (int q = 0; q < kAtOnce; ++q) epilogue.Put(pixel0 + w + q, channel0 + c, acc[q]);
+        for (int q = 0; q < kAtOnce; ++q)
+          epilogue.Put(pixel0 + line * s.out_width + w + q, channel0 + c, acc[line][q]);
     }
-    for (; w < end; ++w) {
-      Vec acc = {};
-      for (int r = 0; r < terms; ++r)
-        for (int i = 0; i < rows; ++i) {
-          const float* row = z[r * rows + i] + c * padded + w * stride * kLanes;
-          const float* taps = weights + (int64_t(i) * cols * terms + r) * padded_out;
-          for (int j = 0; j < cols; ++j)
-            acc += Load(row + j * dilation * kLanes) * Load(taps + int64_t(j) * terms * padded_out);
-        }
-      epilogue.Put(pixel0 + w, channel0 + c, acc);
-    }
+    for (; w < end; ++w)
+      for (int line = 0; line < LINES; ++line) {
+        Vec acc = {};
+        for (int r = 0; r < terms; ++r)
+          for (int i = 0; i < rows; ++i) {
+            const float* row = z[r * above + line + i] + c * padded + w * stride * kLanes;
+            for (int j = 0; j < cols; ++j) acc += Load(row + j * dilation * kLanes) * tap(r, i, j);
+          }
+        epilogue.Put(pixel0 + line * s.out_width + w, channel0 + c, acc);
+      }
   }
 }
 
 template <class Out>
-void AnyDepthwiseRow(const Shape& s, const float* const* z, int64_t columns, int64_t channel0,
-                     const float* depthwise, int64_t pixel0, const Out& e) {
+void AnyDepthwiseRows(const Shape& s, int lines, const float* const* z, int64_t columns,
+                      int64_t channel0, const float* depthwise, int64_t pixel0, const Out& e) {
   const bool three = s.rows == 3 && s.cols == 3 && s.dilation_w == 1;
-  if (three && s.stride_w == 1) {
-    DepthwiseRow<3, 3, 1>(s, z, columns, channel0, depthwise, pixel0, e);
+  if (lines == 2) {
+    DepthwiseRows<2, 3, 3, 1>(s, z, columns, channel0, depthwise, pixel0, e);
+  } else if (three && s.stride_w == 1) {
+    DepthwiseRows<1, 3, 3, 1>(s, z, columns, channel0, depthwise, pixel0, e);
   } else if (three && s.stride_w == 2) {
-    DepthwiseRow<3, 3, 2>(s, z, columns, channel0, depthwise, pixel0, e);
+    DepthwiseRows<1, 3, 3, 2>(s, z, columns, channel0, depthwise, pixel0, e);
   } else {
-    DepthwiseRow<0, 0, 0>(s, z, columns, channel0, depthwise, pixel0, e);
+    DepthwiseRows<1, 0, 0, 0>(s, z, columns, channel0, depthwise, pixel0, e);
   }
 }
 
@@ -530,7 +569,7 @@ void PointwiseDepthwiseTask(const Shape& s, const Plan& plan, const float* x,
   const int64_t used = std::max<int64_t>(end - begin, 0);
   const float* picture = x + image * s.height * s.width * s.in;
   const Epilogue& epilogue = whole;
-  std::vector<const float*> taps(s.terms * s.rows);
+  std::vector<const float*> taps(s.terms * (s.rows + 1));
   struct Place {
     int64_t row, at, offset;  // of an input point, and where its products go
   };
@@ -567,10 +606,18 @@ void PointwiseDepthwiseTask(const Shape& s, const Plan& plan, const float* x,
         const int width = PanelWidth(s, panel0 + p);
         for (int64_t r = 0; r < s.terms; ++r) {
           float* base = z + r * ring * row_floats + p * kPanel * padded;
-          auto sink = [&](int64_t i, int c, int vecs, const float* values) {
+          auto place = [&](int64_t i, int c, int vecs) {
             const auto [row, at, offset] = places[i];
-            float* target = base + offset + c * padded;
-            const int64_t point = (image * s.height + row) * s.width + at;
+            const int64_t below = row - from;
+            if (ahead && oh + below < stop && at < s.out_width)
+              for (int v = 0; v < vecs; ++v)
+                __builtin_prefetch(ahead + (below * s.out_width + at) * s.out + p * kPanel + c +
+                                       v * kLanes, 1, 2);
+            return base + offset + c * padded;
+          };
+          auto sink = [&](int64_t i, int c, int vecs, const float* values) {
+            float* target = place(i, c, vecs);
+            const int64_t point = (image * s.height + places[i].row) * s.width + places[i].at;
             const float* add = inner + (point * s.terms + r) * s.out + channel0 + p * kPanel + c;
             const int64_t left = s.out - channel0 - p * kPanel - c;
             for (int v = 0; v < vecs; ++v) {
@@ -579,38 +626,39 @@ void PointwiseDepthwiseTask(const Shape& s, const Plan& plan, const float* x,
                 sum += LoadSome(add + v * kLanes, static_cast<int>(left - v * kLanes));
               Store(target + v * kLanes * padded, sum);
             }
-            const int64_t below = row - from;
-            if (ahead && oh + below < stop && at < s.out_width)
-              for (int v = 0; v < vecs; ++v)
-                __builtin_prefetch(ahead + (below * s.out_width + at) * s.out + p * kPanel + c +
-                                       v * kLanes, 1, 2);
           };
           const int64_t depth = weights.rounded ? TiledDepth(s.in) : s.in;
           const int64_t at = (panel0 + p) * kPanel * depth * s.terms + r * depth * width;
           if (weights.rounded)
             TiledPanelProduct(width, count, s.in, rounded, weights.rounded + at, sink);
           else
-            PanelProduct(width, count, 1, s.in, weights.whole + at, point, sink);
+            PanelProduct(width, count, 1, s.in, weights.whole + at,
+                         {inner ? 0 : kLanes * padded, nullptr, false}, point, place, sink);
         }
       }
       ready = need;
     }
-    for (int64_t row = oh; row < stop; ++row) {
-      for (int64_t i = 0; i < s.rows; ++i) {
+    for (int64_t row = oh; row < stop;) {
+      // Pooled rows are pairs, of which the first is even.
+      const int lines = TwoLines(s) && row + 1 < stop && !(s.pool && row % 2) ? 2 : 1;
+      const int64_t above = s.rows + lines - 1;
+      for (int64_t i = 0; i < above; ++i) {
         const int64_t from = row * s.stride_h - s.top + i * s.dilation_h;
         const bool inside = from >= 0 && from < s.height;
         for (int64_t r = 0; r < s.terms; ++r)
-          taps[r * s.rows + i] = inside ? z + (r * ring + from % ring) * row_floats : zeros;
+          taps[r * above + i] = inside ? z + (r * ring + from % ring) * row_floats : zeros;
       }
       const int64_t pixel0 = (image * s.out_height + row) * s.out_width;
-      if (!s.pool) {
-        AnyDepthwiseRow(s, taps.data(), columns, channel0, depthwise, pixel0, epilogue);
-        continue;
+      if (s.pool) {
+        float* half = pair + row % 2 * s.out_width * columns;
+        AnyDepthwiseRows(s, lines, taps.data(), columns, channel0, depthwise, pixel0,
+                         PooledEpilogue{epilogue, half, columns, channel0, pixel0});
+      } else {
+        AnyDepthwiseRows(s, lines, taps.data(), columns, channel0, depthwise, pixel0, epilogue);
       }
-      float* half = pair + row % 2 * s.out_width * columns;
-      AnyDepthwiseRow(s, taps.data(), columns, channel0, depthwise, pixel0,
-                      PooledEpilogue{epilogue, half, columns, channel0, pixel0});
-      if (row % 2) StorePooledRow(s, pair, columns, channel0, image, row / 2, epilogue);
+      row += lines;
+      if (s.pool && row % 2 == 0)
+        StorePooledRow(s, pair, columns, channel0, image, row / 2 - 1, epilogue);
     }
   }
 }
@@ -796,6 +844,10 @@ ffi::Error Convolution(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer weights, F32 
     if (given.rounded) RoundRows(count, segments, pointers.Depth(), point, rounded);
     for (int64_t p = group * each; p < std::min(panels, (group + 1) * each); ++p) {
       const int width = PanelWidth(s, p);
+      const bool direct = !epilogue.residual && p * kPanel + width <= s.out;
+      auto place = [&](int64_t i, int c, int) {
+        return epilogue.y + (first + i) * s.out + p * kPanel + c;
+      };
       auto sink = [&](int64_t i, int c, int vecs, const float* values) {
         for (int v = 0; v < vecs; ++v)
           epilogue.Put(first + i, p * kPanel + c + v * kLanes, Load(values + v * kLanes));
@@ -804,7 +856,9 @@ ffi::Error Convolution(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer weights, F32 
       if (given.rounded)
         TiledPanelProduct(width, count, depth, rounded, given.rounded + at, sink);
       else
-        PanelProduct(width, count, segments, pointers.Depth(), given.whole + at, point, sink);
+        PanelProduct(width, count, segments, pointers.Depth(), given.whole + at,
+                     {direct ? kLanes : 0, epilogue.bias + p * kPanel, epilogue.relu}, point,
+                     place, sink);
     }
   });
   return ffi::Error::Success();

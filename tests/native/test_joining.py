@@ -12,6 +12,7 @@ from jax import export
 
 import falcon_jax as fj
 from falcon_jax.frameworks.tracing import inner_jaxprs
+from falcon_jax.native.joining import with_native_steps
 from falcon_jax.native.kernels import Step
 from tests.compression.networks import Scanned, randomised
 
@@ -263,6 +264,34 @@ def test_gradients_of_a_deployed_model(block):
     native, plain = (fj.deploy(block, x, native=choice) for choice in (True, False))
     gradients = [jax.grad(lambda x, f=f: (f(x) ** 2).sum())(x) for f in (native, plain)]
     np.testing.assert_allclose(*gradients, rtol=2e-3, atol=2e-4)
+
+
+def test_gradients_of_convolutions_are_convolutions(block):
+    """As they are wanted where the gradient itself is given to the kernels."""
+
+    def gradient(x):
+        return jax.grad(lambda x: (block(x) ** 2).sum())(x)
+
+    x = images(2, 12, 11, 3)
+    native = with_native_steps(gradient)
+    np.testing.assert_allclose(native(x), gradient(x), rtol=2e-3, atol=2e-4)
+    steps, others = kernels(native, x)
+    standard = [s for s in steps if isinstance(s, Step)]
+    # Forwards the five of the block, and backwards but for the one with strides; the head twice.
+    assert len(standard) == 5 + 3 + 1 and others["conv_general_dilated"] == 1
+
+
+def test_the_bias_of_a_small_map_is_a_bias():
+    """Constants that only repeat a row are not added point by point."""
+    model = randomised(nnx.Conv(8, 20, (3, 3), rngs=nnx.Rngs(0)))
+    function = fj.deploy(model, images(1, 6, 6, 8), native=True)
+    jaxpr = jax.make_jaxpr(function)(images(1, 6, 6, 8)).jaxpr
+    sizes = []
+    while not sizes:
+        sizes = [[v.aval.size for v in e.invars] for e in jaxpr.eqns if "kernel" in e.params]
+        jaxpr = next((j for e in jaxpr.eqns for j in inner_jaxprs(tuple(e.params.values()))), jaxpr)
+    ((*_, bias, residual, _),) = sizes
+    assert (bias, residual) == (32, 0)
 
 
 def test_traces_of_other_forms_are_not_taken(block):

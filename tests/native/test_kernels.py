@@ -81,12 +81,23 @@ CASES = {
     "product of one row": (step("standard", 300, 130, kernel_size=(1, 1)), (1, 1, 1)),
     "3x3, many channels": (step("standard", 20, 33, padding=SAME), (2, 9, 7)),
     "3x3, few channels": (step("standard", 3, 65, padding=SAME), (2, 9, 7)),
+    "3x3, full vectors": (step("standard", 20, 64, padding=SAME, relu=True), (1, 9, 24)),
+    "3x3, many rows": (step("standard", 17, 80, padding=SAME), (3, 20, 33)),
+    "3x3, strides": (
+        step("standard", 18, 32, strides=(2, 2), padding=((0, 1), (2, 1))),
+        (2, 11, 40),
+    ),
+    "dilation, few channels": (
+        step("standard", 3, 20, dilation=(1, 3), padding=((1, 1), (3, 3))),
+        (1, 8, 25),
+    ),
     "7x7, strides": (
         step("standard", 3, 64, kernel_size=(7, 7), strides=(2, 2), padding=((3, 3), (3, 3))),
         (1, 23, 30),
     ),
     "dilation": (step("standard", 17, 20, dilation=(2, 3), padding=((2, 1), (3, 4))), (1, 11, 13)),
     "rank 1": (step("pointwise_depthwise", 9, 40, padding=SAME, relu=True), (2, 13, 17)),
+    "one row": (step("pointwise_depthwise", 9, 40, padding=SAME), (1, 1, 9)),
     "rank 3": (step("pointwise_depthwise", 9, 100, terms=3, padding=SAME), (1, 6, 5)),
     "rank 2, strides": (
         step("pointwise_depthwise", 8, 16, terms=2, strides=(2, 2), padding=((0, 1), (0, 1))),
@@ -110,6 +121,7 @@ CASES = {
         (1, 11, 9),
     ),
     "depthwise, pooled": (step("depthwise", 37, 37, padding=SAME, pool=True), (1, 9, 8)),
+    "pooled, long": (step("depthwise", 16, 16, padding=SAME, pool=True), (1, 70, 60)),
 }
 
 
