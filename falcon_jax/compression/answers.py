@@ -76,7 +76,9 @@ def answers_at_points(
     """
     counts = [_points_of(unit, runs, points) for unit in units]
     picks = [jax.random.fold_in(key, index) for index in range(len(units))]
-    drawn = [_drawn(run, units, counts, picks, by_sensitivity) for run in runs]
+    drawn: list[Choices] = []
+    for run in runs:  # no comprehension, which would be a caller of what warns
+        drawn += [_drawn(run, units, counts, picks, by_sensitivity)]
     sizes = [
         _bytes_of(unit, runs, count, relu_aware=relu_aware)
         for unit, count in zip(units, counts, strict=True)
@@ -89,9 +91,8 @@ def answers_at_points(
         found: list[list[Answers]] = [[] for _ in units[start:stop]]
         for run, choices in zip(runs, drawn, strict=True):
             some = [each[start:stop] for each in choices]
-            for kept, new in zip(
-                found, _seen(run, units[start:stop], some, relu_aware), strict=True
-            ):
+            seen = _seen(run, units[start:stop], some, relu_aware)
+            for kept, new in zip(found, seen, strict=True):
                 kept += new
         return_freed_memory()
         while found:
