@@ -153,9 +153,9 @@ def max_pool(runner: Runner, operation: Operation) -> bool:
         padding=(tuple(params["padding"][1]), tuple(params["padding"][2])),
     )
     joined = runner.taken(x)
-    halves = pool == MaxPool(window=(2, 2), strides=(2, 2))
-    if halves and joined is not None and joined.shape == x.shape and joined.can_pool:
-        step = dataclasses.replace(joined.step, pool=True)
+    convolved = joined is not None and joined.shape == joined.step.convolved(joined.small)
+    if joined is not None and convolved and joined.can_pool(pool):
+        step = dataclasses.replace(joined.step, pool=pool)
         runner.waiting[y] = dataclasses.replace(joined, step=step, shape=y.shape)
         return True
     runner.made[y] = run(pool, runner.array(x))

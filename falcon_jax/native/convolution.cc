@@ -512,6 +512,7 @@ void AnyDepthwiseRows(const Shape& s, int lines, const float* const* z, int64_t 
   }
 }
 
+template <int kWhich = 0>
 float* Scratch(size_t floats) {
   thread_local std::vector<float> buffer;
   if (buffer.size() < floats + kLanes) buffer.resize(floats + kLanes);
@@ -784,65 +785,84 @@ struct Pointers {
   }
 };
 
-// A standard convolution, or a pointwise one: rows of the product are output pixels, segments taps.
-ffi::Error Convolution(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer weights, F32 bias, F32 residual,
-                       ffi::Span<const int64_t> taps, ffi::Span<const int64_t> geometry,
-                       ffi::Span<const int64_t> sizes, bool relu,
-                       ffi::ResultBuffer<ffi::F32> y) {
-  if (y->element_count() == 0) return ffi::Error::Success();
-  AskForHugePages(y->typed_data(), y->element_count());
-  const Shape s = MakeShape(x, taps, geometry, sizes);
-  const Epilogue epilogue = MakeEpilogue(bias, residual, y->typed_data(), relu, s.out);
-  const int64_t pixels = s.batch * s.out_height * s.out_width;
-  const int64_t panels = CeilDiv(s.out, kPanel);
-  const int64_t depth = s.in * s.rows * s.cols;
-  const auto pw = AnyWeights(weights);
-  if (pw.has_error()) return pw.error();
-  const Weights given = *pw;
-  // Waiting for other threads takes longer than little work.
-  const double cycles = double(pixels) * depth * s.out / (given.rounded ? 256 : 32);
-  const int64_t threads = cycles < 2e4 ? 1 : Threads(pool);
-  // Rows of a task: enough to use a panel again, and few enough that what they see of the input
-  // stays in the cache. Where that is put together first, it is as large as the product's side.
-  const bool few = s.rows * s.cols > 1 && s.in < kFewChannels;
-  const bool by_rows = few || (s.cols > 1 && 4 * Pointers::Edges(s) <= s.out_width);
-  const int64_t tile = given.rounded ? 32 : 24;
-  int64_t fitting = 2 * kPutTogether / std::max<int64_t>(depth, 1);
-  if (!few && !given.rounded) {
-    const int64_t halo = (s.rows - 1) * s.dilation_h + 1 - s.stride_h;
-    const int64_t seen = kSeenFloats / std::max<int64_t>(s.width * s.in, 1);
-    fitting = (seen - std::max<int64_t>(halo, 0)) / s.stride_h * s.out_width;
+// Windows of a pooling, over maps of some size.
+struct Windows {
+  int64_t tall, wide, stride_h, stride_w, top, left;
+
+  static Windows Of(ffi::Span<const int64_t> taps, ffi::Span<const int64_t> geometry) {
+    return {taps[0], taps[1], geometry[0], geometry[1], geometry[2], geometry[3]};
   }
-  const int64_t most = std::min<int64_t>(std::max(tile, fitting / tile * tile), kMostRows);
-  int64_t blocks = CeilDiv(pixels, most);
-  if (blocks > 1) blocks = CeilDiv(blocks, threads) * threads;
-  const int64_t block = CeilDiv(CeilDiv(pixels, blocks), tile) * tile;
-  blocks = CeilDiv(pixels, block);
-  int64_t groups = 1;
-  while (groups < panels && blocks * groups < 2 * threads) ++groups;
-  const int64_t each = CeilDiv(panels, groups);
-  groups = CeilDiv(panels, each);
-  const auto zeros = std::make_shared<std::vector<float>>(s.cols * s.in, 0.0f);
-  const float* px = x.typed_data();
-  const bool plain = s.rows == 1 && s.cols == 1 && s.stride_h == 1 && s.stride_w == 1 &&
-                     s.top == 0 && s.left == 0;
-  RunTasks(pool, threads, blocks * groups, [=](int64_t task) {
-    const int64_t group = task / blocks, first = task % blocks * block;
-    const int64_t count = std::min(block, pixels - first);
-    const Pointers pointers{s, px, zeros->data(), by_rows};
+
+  // Maxima of one row of windows, channels [begin, end); what is outside counts as nothing. `map`
+  // is where the first row of the map stands, `y` where the row's first window goes.
+  void Row(const float* map, int64_t height, int64_t width, int64_t channels, int64_t row,
+           int64_t count, int64_t begin, int64_t end, float* y) const {
+    const int64_t h = row * stride_h - top;
+    const int64_t h0 = std::max<int64_t>(h, 0), h1 = std::min(h + tall, height);
+    for (int64_t w = 0; w < count; ++w) {
+      const int64_t edge = w * stride_w - left;
+      const int64_t w0 = std::max<int64_t>(edge, 0), w1 = std::min(edge + wide, width);
+      for (int64_t c = begin; c < end; c += kLanes) {
+        const int n = static_cast<int>(std::min<int64_t>(end - c, kLanes));
+        Vec most = Vec{} - __builtin_inff();
+        for (int64_t i = h0; i < h1; ++i)
+          for (int64_t j = w0; j < w1; ++j)
+            most = Max(most, LoadSome(map + (i * width + j) * channels + c, n));
+        StoreSome(y + w * channels + c, most, n);
+      }
+    }
+  }
+};
+
+// A standard convolution, or a pointwise one: rows of the product are output pixels, segments taps.
+struct Standard {
+  Shape s;
+  Weights weights;
+  const float* x;
+  std::shared_ptr<std::vector<float>> zeros;
+  bool few, by_rows, plain;
+  int64_t depth;
+
+  Standard(const Shape& shape, const Weights& given, const float* input)
+      : s(shape), weights(given), x(input),
+        zeros(std::make_shared<std::vector<float>>(s.cols * s.in, 0.0f)),
+        few(s.rows * s.cols > 1 && s.in < kFewChannels),
+        by_rows(few || (s.cols > 1 && 4 * Pointers::Edges(s) <= s.out_width)),
+        plain(s.rows == 1 && s.cols == 1 && s.stride_h == 1 && s.stride_w == 1 && s.top == 0 &&
+              s.left == 0),
+        depth(s.in * s.rows * s.cols) {}
+
+  int64_t Tile() const { return weights.rounded ? 32 : 24; }
+
+  // Pixels at a time: enough to use a panel again, and few enough that what they see of the input
+  // stays in the cache. Where that is put together first, it is as large as the product's side.
+  int64_t Most() const {
+    int64_t fitting = 2 * kPutTogether / std::max<int64_t>(depth, 1);
+    if (!few && !weights.rounded) {
+      const int64_t halo = (s.rows - 1) * s.dilation_h + 1 - s.stride_h;
+      const int64_t seen = kSeenFloats / std::max<int64_t>(s.width * s.in, 1);
+      fitting = (seen - std::max<int64_t>(halo, 0)) / s.stride_h * s.out_width;
+    }
+    return std::min<int64_t>(std::max(Tile(), fitting / Tile() * Tile()), kMostRows);
+  }
+
+  // Output pixels [first, first + count) of panels [begin, end).
+  void Pixels(const Epilogue& epilogue, int64_t first, int64_t count, int64_t begin,
+              int64_t end) const {
+    const Pointers pointers{s, x, zeros->data(), by_rows};
     const int segments = pointers.Segments();
     const int64_t edged_floats = pointers.Edged(count);
-    const int64_t rounded_floats = given.rounded ? (count + 32) * TiledStride(depth) / 2 : 0;
+    const int64_t rounded_floats = weights.rounded ? (count + 32) * TiledStride(depth) / 2 : 0;
     float* edged = Scratch(edged_floats + rounded_floats);
     auto* rounded = reinterpret_cast<uint16_t*>(edged + edged_floats);
     std::vector<const float*> points;
     if (!plain) pointers.Find(first, count, edged, points);
     auto point = [&](int segment, int64_t i) {
-      return plain ? px + (first + i) * s.in : points[i * segments + segment];
+      return plain ? x + (first + i) * s.in : points[i * segments + segment];
     };
-    const auto tiles = given.rounded ? std::make_unique<Tiles>() : nullptr;
-    if (given.rounded) RoundRows(count, segments, pointers.Depth(), point, rounded);
-    for (int64_t p = group * each; p < std::min(panels, (group + 1) * each); ++p) {
+    const auto tiles = weights.rounded ? std::make_unique<Tiles>() : nullptr;
+    if (weights.rounded) RoundRows(count, segments, pointers.Depth(), point, rounded);
+    for (int64_t p = begin; p < end; ++p) {
       const int width = PanelWidth(s, p);
       const bool direct = !epilogue.residual && p * kPanel + width <= s.out;
       auto place = [&](int64_t i, int c, int) {
@@ -852,15 +872,91 @@ ffi::Error Convolution(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer weights, F32 
         for (int v = 0; v < vecs; ++v)
           epilogue.Put(first + i, p * kPanel + c + v * kLanes, Load(values + v * kLanes));
       };
-      const int64_t at = p * kPanel * (given.rounded ? TiledDepth(depth) : depth);
-      if (given.rounded)
-        TiledPanelProduct(width, count, depth, rounded, given.rounded + at, sink);
+      const int64_t at = p * kPanel * (weights.rounded ? TiledDepth(depth) : depth);
+      if (weights.rounded)
+        TiledPanelProduct(width, count, depth, rounded, weights.rounded + at, sink);
       else
-        PanelProduct(width, count, segments, pointers.Depth(), given.whole + at,
+        PanelProduct(width, count, segments, pointers.Depth(), weights.whole + at,
                      {direct ? kLanes : 0, epilogue.bias + p * kPanel, epilogue.relu}, point,
                      place, sink);
     }
+  }
+};
+
+// Panels of a task, so that there are tasks for all threads.
+int64_t PanelsOfTask(int64_t panels, int64_t tasks, int64_t threads) {
+  int64_t groups = 1;
+  while (groups < panels && tasks * groups < 2 * threads) ++groups;
+  return CeilDiv(panels, groups);
+}
+
+void Whole(ffi::ThreadPool& pool, int64_t threads, const Standard& conv, const Epilogue& epilogue) {
+  const Shape& s = conv.s;
+  const int64_t pixels = s.batch * s.out_height * s.out_width, panels = CeilDiv(s.out, kPanel);
+  int64_t blocks = CeilDiv(pixels, conv.Most());
+  if (blocks > 1) blocks = CeilDiv(blocks, threads) * threads;
+  const int64_t block = CeilDiv(CeilDiv(pixels, blocks), conv.Tile()) * conv.Tile();
+  blocks = CeilDiv(pixels, block);
+  const int64_t each = PanelsOfTask(panels, blocks, threads);
+  RunTasks(pool, threads, blocks * CeilDiv(panels, each), [=](int64_t task) {
+    const int64_t panel = task / blocks * each, first = task % blocks * block;
+    conv.Pixels(epilogue, first, std::min(block, pixels - first), panel,
+                std::min(panels, panel + each));
   });
+}
+
+// Rows of the convolution that a few rows of windows see stay in the cache; only maxima are stored.
+void Pooled(ffi::ThreadPool& pool, int64_t threads, const Standard& conv, const Epilogue& epilogue,
+            const Windows& windows, int64_t height, int64_t width) {
+  const Shape& s = conv.s;
+  const int64_t panels = CeilDiv(s.out, kPanel), line = s.out_width * s.out;
+  const int64_t fitting = (kSeenFloats / line - windows.tall) / windows.stride_h + 1;
+  const int64_t strip = std::clamp<int64_t>(
+      std::min(fitting, height * s.batch / (2 * threads)), 1, height);
+  const int64_t strips = CeilDiv(height, strip), tasks = s.batch * strips;
+  const int64_t each = PanelsOfTask(panels, tasks, threads), block = conv.Most();
+  RunTasks(pool, threads, tasks * CeilDiv(panels, each), [=](int64_t task) {
+    const int64_t panel = task / tasks * each, last = std::min(panels, panel + each);
+    const int64_t image = task % tasks / strips, row0 = task % strips * strip;
+    const int64_t row1 = std::min(height, row0 + strip);
+    const int64_t from = std::max<int64_t>(row0 * windows.stride_h - windows.top, 0);
+    const int64_t to = std::min((row1 - 1) * windows.stride_h - windows.top + windows.tall,
+                                s.out_height);
+    const int64_t first = (image * s.out_height + from) * s.out_width;
+    const int64_t end = first + std::max<int64_t>(to - from, 0) * s.out_width;
+    float* rows = Scratch<1>((end - first) * s.out);
+    Epilogue kept = epilogue;
+    kept.y = rows - first * s.out;
+    for (int64_t at = first; at < end; at += block)
+      conv.Pixels(kept, at, std::min(block, end - at), panel, last);
+    for (int64_t row = row0; row < row1; ++row)
+      windows.Row(rows - from * line, s.out_height, s.out_width, s.out, row, width,
+                  panel * kPanel, std::min(last * kPanel, s.out),
+                  epilogue.y + (image * height + row) * width * s.out);
+  });
+}
+
+ffi::Error Convolution(ffi::ThreadPool pool, F32 x, ffi::AnyBuffer weights, F32 bias, F32 residual,
+                       ffi::Span<const int64_t> taps, ffi::Span<const int64_t> geometry,
+                       ffi::Span<const int64_t> sizes, bool relu,
+                       ffi::Span<const int64_t> window, ffi::Span<const int64_t> window_geometry,
+                       ffi::ResultBuffer<ffi::F32> y) {
+  if (y->element_count() == 0) return ffi::Error::Success();
+  AskForHugePages(y->typed_data(), y->element_count());
+  const Shape s = MakeShape(x, taps, geometry, sizes);
+  const auto pw = AnyWeights(weights);
+  if (pw.has_error()) return pw.error();
+  const Standard conv(s, *pw, x.typed_data());
+  const Epilogue epilogue = MakeEpilogue(bias, residual, y->typed_data(), relu, s.out);
+  // Waiting for other threads takes longer than little work.
+  const double products = double(s.batch * s.out_height * s.out_width) * conv.depth * s.out;
+  const int64_t threads = products / (conv.weights.rounded ? 256 : 32) < 2e4 ? 1 : Threads(pool);
+  if (window[0] == 0) {
+    Whole(pool, threads, conv, epilogue);
+  } else {
+    const auto out = y->dimensions();
+    Pooled(pool, threads, conv, epilogue, Windows::Of(window, window_geometry), out[1], out[2]);
+  }
   return ffi::Error::Success();
 }
 
@@ -872,28 +968,14 @@ ffi::Error MaxPool(ffi::ThreadPool pool, F32 x, ffi::Span<const int64_t> taps,
   const auto in = x.dimensions(), out = y->dimensions();
   const int64_t height = in[1], width = in[2], channels = in[3];
   const int64_t out_height = out[1], out_width = out[2], rows = in[0] * out_height;
-  const int64_t tall = taps[0], wide = taps[1], stride_h = geometry[0], stride_w = geometry[1];
-  const int64_t top = geometry[2], left = geometry[3];
+  const Windows windows = Windows::Of(taps, geometry);
   const float* px = x.typed_data();
   float* py = y->typed_data();
   const int64_t each = std::max<int64_t>(1, kStepPoints * 64 / (out_width * channels) + 1);
   RunTasks(pool, Threads(pool), CeilDiv(rows, each), [=](int64_t task) {
-    for (int64_t row = task * each; row < std::min(rows, (task + 1) * each); ++row) {
-      const int64_t image = row / out_height, h = row % out_height * stride_h - top;
-      const int64_t h0 = std::max<int64_t>(h, 0), h1 = std::min(h + tall, height);
-      for (int64_t w = 0; w < out_width; ++w) {
-        const int64_t left_edge = w * stride_w - left;
-        const int64_t w0 = std::max<int64_t>(left_edge, 0), w1 = std::min(left_edge + wide, width);
-        for (int64_t c = 0; c < channels; c += kLanes) {
-          const int n = static_cast<int>(std::min<int64_t>(channels - c, kLanes));
-          Vec most = Vec{} - __builtin_inff();
-          for (int64_t i = h0; i < h1; ++i)
-            for (int64_t j = w0; j < w1; ++j)
-              most = Max(most, LoadSome(px + ((image * height + i) * width + j) * channels + c, n));
-          StoreSome(py + (row * out_width + w) * channels + c, most, n);
-        }
-      }
-    }
+    for (int64_t row = task * each; row < std::min(rows, (task + 1) * each); ++row)
+      windows.Row(px + row / out_height * height * width * channels, height, width, channels,
+                  row % out_height, out_width, 0, channels, py + row * out_width * channels);
   });
   return ffi::Error::Success();
 }
@@ -955,6 +1037,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(FalconConvolution, Convolution,
                                   .Attr<FALCON_SPAN>("geometry")
                                   .Attr<FALCON_SPAN>("sizes")
                                   .Attr<bool>("relu")
+                                  .Attr<FALCON_SPAN>("window")
+                                  .Attr<FALCON_SPAN>("window_geometry")
                                   .Ret<F32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(FalconMaxPool, MaxPool,
                               ffi::Ffi::Bind()

@@ -61,6 +61,57 @@ def run(kernel: Kernel, *operands: Any) -> Array:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MaxPool:
+    """Maxima over windows of two spatial axes.
+
+    Operand: the input (b, h, w, c).
+
+    Attributes:
+        window: its sizes.
+        strides: step between windows.
+        padding: ``(low, high)`` points per axis that count as nothing.
+    """
+
+    window: Pair
+    strides: Pair
+    padding: Pairs = ((0, 0), (0, 0))
+
+    mapped = (0,)
+
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the output's shape for an input's."""
+        b, *spatial, c = shape
+        sizes = (
+            (n + low + high - size) // step + 1
+            for n, (low, high), size, step in zip(
+                spatial, self.padding, self.window, self.strides, strict=True
+            )
+        )
+        return (b, *sizes, c)
+
+    def plain(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h_out w_out c"]:
+        """Return the maxima in plain JAX."""
+        padding = ((0, 0), *self.padding, (0, 0))
+        window, strides = (1, *self.window, 1), (1, *self.strides, 1)
+        return lax.reduce_window(x, -jnp.inf, lax.max, window, strides, padding)
+
+    @property
+    def geometry(self) -> np.ndarray:
+        """Return strides and padding as the kernels read them."""
+        (top, _), (left, _) = self.padding
+        return np.array([*self.strides, top, left])
+
+    def compiled(self, output: jax.ShapeDtypeStruct, *operands: Any) -> Any:
+        """Return the maxima by the compiled kernel."""
+        call = jax.ffi.ffi_call("FalconMaxPool", output)
+        return call(*operands, taps=np.array(self.window), geometry=self.geometry)
+
+
+HALVES = MaxPool(window=(2, 2), strides=(2, 2))
+NO_POOL = MaxPool(window=(0, 0), strides=(0, 0))  # for kernels
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
     """A convolution of two spatial axes, with what follows it.
 
@@ -81,7 +132,7 @@ class Step:
         padding: ``(low, high)`` zeros per axis.
         dilation: distance between taps.
         relu: whether negative outputs become zero.
-        pool: whether maxima of 2x2 outputs are returned; not of the standard kind.
+        pool: of which maxima are returned; `HALVES`, unless the kind is standard.
         bfloat16: whether inputs and weights of products over channels are rounded to bfloat16;
             their sums, and the depthwise step, are of float32.
     """
@@ -95,7 +146,7 @@ class Step:
     padding: Pairs = ((0, 0), (0, 0))
     dilation: Pair = (1, 1)
     relu: bool = False
-    pool: bool = False
+    pool: MaxPool | None = None
     bfloat16: bool = False
 
     mapped = (0, 4, 5)
@@ -117,8 +168,8 @@ class Step:
 
     def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the output's shape for an input's."""
-        b, h, w, n = self.convolved(shape)
-        return (b, h // 2, w // 2, n) if self.pool else (b, h, w, n)
+        convolved = self.convolved(shape)
+        return self.pool.output_shape(convolved) if self.pool else convolved
 
     @property
     def _geometry(self) -> dict[str, Any]:
@@ -159,7 +210,7 @@ class Step:
         if residual.size:
             y = y + residual
         y = jnp.maximum(y, 0) if self.relu else y
-        return MaxPool(window=(2, 2), strides=(2, 2)).plain(y) if self.pool else y
+        return self.pool.plain(y) if self.pool else y
 
     def _rows(self, packed: Array, *shape: int) -> Array:
         return packed.reshape(*shape, -1)[..., : self.out_features]
@@ -175,54 +226,13 @@ class Step:
             "relu": self.relu,
         }
         if self.kind == "standard":
+            pool = self.pool or NO_POOL
+            attributes |= {"window": np.array(pool.window), "window_geometry": pool.geometry}
             call = jax.ffi.ffi_call("FalconConvolution", output)
             return call(x, weights, bias, residual, **attributes)
         call = jax.ffi.ffi_call("FalconPointwiseDepthwise", output)
         arrays = (x, weights, depthwise, bias, residual, inner)
-        return call(*arrays, **attributes, pool=self.pool)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MaxPool:
-    """Maxima over windows of two spatial axes.
-
-    Operand: the input (b, h, w, c).
-
-    Attributes:
-        window: its sizes.
-        strides: step between windows.
-        padding: ``(low, high)`` points per axis that count as nothing.
-    """
-
-    window: Pair
-    strides: Pair
-    padding: Pairs = ((0, 0), (0, 0))
-
-    mapped = (0,)
-
-    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the output's shape for an input's."""
-        b, *spatial, c = shape
-        sizes = (
-            (n + low + high - size) // step + 1
-            for n, (low, high), size, step in zip(
-                spatial, self.padding, self.window, self.strides, strict=True
-            )
-        )
-        return (b, *sizes, c)
-
-    def plain(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h_out w_out c"]:
-        """Return the maxima in plain JAX."""
-        padding = ((0, 0), *self.padding, (0, 0))
-        window, strides = (1, *self.window, 1), (1, *self.strides, 1)
-        return lax.reduce_window(x, -jnp.inf, lax.max, window, strides, padding)
-
-    def compiled(self, output: jax.ShapeDtypeStruct, *operands: Any) -> Any:
-        """Return the maxima by the compiled kernel."""
-        (top, _), (left, _) = self.padding
-        call = jax.ffi.ffi_call("FalconMaxPool", output)
-        geometry = np.array([*self.strides, top, left])
-        return call(*operands, taps=np.array(self.window), geometry=geometry)
+        return call(*arrays, **attributes, pool=self.pool is not None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from falcon_jax.native.kernels import AlongAxis, Step, pack_rows, run
+from falcon_jax.native.kernels import HALVES, AlongAxis, MaxPool, Step, pack_rows, run
 from falcon_jax.native.program import Operation, Program, Value
 
 # Input channels that take the time of a depthwise step of nine taps: by vectors, and by tiles.
@@ -50,7 +50,7 @@ class Joined:
     @property
     def is_finished(self) -> bool:
         """Return whether nothing can be added any more."""
-        return self.step.relu or self.step.pool
+        return self.step.relu or self.step.pool is not None
 
     @property
     def is_better_dense(self) -> bool:
@@ -60,10 +60,10 @@ class Joined:
         separate = step.terms * (step.in_features + depthwise)
         return step.kind == "pointwise_depthwise" and separate > taps * step.in_features
 
-    @property
-    def can_pool(self) -> bool:
-        """Return whether a kernel that carries it out can pool its answers, too."""
-        return self.step.kind != "standard" and not self.step.pool and not self.is_better_dense
+    def can_pool(self, pool: MaxPool) -> bool:
+        """Return whether the kernel that carries it out can pool its answers, too."""
+        standard = self.step.kind == "standard" or self.is_better_dense
+        return self.step.pool is None and (standard or pool == HALVES)
 
     def dense(self) -> "Joined":
         """Return it as a standard convolution."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from falcon_jax.native.kernels import AlongAxis, MaxPool, Step, pack_rows, run
+from falcon_jax.native.kernels import HALVES, AlongAxis, MaxPool, Step, pack_rows, run
 
 
 def convolution(x, kernel, step):
@@ -39,10 +39,13 @@ def expected(step, x, weights, depthwise, bias, residual, inner):
             y += convolution(z, depthwise[..., r, :], step)
     y = y if residual is None else y + residual
     y = np.maximum(y, 0) if step.relu else y
-    if step.pool:
-        h, w = y.shape[1] // 2, y.shape[2] // 2
-        y = y[:, : 2 * h, : 2 * w].reshape(y.shape[0], h, 2, w, 2, -1).max((2, 4))
-    return y
+    return maxima(y, step.pool) if step.pool else y
+
+
+def maxima(x, pool):
+    x = np.pad(x, ((0, 0), *pool.padding, (0, 0)), constant_values=-np.inf)
+    windows = np.lib.stride_tricks.sliding_window_view(x, pool.window, axis=(1, 2))
+    return windows[:, :: pool.strides[0], :: pool.strides[1]].max((-1, -2))
 
 
 def operands(step, shape, *, residual=False, inner=False, seed=0):
@@ -81,6 +84,30 @@ CASES = {
     "product of one row": (step("standard", 300, 130, kernel_size=(1, 1)), (1, 1, 1)),
     "3x3, many channels": (step("standard", 20, 33, padding=SAME), (2, 9, 7)),
     "3x3, few channels": (step("standard", 3, 65, padding=SAME), (2, 9, 7)),
+    "stem, pooled": (
+        step(
+            "standard",
+            3,
+            64,
+            kernel_size=(7, 7),
+            strides=(2, 2),
+            padding=((3, 3), (3, 3)),
+            relu=True,
+            pool=MaxPool(window=(3, 3), strides=(2, 2), padding=((1, 1), (1, 1))),
+        ),
+        (2, 63, 46),
+    ),
+    "3x3, pooled": (step("standard", 20, 150, padding=SAME, pool=HALVES), (1, 21, 33)),
+    "pointwise, pooled": (
+        step(
+            "standard",
+            9,
+            17,
+            kernel_size=(1, 1),
+            pool=MaxPool(window=(1, 2), strides=(3, 1), padding=((2, 0), (1, 0))),
+        ),
+        (3, 8, 5),
+    ),
     "3x3, full vectors": (step("standard", 20, 64, padding=SAME, relu=True), (1, 9, 24)),
     "3x3, many rows": (step("standard", 17, 80, padding=SAME), (3, 20, 33)),
     "3x3, strides": (
@@ -114,14 +141,17 @@ CASES = {
         step("pointwise_depthwise", 3, 5, kernel_size=(5, 5), padding=((4, 4), (4, 4))),
         (1, 1, 2),
     ),
-    "pooled": (step("pointwise_depthwise", 9, 40, padding=SAME, relu=True, pool=True), (2, 11, 9)),
+    "pooled": (
+        step("pointwise_depthwise", 9, 40, padding=SAME, relu=True, pool=HALVES),
+        (2, 11, 9),
+    ),
     "depthwise": (step("depthwise", 37, 37, padding=SAME, relu=True), (2, 8, 9)),
     "depthwise, strides": (
         step("depthwise", 80, 80, kernel_size=(5, 5), strides=(2, 1), padding=((2, 2), (2, 2))),
         (1, 11, 9),
     ),
-    "depthwise, pooled": (step("depthwise", 37, 37, padding=SAME, pool=True), (1, 9, 8)),
-    "pooled, long": (step("depthwise", 16, 16, padding=SAME, pool=True), (1, 70, 60)),
+    "depthwise, pooled": (step("depthwise", 37, 37, padding=SAME, pool=HALVES), (1, 9, 8)),
+    "pooled, long": (step("depthwise", 16, 16, padding=SAME, pool=HALVES), (1, 70, 60)),
 }
 
 
@@ -198,10 +228,7 @@ def test_nan_stays_nan():
 def test_maxima(window, strides, padding):
     x = np.random.default_rng(0).normal(size=(2, 9, 8, 21)).astype(np.float32)
     pool = MaxPool(window=window, strides=strides, padding=padding)
-    wide = np.pad(x, ((0, 0), *padding, (0, 0)), constant_values=-np.inf)
-    windows = np.lib.stride_tricks.sliding_window_view(wide, window, axis=(1, 2))
-    wanted = windows[:, :: strides[0], :: strides[1]].max((-1, -2))
-    np.testing.assert_array_equal(run(pool, x), wanted)
+    np.testing.assert_array_equal(run(pool, x), maxima(x, pool))
 
 
 def test_sums_along_an_axis():
