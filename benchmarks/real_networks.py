@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import gc
 import glob
 import gzip
 import json
@@ -37,6 +38,7 @@ import falcon_jax as fj
 from benchmarks.timing import geometric_mean, settings_of_run, synchronised, take_turns
 from examples.ocr.detector import Detector
 from falcon_jax.compression.deployment import Precision
+from falcon_jax.compression.observation import return_freed_memory
 from falcon_jax.report.table import Column, format_ratio, format_table, write_json
 
 Call = Callable[[np.ndarray], Any]
@@ -298,6 +300,10 @@ def main() -> None:
                 threads=options.threads,
             )
             report(rows, RUNTIMES[options.precision], options.out)  # as far as it is
+            # What was compiled holds the weights of all models.
+            jax.clear_caches()
+            gc.collect()
+            return_freed_memory()
 
 
 def report(rows: list[dict[str, Any]], others: Sequence[str], out: str | None) -> None:
