@@ -281,6 +281,18 @@ def test_what_is_not_held_is_computed_again(monkeypatch):
             np.testing.assert_allclose(found[name], value, atol=2e-4, err_msg=name)
 
 
+def test_how_many_layers_are_looked_at_in_one_pass_makes_no_difference(monkeypatch):
+    model, small, plan = compressed(fj.Falcon(), Across(nnx.Rngs(0)), stays=())
+    data = batches(4)
+    expected = arrays(calibrate(model, small, plan, data))
+    layer = 4 * 16 * 64 * 8 * 4  # bytes of the answers of one
+    for limit in (0, 2 * layer):
+        monkeypatch.setattr("falcon_jax.compression.answers._AT_ONCE", limit)
+        found = arrays(calibrate(model, small, plan, data))
+        for name, value in expected.items():
+            np.testing.assert_allclose(found[name], value, atol=2e-4, err_msg=name)
+
+
 def test_points_are_enough_for_the_weights_where_examples_are_few():
     model, small, plan = compressed(fj.Falcon())
     found = {}
