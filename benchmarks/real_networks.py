@@ -7,7 +7,7 @@ convolution but the first is compressed. All runtimes get the same graph, by `fa
 ``jax`` is `deploy` with its native kernels, ``plain`` without; ``torch`` is PyTorch traced and
 frozen, ``ort`` is ONNX Runtime, ``ov`` OpenVINO in float32. ``gain`` is the original's time over
 the compressed one's, both `deploy`; ``share`` is that gain over the ratio of mult-adds. Times of a
-network and batch size are of one run, in turns. With ``--precision bfloat16``, `deploy` and
+network and batch size are of one process, in turns. With ``--precision bfloat16``, `deploy` and
 OpenVINO multiply in bfloat16; ``f32`` is `deploy` without.
 
 python -m benchmarks.real_networks --out results/real_networks.json [--precision bfloat16]
@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import argparse
 import collections
-import gc
+import concurrent.futures
 import glob
 import gzip
 import json
+import multiprocessing
 import os
 import pathlib
 import shlex
@@ -38,7 +39,6 @@ import falcon_jax as fj
 from benchmarks.timing import geometric_mean, settings_of_run, synchronised, take_turns
 from examples.ocr.detector import Detector
 from falcon_jax.compression.deployment import Precision
-from falcon_jax.compression.observation import return_freed_memory
 from falcon_jax.report.table import Column, format_ratio, format_table, write_json
 
 Call = Callable[[np.ndarray], Any]
@@ -284,6 +284,7 @@ def main() -> None:
             print(format_table(rows[:20], columns))
         return
     rows: list[dict[str, Any]] = []
+    fresh = multiprocessing.get_context("spawn")  # frees what was compiled, with its weights
     for name in options.networks:
         for batch in options.batches:
             make, size = NETWORKS[name]
@@ -291,19 +292,17 @@ def main() -> None:
             shapes = nnx.eval_shape(lambda m=make: m(rngs=nnx.Rngs(0)))
             if batch * fj.profile(shapes, sample).mult_adds > LARGEST:
                 continue
-            rows += measure(
-                name,
-                batch,
-                options.ranks,
-                precision=options.precision,
-                rounds=options.rounds,
-                threads=options.threads,
-            )
+            with concurrent.futures.ProcessPoolExecutor(1, mp_context=fresh) as process:
+                rows += process.submit(
+                    measure,
+                    name,
+                    batch,
+                    options.ranks,
+                    precision=options.precision,
+                    rounds=options.rounds,
+                    threads=options.threads,
+                ).result()
             report(rows, RUNTIMES[options.precision], options.out)  # as far as it is
-            # What was compiled holds the weights of all models.
-            jax.clear_caches()
-            gc.collect()
-            return_freed_memory()
 
 
 def report(rows: list[dict[str, Any]], others: Sequence[str], out: str | None) -> None:

@@ -18,7 +18,7 @@ from falcon_jax.report.table import Column, describe_machine, format_ratio, form
 
 _WARM_UPS = 2
 _PAUSE_S = 0.003  # OpenMP's and XLA's idle threads spin for a while and would slow the next call
-_SHORT_S = 0.02  # calls up to this long run once unmeasured after the pause
+_TURN_S = 0.1  # a turn measures for about as long, unless one call takes longer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,13 +50,14 @@ def take_turns(
 ) -> dict[str, Timing]:
     """Time several calls in turn.
 
-    In every round each call has a pause, one unmeasured run if it is short, and a burst of measured
-    runs; a slow second of the machine so hits all of them.
+    In every round each call has a pause, one unmeasured run, and a burst of measured runs; a slow
+    second of the machine so hits all of them. The first run after others' finds nothing of its own
+    in the caches and takes two to six times as long.
 
     Args:
         calls: what is timed, by name; each returns when its work is done.
         rounds: how many turns each gets.
-        burst: runs a turn; a call of more than 20 ms has one.
+        burst: runs a turn, at most; fewer where they would take more than 0.1 s.
 
     Returns:
         The times by name.
@@ -71,10 +72,8 @@ def take_turns(
     for _ in range(rounds):
         for name, call in calls.items():
             time.sleep(_PAUSE_S)
-            short = lasts[name] < _SHORT_S
-            if short:
-                call()
-            for _ in range(burst if short else 1):
+            call()
+            for _ in range(min(burst, max(1, int(_TURN_S / lasts[name])))):
                 start = time.perf_counter()
                 call()
                 seconds[name].append(time.perf_counter() - start)

@@ -582,10 +582,12 @@ void PointwiseDepthwiseTask(const Shape& s, const Plan& plan, const float* x,
     ready = std::max(ready, std::max<int64_t>(oh * s.stride_h - s.top, 0));
     if (need > ready && used > 0) {
       const int64_t from = ready, count = (need - from) * used;
-      places.clear();
-      for (int64_t row = from; row < need; ++row)
-        for (int64_t at = 0; at < used; ++at)
-          places.push_back({row, at, (row % ring) * row_floats + (begin + at) * kLanes});
+      places.resize(count);
+      Place* next = places.data();
+      for (int64_t row = from; row < need; ++row) {
+        const int64_t offset = row % ring * row_floats + begin * kLanes;
+        for (int64_t at = 0; at < used; ++at) *next++ = {row, at, offset + at * kLanes};
+      }
       auto point = [&](int, int64_t i) {
         return picture + (places[i].row * s.width + places[i].at) * s.in;
       };
@@ -598,24 +600,12 @@ void PointwiseDepthwiseTask(const Shape& s, const Plan& plan, const float* x,
                   LoadSome(point(0, i) + channel0 + c, static_cast<int>(real - c)));
         }
       }
-      // Lines of the output are asked for while products are computed.
-      const bool same = s.stride_h == 1 && s.stride_w == 1 && !s.pool;
-      const float* ahead =
-          same ? epilogue.y + (image * s.out_height + oh) * s.out_width * s.out + channel0 : nullptr;
       if (weights.rounded) RoundRows(count, 1, s.in, point, rounded);
       for (int64_t p = 0; weights && p < panels; ++p) {
         const int width = PanelWidth(s, panel0 + p);
         for (int64_t r = 0; r < s.terms; ++r) {
           float* base = z + r * ring * row_floats + p * kPanel * padded;
-          auto place = [&](int64_t i, int c, int vecs) {
-            const auto [row, at, offset] = places[i];
-            const int64_t below = row - from;
-            if (ahead && oh + below < stop && at < s.out_width)
-              for (int v = 0; v < vecs; ++v)
-                __builtin_prefetch(ahead + (below * s.out_width + at) * s.out + p * kPanel + c +
-                                       v * kLanes, 1, 2);
-            return base + offset + c * padded;
-          };
+          auto place = [&](int64_t i, int c, int) { return base + places[i].offset + c * padded; };
           auto sink = [&](int64_t i, int c, int vecs, const float* values) {
             float* target = place(i, c, vecs);
             const int64_t point = (image * s.height + places[i].row) * s.width + places[i].at;
@@ -805,9 +795,16 @@ struct Windows {
       for (int64_t c = begin; c < end; c += kLanes) {
         const int n = static_cast<int>(std::min<int64_t>(end - c, kLanes));
         Vec most = Vec{} - __builtin_inff();
-        for (int64_t i = h0; i < h1; ++i)
-          for (int64_t j = w0; j < w1; ++j)
-            most = Max(most, LoadSome(map + (i * width + j) * channels + c, n));
+        auto all = [&](auto&& load) {
+          for (int64_t i = h0; i < h1; ++i) {
+            const float* from = map + (i * width + w0) * channels + c;
+            for (int64_t j = w0; j < w1; ++j, from += channels) most = Max(most, load(from));
+          }
+        };
+        if (n == kLanes)
+          all([](const float* p) { return Load(p); });
+        else
+          all([n](const float* p) { return LoadSome(p, n); });
         StoreSome(y + w * channels + c, most, n);
       }
     }
