@@ -25,6 +25,7 @@ from flax import nnx
 import falcon_jax as fj
 from benchmarks.training_free_ocr import STUDIES, Study, jitted
 from falcon_jax.compression.profile import median_ms
+from falcon_jax.compression.sensitivity import CANDIDATES
 from falcon_jax.report import plot_front, plot_sensitivity
 from falcon_jax.report.table import (
     Column,
@@ -72,7 +73,9 @@ COLUMNS = (
 class Run:
     """One network, its images and what was measured of it."""
 
-    def __init__(self, study: Study, images: int, tests: int, latency: bool):
+    def __init__(
+        self, study: Study, images: int, tests: int, latency: bool, candidates: Sequence[fj.Method]
+    ):
         self.model = study.load()
         self.batches = study.batches(images)
         self.score = study.scores(tests)
@@ -81,7 +84,12 @@ class Run:
         self.latency = latency
         begin = time.perf_counter()
         self.effects = fj.sensitivity(
-            self.model, self.batches, rules=[self.stays], sample=self.sample, progress=True
+            self.model,
+            self.batches,
+            candidates=candidates,
+            rules=[self.stays],
+            sample=self.sample,
+            progress=True,
         )
         self.seconds = time.perf_counter() - begin
         paths = set(self.effects.effects)
@@ -219,10 +227,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--latency", action="store_true")
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS, help="everywhere")
     parser.add_argument("--ratios", type=float, nargs="*", default=EXTRA_RATIOS, help="searched")
+    kinds = sorted({type(method).__name__ for method in CANDIDATES})
+    parser.add_argument("--candidates", nargs="+", choices=kinds, default=kinds)
     options = parser.parse_args(arguments[1:])
     study = STUDIES[options.network]
     command = " ".join(["python -m benchmarks.searched", *arguments[1:]])
-    run = Run(study, options.images, options.tests or study.tests, options.latency)
+    candidates = [method for method in CANDIDATES if type(method).__name__ in options.candidates]
+    tests = options.tests or study.tests
+    run = Run(study, options.images, tests, options.latency, candidates)
     out = options.out
     out.mkdir(parents=True, exist_ok=True)
     (out / "sensitivity.txt").write_text(f"{run.effects}\n")
