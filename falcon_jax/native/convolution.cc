@@ -43,22 +43,25 @@ constexpr int kMaxVecs = 1;
 constexpr int TileRows(int) { return 6; }
 #endif
 
-inline Vec Load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
-inline void Store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
-inline Vec LoadSome(const float* p, int n) {
+// In loops that keep sums in registers a call would store them all.
+#define FALCON_INLINE inline __attribute__((always_inline))
+
+FALCON_INLINE Vec Load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+FALCON_INLINE void Store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
+FALCON_INLINE Vec LoadSome(const float* p, int n) {
   if (n >= kLanes) return Load(p);
   Vec v = {};
   std::memcpy(&v, p, sizeof(float) * n);
   return v;
 }
-inline void StoreSome(float* p, Vec v, int n) {
+FALCON_INLINE void StoreSome(float* p, Vec v, int n) {
   if (n >= kLanes) {
     Store(p, v);
   } else {
     std::memcpy(p, &v, sizeof(float) * n);
   }
 }
-inline Vec Relu(Vec v) {
+FALCON_INLINE Vec Relu(Vec v) {
   Vec zero = {};
   return v < zero ? zero : v;  // NaN stays
 }
@@ -66,9 +69,16 @@ inline Vec Relu(Vec v) {
 // Where the sums of a product's rows go: `spacing` floats from one 16 columns to the next.
 struct Target {
   int64_t spacing;
-  const float* bias;  // what the sums start from, or null
-  bool relu;
+  const float* bias = nullptr;  // what the sums start from, or null
+  bool relu = false;
+  intptr_t added = 0;  // bytes from there to what is added, as residual connections do, or 0
 };
+
+FALCON_INLINE Vec Finished(Vec sum, const float* to, const Target& target) {
+  if (target.added)
+    sum += Load(reinterpret_cast<const float*>(reinterpret_cast<intptr_t>(to) + target.added));
+  return target.relu ? Relu(sum) : sum;
+}
 
 // to[i][spacing v ...] = sum over segments s and k of rows[s * MR + i][k] * b[s * depth + k][16 v ...]
 // A function of its own, so that the sums stay in registers whatever is done with them. A panel that
@@ -107,8 +117,10 @@ __attribute__((noinline)) void Multiply(const float* const* rows, int segments, 
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v)
-      Store(to[i] + v * target.spacing, target.relu ? Relu(acc[i][v]) : acc[i][v]);
+    for (int v = 0; v < NV; ++v) {
+      float* place = to[i] + v * target.spacing;
+      Store(place, Finished(acc[i][v], place, target));
+    }
 }
 
 struct Shape {
@@ -135,13 +147,13 @@ struct Epilogue {
   bool relu;
   int64_t out;
 
-  inline Vec Finish(int64_t pixel, int64_t channel, Vec v) const {
+  FALCON_INLINE Vec Finish(int64_t pixel, int64_t channel, Vec v) const {
     v += Load(bias + channel);
     if (residual)
       v += LoadSome(residual + pixel * out + channel, static_cast<int>(out - channel));
     return relu ? Relu(v) : v;
   }
-  inline void Put(int64_t pixel, int64_t channel, Vec v) const {
+  FALCON_INLINE void Put(int64_t pixel, int64_t channel, Vec v) const {
     const int n = static_cast<int>(out - channel);
     if (n > 0) StoreSome(y + pixel * out + channel, Finish(pixel, channel, v), n);
   }
@@ -153,7 +165,7 @@ struct PooledEpilogue {
   float* row;  // columns of one pixel side by side
   int64_t columns, channel0, pixel0;
 
-  inline void Put(int64_t pixel, int64_t channel, Vec v) const {
+  FALCON_INLINE void Put(int64_t pixel, int64_t channel, Vec v) const {
     if (channel < whole.out)
       Store(row + (pixel - pixel0) * columns + channel - channel0,
             whole.Finish(pixel, channel, v));
@@ -170,7 +182,7 @@ inline void Product(int64_t count, int segments, int64_t depth, const float* b, 
   std::vector<const float*> rows(static_cast<size_t>(segments) * MR);
   alignas(64) float tile[MR * NV * kLanes];
   const bool direct = target.spacing > 0;
-  const Target used = direct ? target : Target{kLanes, nullptr, false};
+  const Target used = direct ? target : Target{kLanes};
   const bool ahead = segments * depth * NV * kLanes > kFirstCache;
   int64_t i = 0;
   auto some = [&](auto size) {
@@ -201,12 +213,14 @@ inline void PanelProduct(int width, int64_t count, int segments, int64_t depth, 
   int done = 0;
   auto part = [&](auto vecs) {
     constexpr int NV = decltype(vecs)::value;
-    for (; width - done >= NV * kLanes; done += NV * kLanes)
+    for (; width - done >= NV * kLanes; done += NV * kLanes) {
+      Target there = target;
+      if (there.bias) there.bias += done;
       Product<NV>(
-          count, segments, depth, b + done, width,
-          {target.spacing, target.bias ? target.bias + done : nullptr, target.relu}, point,
+          count, segments, depth, b + done, width, there, point,
           [&](int64_t i) { return place(i, done, NV); },
           [&](int64_t i, const float* values) { sink(i, done, NV, values); });
+    }
   };
   if constexpr (kMaxVecs == 4) {
     part(std::integral_constant<int, 4>{});
@@ -520,7 +534,7 @@ float* Scratch(size_t floats) {
   return buffer.data() + (64 - address % 64) % 64 / sizeof(float);
 }
 
-inline Vec Max(Vec a, Vec b) {  // NaN if either is
+FALCON_INLINE Vec Max(Vec a, Vec b) {  // NaN if either is
   const Vec most = a < b ? b : a;
   return b == b ? most : b;
 }
@@ -624,7 +638,7 @@ void PointwiseDepthwiseTask(const Shape& s, const Plan& plan, const float* x,
             TiledPanelProduct(width, count, s.in, rounded, weights.rounded + at, sink);
           else
             PanelProduct(width, count, 1, s.in, weights.whole + at,
-                         {inner ? 0 : kLanes * padded, nullptr, false}, point, place, sink);
+                         {inner ? 0 : kLanes * padded}, point, place, sink);
         }
       }
       ready = need;
@@ -859,9 +873,12 @@ struct Standard {
     };
     const auto tiles = weights.rounded ? std::make_unique<Tiles>() : nullptr;
     if (weights.rounded) RoundRows(count, segments, pointers.Depth(), point, rounded);
+    const intptr_t added = epilogue.residual ? reinterpret_cast<intptr_t>(epilogue.residual) -
+                                                   reinterpret_cast<intptr_t>(epilogue.y)
+                                             : 0;
     for (int64_t p = begin; p < end; ++p) {
       const int width = PanelWidth(s, p);
-      const bool direct = !epilogue.residual && p * kPanel + width <= s.out;
+      const bool direct = p * kPanel + width <= s.out;
       auto place = [&](int64_t i, int c, int) {
         return epilogue.y + (first + i) * s.out + p * kPanel + c;
       };
@@ -874,8 +891,8 @@ struct Standard {
         TiledPanelProduct(width, count, depth, rounded, weights.rounded + at, sink);
       else
         PanelProduct(width, count, segments, pointers.Depth(), weights.whole + at,
-                     {direct ? kLanes : 0, epilogue.bias + p * kPanel, epilogue.relu}, point,
-                     place, sink);
+                     {direct ? kLanes : 0, epilogue.bias + p * kPanel, epilogue.relu, added},
+                     point, place, sink);
     }
   }
 };
