@@ -15,7 +15,6 @@ from falcon_jax.native.joining import with_native_steps
 from falcon_jax.native.library import load as kernels_are_loaded
 from falcon_jax.native.library import multiplies_bfloat16
 from falcon_jax.native.library import serve as kernels_serve
-from falcon_jax.settings import as_whole
 from falcon_jax.wording import shown
 
 Precision = Literal["float32", "bfloat16"]
@@ -70,8 +69,7 @@ def deploy(
     >>> deploy(layer, jnp.ones((1, 8, 8, 3)))(jnp.ones((2, 8, 8, 3))).shape
     (2, 8, 8, 4)
     """
-    size = chunk if chunk == "auto" else as_whole(chunk)
-    if chunk is not None and (size is None or (size != "auto" and size < 1)):
+    if not (chunk in (None, "auto") or (isinstance(chunk, int) and chunk >= 1)):
         raise ValueError(
             f"chunk is a number of examples, at least 1, 'auto' or None; got {shown(chunk)}."
         )
@@ -100,7 +98,7 @@ def deploy(
     if native is not False and kernels_serve():
         rounded = precision == "bfloat16" and multiplies_bfloat16()
         forward = with_native_steps(forward, bfloat16=rounded)
-    return jax.jit(forward if size is None else _in_chunks(forward, size, written))
+    return jax.jit(forward if chunk is None else _in_chunks(forward, chunk, written))
 
 
 def _in_chunks(

@@ -77,7 +77,7 @@ class Mean(nnx.Module):
 
 def test_outputs_without_a_batch_axis_are_not_cut():
     x = images(4)
-    np.testing.assert_allclose(fj.deploy(Mean(), x, chunk=np.int64(3))(x), x.mean(), rtol=1e-6)
+    np.testing.assert_allclose(fj.deploy(Mean(), x, chunk=3)(x), x.mean(), rtol=1e-6)
 
 
 class Linen(nn.Module):
