@@ -68,7 +68,7 @@ def test_all_that_should_ship_do():
         for model in ("vgg19", "resnet34")
         for data in ("cifar10", "cifar100", "svhn", "fashion_mnist")
     }
-    others = {"demo", "torture", "vgg16_imagenet_decomposed"}
+    others = {"demo", "demo_searched", "torture", "vgg16_imagenet_decomposed"}
     assert set(NAMES) == expected | set(IMAGENET) | others
 
 
