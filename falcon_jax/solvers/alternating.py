@@ -15,6 +15,8 @@ from falcon_jax.solvers.moments import RIDGE, Moments, Quadratic, partial_traces
 
 MOST_SWEEPS = 30
 TOLERANCE = 3e-3  # of the error that a sweep takes away
+LARGE = 1024  # weights of a channel from which on a sweep takes long
+LARGE_TOLERANCE = 1e-2
 SMALL = 128  # weights of a channel up to which random starts are tried, too
 STARTS = 8
 CHANNEL_STARTS = 40  # of FALCON, where every output channel takes the best
@@ -49,8 +51,10 @@ def falcon_best(
     Of small kernels, every output channel takes the best of several starts.
     """
     start = falcon_closed(problem, rank)
-    if problem.metric.shape[0] > SMALL:
-        return falcon_als(problem, *start)[:2]
+    inputs = problem.metric.shape[0]
+    if inputs > SMALL:
+        tolerance = LARGE_TOLERANCE if inputs >= LARGE else TOLERANCE
+        return falcon_als(problem, *start, tolerance=tolerance)[:2]
     rng = np.random.default_rng(0)
     pointwise, depthwise = start
     least = np.full(problem.outputs, np.inf)
