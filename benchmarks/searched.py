@@ -82,6 +82,7 @@ class Run:
         self.sample = study.batches(1)[0]
         self.stays = fj.Rule(path=study.first, method=None)
         self.latency = latency
+        self.only_falcon = all(map(_is_falcon, candidates))
         begin = time.perf_counter()
         self.effects = fj.sensitivity(
             self.model,
@@ -182,7 +183,8 @@ def by_mult_adds(
     for ratio in ratios:
         targets[f"{ratio:g}x"] = run.fixed + int(run.before / ratio)
     for label, mult_adds in targets.items():
-        for kind, only in (("FALCON's ranks", _is_falcon), ("all", _any)):
+        kinds = [("FALCON's ranks", _is_falcon), ("all", _any)][: 1 if run.only_falcon else 2]
+        for kind, only in kinds:
             try:
                 plan = run.searched(fj.Target(mult_adds=mult_adds), only)
             except ValueError as error:
@@ -191,7 +193,7 @@ def by_mult_adds(
             name = f"searched, {kind}, {label}"
             small, row = run.calibrated(name, plan)
             yield row
-            if distill and kind == "all" and label == "as FALCON 1":
+            if distill and kind == kinds[-1][0] and label == "as FALCON 1":
                 yield run.distilled(name, plan, small, distill)
 
 
@@ -229,10 +231,16 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--ratios", type=float, nargs="*", default=EXTRA_RATIOS, help="searched")
     kinds = sorted({type(method).__name__ for method in CANDIDATES})
     parser.add_argument("--candidates", nargs="+", choices=kinds, default=kinds)
+    parser.add_argument("--highest", type=int, default=4, help="rank of FALCON as a candidate")
     options = parser.parse_args(arguments[1:])
     study = STUDIES[options.network]
     command = " ".join(["python -m benchmarks.searched", *arguments[1:]])
-    candidates = [method for method in CANDIDATES if type(method).__name__ in options.candidates]
+    candidates = [
+        method
+        for method in CANDIDATES
+        if type(method).__name__ in options.candidates
+        and not (isinstance(method, fj.Falcon) and method.rank > options.highest)
+    ]
     tests = options.tests or study.tests
     run = Run(study, options.images, tests, options.latency, candidates)
     out = options.out
