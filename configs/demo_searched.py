@@ -7,6 +7,8 @@ Run time: 5 minutes
 Expected score: docs/results.md
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from configs import demo
@@ -20,7 +22,7 @@ def get_config(mult_adds: str = AS_RANK_1) -> ConfigDict:
     Args:
         mult_adds: of the searched plan; below 1 a share of the standard model's.
     """
-    config = demo.get_config()
+    config: Any = demo.get_config()
     number = float(mult_adds)
     config.compression.target = {"mult_adds": number if number < 1 else int(number)}
     return config
