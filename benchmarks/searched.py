@@ -5,8 +5,8 @@ r"""Searched plans against the same rank everywhere, at equal mult-adds and at e
 
 Networks, images and scores are those of `benchmarks.training_free_ocr`; nothing has labels. FALCON
 of ranks 1 to 3 everywhere, but for the first convolution; and for as many mult-adds, what `search`
-finds among FALCON's ranks, and among all ``--candidates``. All are calibrated; with ``--distill`` the
-smallest of each kind is distilled, too. With ``--latency`` plans are searched for shares of the
+finds among FALCON's ranks, and among all ``--candidates``. All are calibrated; with ``--distill``
+the smallest of each kind is distilled, too. With ``--latency`` plans are searched for shares of the
 original's latency instead, and the deployed models are timed. OUT gets a table (text, CSV, JSON)
 and the front and the sensitivities as plots.
 """
