@@ -71,14 +71,7 @@ struct Target {
   int64_t spacing;
   const float* bias = nullptr;  // what the sums start from, or null
   bool relu = false;
-  intptr_t added = 0;  // bytes from there to what is added, as residual connections do, or 0
 };
-
-FALCON_INLINE Vec Finished(Vec sum, const float* to, const Target& target) {
-  if (target.added)
-    sum += Load(reinterpret_cast<const float*>(reinterpret_cast<intptr_t>(to) + target.added));
-  return target.relu ? Relu(sum) : sum;
-}
 
 // to[i][spacing v ...] = sum over segments s and k of rows[s * MR + i][k] * b[s * depth + k][16 v ...]
 // A function of its own, so that the sums stay in registers whatever is done with them. A panel that
@@ -117,10 +110,8 @@ __attribute__((noinline)) void Multiply(const float* const* rows, int segments, 
 #pragma GCC unroll 16
   for (int i = 0; i < MR; ++i)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-      float* place = to[i] + v * target.spacing;
-      Store(place, Finished(acc[i][v], place, target));
-    }
+    for (int v = 0; v < NV; ++v)
+      Store(to[i] + v * target.spacing, target.relu ? Relu(acc[i][v]) : acc[i][v]);
 }
 
 struct Shape {
@@ -873,12 +864,9 @@ struct Standard {
     };
     const auto tiles = weights.rounded ? std::make_unique<Tiles>() : nullptr;
     if (weights.rounded) RoundRows(count, segments, pointers.Depth(), point, rounded);
-    const intptr_t added = epilogue.residual ? reinterpret_cast<intptr_t>(epilogue.residual) -
-                                                   reinterpret_cast<intptr_t>(epilogue.y)
-                                             : 0;
     for (int64_t p = begin; p < end; ++p) {
       const int width = PanelWidth(s, p);
-      const bool direct = p * kPanel + width <= s.out;
+      const bool direct = !epilogue.residual && p * kPanel + width <= s.out;
       auto place = [&](int64_t i, int c, int) {
         return epilogue.y + (first + i) * s.out + p * kPanel + c;
       };
@@ -891,8 +879,8 @@ struct Standard {
         TiledPanelProduct(width, count, depth, rounded, weights.rounded + at, sink);
       else
         PanelProduct(width, count, segments, pointers.Depth(), weights.whole + at,
-                     {direct ? kLanes : 0, epilogue.bias + p * kPanel, epilogue.relu, added},
-                     point, place, sink);
+                     {direct ? kLanes : 0, epilogue.bias + p * kPanel, epilogue.relu}, point,
+                     place, sink);
     }
   }
 };
