@@ -52,7 +52,7 @@ def take_turns(
 
     In every round each call has a pause, one unmeasured run, and a burst of measured runs; a slow
     second of the machine so hits all of them. The first run after others' finds nothing of its own
-    in the caches and takes two to six times as long.
+    in the caches and takes far longer.
 
     Args:
         calls: what is timed, by name; each returns when its work is done.
