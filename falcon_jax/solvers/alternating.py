@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ STARTS = 8
 CHANNEL_STARTS = 40  # of FALCON, where every output channel takes the best
 MANY_SWEEPS = 200  # of each of several starts
 SMALL_TOLERANCE = 1e-4
-_STEPS, _SMALL_STEPS = 2, 16  # of conjugate gradients for a term
+_STEPS, _SMALL_STEPS = 2, 16  # of conjugate gradients; of small kernels for every term
 _CHUNK = 1 << 25  # numbers on the way to the normal matrices of some channels: 128 MB
 
 
@@ -90,22 +91,19 @@ def falcon_sweeps(
         mean = jnp.trace(second) / inputs
         lam = jnp.where(mean > 0, ridge * mean, 1.0)
         linear = (cross + lam * target).reshape(taps, m, -1)
-        metric = second + lam * jnp.eye(inputs)
+        metric = _metric(second + lam * jnp.eye(inputs), taps)
+        rest = linear - _applied(metric.whole, pointwise, depthwise)
 
-        def sweep(_: Array | int, factors: tuple[Array, Array]) -> tuple[Array, Array]:
-            return _sweep(metric, linear, *factors, steps=_steps(inputs))
+        def sweep(_: Array | int, state: _State) -> _State:
+            return _sweep(metric, *state)
 
-        return lax.fori_loop(0, 2, sweep, (pointwise, depthwise))
+        return lax.fori_loop(0, 2, sweep, (rest, pointwise, depthwise))[1:]
 
     targets = kernel.astype(jnp.float32).reshape(inputs, groups, -1).swapaxes(0, 1)
     rows = moments.second, moments.cross, targets, apart(pointwise, m), apart(depthwise, taps)
     found = lax.map(swept, rows)
     p, d = (jnp.moveaxis(a, 0, 2) for a in found)
     return p.reshape(pointwise.shape), d.reshape(depthwise.shape)
-
-
-def _steps(inputs: int) -> int:
-    return _SMALL_STEPS if inputs <= SMALL else _STEPS
 
 
 def falcon_als(
@@ -118,63 +116,82 @@ def falcon_als(
 ) -> tuple[Float[np.ndarray, "m k n"], Float[np.ndarray, "taps k n"], list[float]]:
     """Return better pointwise and depthwise factors, and the errors after every sweep."""
     t, m = problem.taps, problem.channels
-    metric = jnp.asarray(problem.metric, jnp.float32)
+    metric = _metric(jnp.asarray(problem.metric, jnp.float32), t)
     linear = jnp.asarray(problem.linear, jnp.float32).reshape(t, m, -1)
     best = jnp.asarray(pointwise, jnp.float32), jnp.asarray(depthwise, jnp.float32)
+    rest = linear - _applied(metric.whole, *best)
     errors = [problem(_weights(*best))]
     for _ in range(sweeps):
-        found = _sweep(metric, linear, *best, steps=_steps(t * m))
+        rest, *found = _sweep(metric, rest, *best)
         error = problem(_weights(*found))
         # Rounding can make a step larger where there is nothing left to win.
         if not error < errors[-1]:
             break
-        best = found
+        best = found[0], found[1]
         errors.append(error)
         if errors[-2] - errors[-1] <= tolerance * abs(errors[-1]):
             break
     return np.asarray(best[0], np.float64), np.asarray(best[1], np.float64), errors
 
 
-@functools.partial(jax.jit, static_argnames="steps")
-def _sweep(
-    metric: Array, linear: Array, pointwise: Array, depthwise: Array, *, steps: int
-) -> tuple[Array, Array]:
-    """Return better pointwise factors, term after term, then the best depthwise ones.
+class _Metric(NamedTuple):
+    """A with what is wanted of it in every sweep; near to ``by_tap x by_channel^-1``."""
 
-    Args:
-        metric: A, ``(taps m, taps m)``.
-        linear: b, ``(taps, m, n)``.
-        pointwise: factors ``(m, k, n)``.
-        depthwise: factors ``(taps, k, n)``.
-        steps: of conjugate gradients for each term.
-    """
-    t, m, n = linear.shape
+    whole: Float[Array, "i i"]
+    by_tap: Float[Array, "taps taps"]
+    inverse: Float[Array, "m m"]
+
+
+_State = tuple[Array, Array, Array]  # b - A w, pointwise and depthwise factors
+
+
+@functools.partial(jax.jit, static_argnames="taps")
+def _metric(metric: Float[Array, "i i"], taps: int) -> _Metric:
+    blocks = metric.reshape(taps, -1, taps, len(metric) // taps)
+    by_channel = jnp.einsum("tmtk->mk", blocks)
+    return _Metric(metric, jnp.einsum("tmum->tu", blocks), jnp.linalg.inv(by_channel))
+
+
+@jax.jit
+def _sweep(
+    metric: _Metric,
+    rest: Float[Array, "taps m n"],
+    pointwise: Float[Array, "m k n"],
+    depthwise: Float[Array, "taps k n"],
+) -> _State:
+    """Return better pointwise factors, then the depthwise ones that are best for them."""
+    t, m, n = rest.shape
     k = pointwise.shape[1]
-    rest = linear - _applied(metric, pointwise, depthwise)
-    # The normal matrices are near to multiples of one.
-    inverse = jnp.linalg.inv(jnp.einsum("tmtk->mk", metric.reshape(t, m, t, m)))
-    for r in range(k):
-        change, moved = _better_pointwise(metric, depthwise[:, r], rest, inverse, steps)
-        pointwise = pointwise.at[:, r].add(change)
-        rest = rest - moved
+    steps = k * _SMALL_STEPS if t * m <= SMALL else _STEPS
+    change, moved = _better_pointwise(metric, depthwise, rest, steps)
+    pointwise, rest = pointwise + change, rest - moved
     size = max(1, _CHUNK // (k * t * m * t))  # channels at a time
     parts = [
-        _best_depthwise(metric, rest[..., i : i + size], pointwise[..., i : i + size])
+        _best_depthwise(metric.whole, rest[..., i : i + size], pointwise[..., i : i + size])
         for i in range(0, n, size)
     ]
-    return balanced(pointwise, depthwise + jnp.concatenate(parts, axis=-1))
+    change, moved = (jnp.concatenate(part, axis=-1) for part in zip(*parts, strict=True))
+    return rest - moved, *balanced(pointwise, depthwise + change)
 
 
-def _best_depthwise(metric: Array, rest: Array, pointwise: Array) -> Array:
-    """Return by how much the depthwise factors change that are best for pointwise ones."""
-    t, _, n = rest.shape
-    m, k, _ = pointwise.shape
-    by_channel = pointwise.transpose(2, 0, 1)
-    half = _product("am,bmk->abk", metric.reshape(t * m * t, m), by_channel)
-    half = half.reshape(t, m, t, n, k)
-    matrix = _product("bmr,tmubs->brtsu", by_channel, half).reshape(n, k * t, k * t)
-    right = _product("bmr,tmb->brt", by_channel, rest).reshape(n, k * t)
-    return _solved(matrix, right).reshape(n, k, t).transpose(2, 1, 0)
+def _best_depthwise(
+    metric: Float[Array, "i i"], rest: Float[Array, "taps m n"], pointwise: Float[Array, "m k n"]
+) -> tuple[Float[Array, "taps k n"], Float[Array, "taps m n"]]:
+    """Return a change to the best depthwise factors, and what the metric makes of it."""
+    t, m, n = rest.shape
+    k = pointwise.shape[1]
+    half = _product("am,mx->ax", metric.reshape(t * m * t, m), pointwise.reshape(m, k * n))
+    half = half.reshape(t, m, t, k, n)
+
+    # As a sum of rows, which needs no other order of the axes.
+    def added(row: Array | int, matrix: Array) -> Array:
+        return matrix + half[None, :, row] * pointwise[row][:, None, None, None]
+
+    matrix = lax.fori_loop(0, m, added, jnp.zeros((k, t, t, k, n)))
+    matrix = matrix.transpose(4, 0, 1, 3, 2).reshape(n, k * t, k * t)
+    right = jnp.sum(pointwise[:, :, None] * rest.swapaxes(0, 1)[:, None], axis=0)
+    found = _solved(matrix, right.reshape(k * t, n).T).reshape(n, k, t).transpose(2, 1, 0)
+    return found, jnp.sum(half * found[None, None], axis=(2, 3))
 
 
 _product = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
@@ -187,35 +204,51 @@ def _applied(metric: Array, pointwise: Array, depthwise: Array) -> Array:
 
 
 def _better_pointwise(
-    metric: Float[Array, "i i"],
-    depthwise: Float[Array, "taps n"],
+    metric: _Metric,
+    depthwise: Float[Array, "taps k n"],
     rest: Float[Array, "taps m n"],
-    inverse: Float[Array, "m m"],
     steps: int,
-) -> tuple[Float[Array, "m n"], Float[Array, "taps m n"]]:
-    """Return a change of one term's pointwise factors, and what the metric makes of it.
+) -> tuple[Float[Array, "m k n"], Float[Array, "taps m n"]]:
+    """Return a change of the pointwise factors, and what the metric makes of it.
 
     By conjugate gradients for every output channel: each step takes from the error, as an exact
     solution would, and costs one product with the metric; the normal matrices are never made.
+    They would be easily inverted were the metric the product of its parts.
     """
+    k = depthwise.shape[1]
+    gram = _product("tkn,tu,uln->nkl", depthwise, metric.by_tap, depthwise)
+    trace = jnp.trace(gram, axis1=1, axis2=2)
+    shift = jnp.where(trace > 0, 1e-5 * trace, 1)
+    inverse = jnp.linalg.inv(gram + shift[:, None, None] * jnp.eye(k)[None])
+
+    def back(image: Float[Array, "taps m n"]) -> Float[Array, "m k n"]:
+        return jnp.sum(depthwise[:, None] * image[:, :, None], axis=0)
+
+    def scaled(left: Float[Array, "m k n"]) -> Float[Array, "m k n"]:
+        z = _product("ij,jkn->ikn", metric.inverse, left)
+        return _product("nkl,mln->mkn", inverse, z)
 
     def step(_: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
         x, left, direction, energy, moved = state
-        image = _applied(metric, direction[:, None], depthwise[:, None])
-        back = jnp.sum(depthwise[:, None] * image, axis=0)
-        curvature = jnp.sum(direction * back, axis=0)
-        length = jnp.where(curvature > 0, energy / jnp.where(curvature > 0, curvature, 1), 0)[None]
-        x, left, moved = x + length * direction, left - length * back, moved + length[None] * image
-        z = _product("ij,jn->in", inverse, left)
-        following = jnp.sum(left * z, axis=0)
+        image = _applied(metric.whole, direction, depthwise)
+        images = back(image)
+        curvature = _dot(direction, images)
+        length = jnp.where(curvature > 0, energy / jnp.where(curvature > 0, curvature, 1), 0)
+        x, left, moved = x + length * direction, left - length * images, moved + length * image
+        z = scaled(left)
+        following = _dot(left, z)
         turn = jnp.where(energy > 0, following / jnp.where(energy > 0, energy, 1), 0)
-        return x, left, z + turn[None] * direction, following, moved
+        return x, left, z + turn * direction, following, moved
 
-    gradient = jnp.sum(depthwise[:, None] * rest, axis=0)
-    z = _product("ij,jn->in", inverse, gradient)
-    start = jnp.zeros_like(z), gradient, z, jnp.sum(gradient * z, axis=0), jnp.zeros_like(rest)
+    gradient = back(rest)
+    z = scaled(gradient)
+    start = jnp.zeros_like(z), gradient, z, _dot(gradient, z), jnp.zeros_like(rest)
     x, _, _, _, moved = lax.fori_loop(0, steps, step, start)
     return x, moved
+
+
+def _dot(a: Float[Array, "m k n"], b: Float[Array, "m k n"]) -> Float[Array, "1 1 n"]:
+    return jnp.sum(a * b, axis=(0, 1), keepdims=True)
 
 
 def _solved(matrices: Float[Array, "b p p"], right: Float[Array, "b p"]) -> Float[Array, "b p"]:
