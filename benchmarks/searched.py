@@ -83,6 +83,7 @@ class Run:
         self.stays = fj.Rule(path=study.first, method=None)
         self.latency = latency
         self.only_falcon = all(map(_is_falcon, candidates))
+        self._known: dict[tuple[fj.Method | None, ...], tuple[nnx.Module, dict[str, Any]]] = {}
         begin = time.perf_counter()
         self.effects = fj.sensitivity(
             self.model,
@@ -105,7 +106,6 @@ class Run:
         """Return a row of the table, with the scores of a model."""
         cost = fj.profile(small, self.sample)
         accuracy, held_out = self.score(jitted(small))
-        searched = plan if isinstance(plan, fj.SearchedPlan) else None
         measured = None
         if self.latency:
             serve = fj.deploy(small, self.sample)
@@ -116,22 +116,27 @@ class Run:
             "params": cost.params,
             "mult_adds": cost.mult_adds,
             "fewer_mult_adds": self.before / max(cost.mult_adds - self.fixed, 1),
-            "predicted_loss": None if searched is None else searched.predicted_loss,
             "accuracy": accuracy,
             "held_out": held_out,
             "seconds": None,
-            "predicted_ms": None if searched is None else searched.predicted_ms,
             "measured_ms": measured,
+            **_predictions(plan),
             **more,
         }
 
     def calibrated(self, name: str, plan: fj.Plan) -> tuple[nnx.Module, dict[str, Any]]:
-        """Return a calibrated model and its row."""
+        """Return a calibrated model and its row; of the same methods, those there are already."""
+        methods = tuple(row.method for row in plan.rows)
+        if methods in self._known:
+            small, row = self._known[methods]
+            return small, row | {"plan": name, **_predictions(plan)}
         begin = time.perf_counter()
         compressed = fj.compress(self.model, plan)
         small = fj.calibrate(self.model, compressed, plan, self.batches)
         seconds = time.perf_counter() - begin
-        return small, self.row(name, plan, small, then="calibrated", seconds=seconds)
+        row = self.row(name, plan, small, then="calibrated", seconds=seconds)
+        self._known[methods] = small, row
+        return small, row
 
     def distilled(self, name: str, plan: fj.Plan, small: nnx.Module, steps: int) -> dict[str, Any]:
         """Return the row of a model distilled on smaller batches of the same images."""
@@ -151,6 +156,11 @@ class Run:
         effects = fj.Sensitivity(plan=self.effects.plan, effects=kept)
         sample = self.sample
         return fj.search(self.model, [], target=target, effects=effects, sample=sample)
+
+
+def _predictions(plan: fj.Plan | None) -> dict[str, float | None]:
+    names = "predicted_loss", "predicted_ms"
+    return {name: getattr(plan, name, None) for name in names}
 
 
 def _halves(batch: jax.Array) -> list[jax.Array]:

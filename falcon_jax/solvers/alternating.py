@@ -69,7 +69,6 @@ def falcon_best(
     return pointwise, depthwise
 
 
-@functools.partial(jax.jit, static_argnames="ridge")
 def falcon_sweeps(
     moments: Moments,
     kernel: Float[Array, "*kernel_size m n"],
@@ -78,32 +77,42 @@ def falcon_sweeps(
     *,
     ridge: float = RIDGE,
 ) -> tuple[Float[Array, "m k n"], Float[Array, "*kernel_size k n"]]:
-    """Return better factors for moments, after two sweeps in float32; groups side by side."""
+    """Return better factors for moments, after two sweeps in float32; group by group."""
+    found = []
+    for group in range(len(moments.input_mean)):
+        metric, *state = _group_of(moments, kernel, pointwise, depthwise, group, ridge=ridge)
+        for _ in range(2):
+            state = _sweep(metric, *state)
+        found.append(state[1:])
+    p, d = (jnp.concatenate(part, axis=-1) for part in zip(*found, strict=True))
+    return p, d.reshape(depthwise.shape)
+
+
+@functools.partial(jax.jit, static_argnames="ridge")
+def _group_of(
+    moments: Moments,
+    kernel: Float[Array, "*kernel_size m n"],
+    pointwise: Float[Array, "m k n"],
+    depthwise: Float[Array, "*kernel_size k n"],
+    group: Array | int,
+    *,
+    ridge: float,
+) -> tuple["_Metric", Array, Array, Array]:
+    """Return the metric of a group, and the state that sweeps start from."""
     groups, inputs = moments.input_mean.shape
-    m, k = pointwise.shape[:2]
-    taps = inputs // m
+    taps = inputs // len(pointwise)
 
-    def apart(factors: Array, rows: int) -> Array:
-        return jnp.moveaxis(factors.astype(jnp.float32).reshape(rows, k, groups, -1), 2, 0)
+    def part(array: Array, rows: int) -> Array:
+        whole = array.astype(jnp.float32).reshape(rows, -1, groups, array.shape[-1] // groups)
+        return lax.dynamic_index_in_dim(whole, group, axis=2, keepdims=False)
 
-    def swept(row: tuple[Array, ...]) -> tuple[Array, Array]:
-        second, cross, target, pointwise, depthwise = row
-        mean = jnp.trace(second) / inputs
-        lam = jnp.where(mean > 0, ridge * mean, 1.0)
-        linear = (cross + lam * target).reshape(taps, m, -1)
-        metric = _metric(second + lam * jnp.eye(inputs), taps)
-        rest = linear - _applied(metric.whole, pointwise, depthwise)
-
-        def sweep(_: Array | int, state: _State) -> _State:
-            return _sweep(metric, *state)
-
-        return lax.fori_loop(0, 2, sweep, (rest, pointwise, depthwise))[1:]
-
-    targets = kernel.astype(jnp.float32).reshape(inputs, groups, -1).swapaxes(0, 1)
-    rows = moments.second, moments.cross, targets, apart(pointwise, m), apart(depthwise, taps)
-    found = lax.map(swept, rows)
-    p, d = (jnp.moveaxis(a, 0, 2) for a in found)
-    return p.reshape(pointwise.shape), d.reshape(depthwise.shape)
+    second, cross = moments.second[group], moments.cross[group]
+    mean = jnp.trace(second) / inputs
+    lam = jnp.where(mean > 0, ridge * mean, 1.0)
+    linear = cross + lam * part(kernel, inputs)[:, 0]
+    metric = _metric(second + lam * jnp.eye(inputs), taps)
+    p, d = part(pointwise, len(pointwise)), part(depthwise, taps)
+    return metric, linear.reshape(taps, len(p), -1) - _applied(metric.whole, p, d), p, d
 
 
 def falcon_als(
