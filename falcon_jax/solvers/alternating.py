@@ -206,6 +206,7 @@ def _best_depthwise(
 _product = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
+@jax.jit
 def _applied(metric: Array, pointwise: Array, depthwise: Array) -> Array:
     t, m, n = depthwise.shape[0], pointwise.shape[0], pointwise.shape[-1]
     weights = _product("tkn,mkn->tmn", depthwise, pointwise).reshape(t * m, n)

@@ -121,6 +121,42 @@ def test_falcon_comes_near_to_the_best_of_many_starts(kind, rank):
     assert problem(weights) <= 1.01 * best
 
 
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_falcon_of_large_kernels_comes_as_low_as_exact_alternating_steps(rank):
+    taps, m, n = 9, 20, 3
+    rng = np.random.default_rng(3)
+    mix = rng.normal(size=(taps * m, taps * m)) * np.exp(-np.arange(taps * m) / 60)[:, None]
+    x = rng.normal(size=(600, taps * m)) @ mix
+    y = x @ rng.normal(size=(taps * m, n))
+    problem = Quadratic(
+        taps=taps,
+        metric=x.T @ x / 600,
+        linear=x.T @ y / 600,
+        constant=float((y * y).sum() / 600),
+    )
+    start = falcon_closed(problem, rank)
+    *found, errors = falcon_als(problem, *start, sweeps=300, tolerance=1e-5)
+    _falls(errors)
+    weights = np.einsum("mkn,tkn->tmn", *found).reshape(taps * m, n)
+    assert errors[-1] == pytest.approx(problem(weights), 1e-9)
+    # Independent: every output channel alone, each factor solved for in float64.
+    metric, least = problem.metric.reshape(taps, m, taps, m), 0.0
+    for channel in range(n):
+        p, d = (factor[..., channel] for factor in start)
+        right = problem.linear[:, channel].reshape(taps, m)
+        for _ in range(300):
+            matrix = np.einsum("tk,tmus,ul->mksl", d, metric, d, optimize=True)
+            p = np.linalg.solve(matrix.reshape(m * rank, -1), (right.T @ d).ravel())
+            p = p.reshape(m, rank)
+            matrix = np.einsum("mk,tmus,sl->tkul", p, metric, p, optimize=True)
+            d = np.linalg.solve(matrix.reshape(taps * rank, -1), (right @ p).ravel())
+            d = d.reshape(taps, rank)
+        error = x @ (d @ p.T).ravel() - y[:, channel]
+        least += float(np.mean(error**2))
+    # They can end in different local minima.
+    assert errors[-1] <= 1.05 * least
+
+
 @pytest.mark.parametrize("kind", ["plain", "few", "dead"])
 def test_separable_comes_near_to_the_best_of_many_starts(kind):
     problem = _problem(kind)
