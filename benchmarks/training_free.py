@@ -56,7 +56,7 @@ OCR_COLUMNS = (
     Column(name="accuracy", header="Accuracy", format=format_percent),
     Column(name="held_out", header="Other fonts", format=format_percent),
     Column(name="seconds", header="Seconds", format=lambda s: "" if s is None else f"{s:.0f}"),
-    Column(name="peak_mb", header="Peak MB", format=lambda size: f"{size:.0f}"),
+    Column(name="peak_mb", header="Peak MiB", format=lambda size: f"{size:.0f}"),
 )
 
 RATIOS = (1.25, 1.5, 2.0, 3.0, 5.0)

@@ -69,6 +69,17 @@ def falcon_best(
     return pointwise, depthwise
 
 
+class _Metric(NamedTuple):
+    """A with what is wanted of it in every sweep; near to ``by_tap x by_channel^-1``."""
+
+    whole: Float[Array, "i i"]
+    by_tap: Float[Array, "taps taps"]
+    inverse: Float[Array, "m m"]
+
+
+_State = tuple[Array, Array, Array]  # b - A w, pointwise and depthwise factors
+
+
 def falcon_sweeps(
     moments: Moments,
     kernel: Float[Array, "*kernel_size m n"],
@@ -97,7 +108,7 @@ def _group_of(
     group: Array | int,
     *,
     ridge: float,
-) -> tuple["_Metric", Array, Array, Array]:
+) -> tuple[_Metric, Array, Array, Array]:
     """Return the metric of a group, and the state that sweeps start from."""
     groups, inputs = moments.input_mean.shape
     taps = inputs // len(pointwise)
@@ -141,17 +152,6 @@ def falcon_als(
         if errors[-2] - errors[-1] <= tolerance * abs(errors[-1]):
             break
     return np.asarray(best[0], np.float64), np.asarray(best[1], np.float64), errors
-
-
-class _Metric(NamedTuple):
-    """A with what is wanted of it in every sweep; near to ``by_tap x by_channel^-1``."""
-
-    whole: Float[Array, "i i"]
-    by_tap: Float[Array, "taps taps"]
-    inverse: Float[Array, "m m"]
-
-
-_State = tuple[Array, Array, Array]  # b - A w, pointwise and depthwise factors
 
 
 @functools.partial(jax.jit, static_argnames="taps")
